@@ -1,0 +1,83 @@
+# make run      sets everything up and starts a server
+# make test     installs what the tests need and runs them all
+# make help     names the rest
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+STAMPS := $(VENV)/stamps
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+FOLDERS := ipc kernel drivers services bench
+
+# Whatever makes an extension stale; setup.py then decides which.
+NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name 'build_*.py')
+
+# The Python side is installed without the extensions, which are then built in place, and again when C changes.
+INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
+
+.PHONY: setup native run test test-setup lint sanitize clean help
+.DELETE_ON_ERROR:
+
+setup: $(STAMPS)/native
+
+native: $(STAMPS)/native
+
+run: setup
+	$(VENV)/bin/atoll serve $(ARGS)
+
+test: test-setup
+	$(VENV)/bin/pytest $(ARGS)
+
+test-setup: setup $(STAMPS)/system-test $(STAMPS)/dev
+
+lint: setup $(STAMPS)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+sanitize: setup
+	.ci/c-tests
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find $(FOLDERS) tests -name __pycache__ -prune -exec rm -rf {} +
+	find $(FOLDERS) \( -name '*.so' -o -name '*.o' \) -delete
+
+help:
+	@echo 'make setup     prepares .venv; the command is then .venv/bin/atoll'
+	@echo 'make run       setup, then starts a server           ARGS="--sparse ..."'
+	@echo 'make test      setup, what the tests need, all tests  ARGS="-k ring -x"'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make sanitize  C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make native    builds the C extensions that are stale'
+	@echo 'make clean     removes all that was built, .venv too'
+	@echo 'PYTHON=...     which Python (3.11 or newer) to build .venv with'
+
+$(STAMPS)/system-build: .ci/system-packages
+	PYTHON=$(PYTHON) .ci/system-packages build
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/system-test: .ci/system-packages
+	.ci/system-packages test
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/venv: $(STAMPS)/system-build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Atoll needs Python 3.11 or newer, %s is %s: say make PYTHON=..." % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'setuptools>=77' 'cffi>=1.16'
+	@touch $@
+
+$(STAMPS)/installed: $(STAMPS)/venv setup.py pyproject.toml
+	$(INSTALL) .
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/installed
+	$(INSTALL) '.[dev]'
+	@touch $@
+
+# Locked, since several people may work in one checkout. The stamp's time is that of the start: what is edited
+# meanwhile is newer.
+$(STAMPS)/native: $(STAMPS)/installed $(NATIVE)
+	@mkdir -p build && touch $@.started
+	flock build/lock $(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@mv $@.started $@

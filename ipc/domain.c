@@ -1,0 +1,309 @@
+/* See domain.h. */
+#define _GNU_SOURCE
+#include "ipc/domain.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t page_up(uint64_t bytes) { return (bytes + ATOLL_PAGE_BYTES - 1) & ~(uint64_t)(ATOLL_PAGE_BYTES - 1); }
+
+uint64_t atoll_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* --- Layout ------------------------------------------------------------------------------------------------------ */
+
+struct plan {
+    uint64_t journal_offset, tx_offset[ATOLL_ROLE_COUNT], control_offset, role_offset, buffer_offset, arena_bytes;
+};
+
+static struct plan plan_of(uint32_t rings_to, const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes)
+{
+    struct plan plan = {0};
+    uint64_t offset = ATOLL_TRACE_OFFSET + ATOLL_TRACE_ENTRIES * sizeof(struct atoll_trace_record);
+    plan.journal_offset = page_up(offset);
+    offset = page_up(plan.journal_offset + sizeof(struct atoll_journal));
+    for (uint32_t role = 0; role < ATOLL_ROLE_COUNT; role++) {
+        if (!(rings_to >> role & 1))
+            continue;
+        assert(entries[role] != 0 && (entries[role] & (entries[role] - 1)) == 0);
+        plan.tx_offset[role] = offset;
+        offset = page_up(offset + ATOLL_PAGE_BYTES + (uint64_t)entries[role] * sizeof(struct atoll_descriptor));
+    }
+    plan.control_offset = offset;
+    plan.role_offset = page_up(offset + ATOLL_CONTROL_BYTES);
+    plan.buffer_offset = page_up(plan.role_offset + role_bytes);
+    plan.arena_bytes = page_up(plan.buffer_offset + buffer_bytes);
+    return plan;
+}
+
+uint64_t atoll_arena_size(uint32_t rings_to, const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes)
+{
+    return plan_of(rings_to, entries, role_bytes, buffer_bytes).arena_bytes;
+}
+
+uint64_t atoll_arena_format(void *arena, uint32_t role, uint64_t instance, uint64_t arena_bytes, uint32_t rings_to,
+                            const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes, uint32_t wake_kind,
+                            int32_t eventfd)
+{
+    struct plan plan = plan_of(rings_to, entries, role_bytes, buffer_bytes);
+    struct atoll_arena_header *header = arena;
+    assert(role > 0 && role < ATOLL_ROLE_COUNT && plan.arena_bytes <= arena_bytes && arena_bytes <= ATOLL_MAP_STRIDE);
+    header->layout_version = ATOLL_LAYOUT_VERSION;
+    header->role = role;
+    header->instance = instance;
+    header->arena_bytes = arena_bytes;
+    header->wake_kind = wake_kind;
+    header->eventfd = eventfd;
+    header->journal_offset = plan.journal_offset;
+    header->control_offset = plan.control_offset;
+    header->role_offset = plan.role_offset;
+    header->role_bytes = role_bytes;
+    header->buffer_offset = plan.buffer_offset;
+    header->buffer_bytes = buffer_bytes;
+    for (uint32_t peer = 0; peer < ATOLL_ROLE_COUNT; peer++) {
+        header->tx_offset[peer] = plan.tx_offset[peer];
+        if (plan.tx_offset[peer] == 0)
+            continue;
+        struct atoll_ring_producer *producer = (void *)((char *)arena + plan.tx_offset[peer]);
+        producer->entry_count = entries[peer];
+        producer->consumer_role = peer;
+    }
+    atoll_compiler_barrier();
+    header->magic = ATOLL_ARENA_MAGIC;
+    return plan.role_offset;
+}
+
+/* --- Opening ----------------------------------------------------------------------------------------------------- */
+
+/* Checks a ring whose producer half lies in `arena`, which may be another domain's. Returns 0 if it is not there. */
+static const struct atoll_ring_producer *find_producer(const struct atoll_arena_header *arena, uint64_t arena_bytes,
+                                                       uint32_t consumer_role, uint32_t *entry_count)
+{
+    uint64_t offset = arena->tx_offset[consumer_role];
+    if (offset == 0)
+        return 0;
+    if (offset % ATOLL_PAGE_BYTES != 0 || offset > arena_bytes - ATOLL_PAGE_BYTES)
+        return 0;
+    const struct atoll_ring_producer *producer = (const void *)((const char *)arena + offset);
+    uint32_t count = producer->entry_count;
+    if (count == 0 || (count & (count - 1)) != 0 || producer->consumer_role != consumer_role ||
+        (uint64_t)count * sizeof(struct atoll_descriptor) > arena_bytes - offset - ATOLL_PAGE_BYTES)
+        return 0;
+    *entry_count = count;
+    return producer;
+}
+
+int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incarnation, uint32_t pid,
+                      uint64_t start_time, const uint64_t *arena_bytes, char *error)
+{
+    struct atoll_arena_header *self = (void *)(uintptr_t)atoll_arena_address(role);
+
+    memset(domain, 0, sizeof *domain);
+    domain->rings = calloc(1, sizeof *domain->rings);
+    if (domain->rings == 0) {
+        snprintf(error, 256, "out of memory");
+        return -ENOMEM;
+    }
+    domain->role = role;
+    domain->incarnation = incarnation;
+    domain->self = self;
+    if (self->magic != ATOLL_ARENA_MAGIC || self->layout_version != ATOLL_LAYOUT_VERSION || self->role != role) {
+        snprintf(error, 256, "arena of role %u: magic %llx, layout version %u, role %u are not those of this program", role,
+                 (unsigned long long)self->magic, self->layout_version, self->role);
+        return -EINVAL;
+    }
+    domain->counters = (void *)((char *)self + ATOLL_COUNTERS_OFFSET);
+    domain->journal = (void *)((char *)self + self->journal_offset);
+    atoll_roll_back(domain->journal);
+
+    self->state = ATOLL_STATE_RECOVERING;
+    self->incarnation = incarnation;
+    self->pid = pid;
+    self->start_time = start_time;
+    self->sleeping = 0;
+
+    for (uint32_t peer = 0; peer < ATOLL_ROLE_COUNT; peer++) {
+        domain->peer_bytes[peer] = arena_bytes[peer];
+        if (arena_bytes[peer] == 0)
+            continue;
+        const struct atoll_arena_header *arena = (const void *)(uintptr_t)atoll_arena_address(peer);
+        domain->peers[peer] = arena;
+        uint32_t count = 0;
+        const struct atoll_ring_producer *producer = find_producer(self, arena_bytes[role], peer, &count);
+        if (producer != 0) {
+            struct atoll_tx_ring *tx = &domain->rings->tx[peer];
+            tx->producer = (void *)((char *)self + self->tx_offset[peer]);
+            tx->consumer = &arena->consumer[role];
+            tx->entries = (void *)((char *)tx->producer + ATOLL_PAGE_BYTES);
+            tx->mask = count - 1;
+            tx->cached_head = atoll_load_acquire(&tx->consumer->head);
+            atoll_store_release(&tx->producer->tail, tx->producer->tail_committed);
+            tx->published = tx->producer->tail_committed;
+        }
+        producer = find_producer(arena, arena_bytes[peer], role, &count);
+        if (producer != 0) {
+            struct atoll_rx_ring *rx = &domain->rings->rx[peer];
+            rx->producer = producer;
+            rx->consumer = &self->consumer[peer];
+            rx->entries = (const void *)((const char *)producer + ATOLL_PAGE_BYTES);
+            rx->mask = count - 1;
+            rx->cached_tail = rx->consumer->head_committed;
+            atoll_ring_publish_head(rx);
+        }
+    }
+    return 0;
+}
+
+void atoll_domain_serving(struct atoll_domain *domain)
+{
+    domain->self->serving_ns = atoll_now_ns();
+    atoll_store_release(&domain->self->state, ATOLL_STATE_SERVING);
+    atoll_domain_wake_all(domain);
+}
+
+/* --- Waking and sleeping ----------------------------------------------------------------------------------------- */
+
+static void wake(struct atoll_domain *domain, uint32_t role)
+{
+    const struct atoll_arena_header *peer = domain->peers[role];
+    if (peer->wake_kind == ATOLL_WAKE_EVENTFD) {
+        uint64_t one = 1;
+        /* EAGAIN: the counter is full, so the peer is woken already. EBADF: a peer this process may not wake. */
+        ssize_t ignored = write(peer->eventfd, &one, sizeof one);
+        (void)ignored;
+    } else if (domain->rings->tx[role].producer != 0) {
+        syscall(SYS_futex, &domain->rings->tx[role].producer->tail, FUTEX_WAKE, 1, 0, 0, 0);
+    }
+}
+
+void atoll_domain_commit(struct atoll_domain *domain)
+{
+    uint32_t published = 0;
+    atoll_commit(domain->journal);
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++) {
+        if (domain->rings->rx[role].consumer != 0)
+            atoll_ring_publish_head(&domain->rings->rx[role]);
+        if (domain->rings->tx[role].producer != 0 && atoll_ring_publish_tail(&domain->rings->tx[role]))
+            published |= 1u << role;
+    }
+    if (published == 0)
+        return;
+    atoll_full_fence(); /* SP-SLEEP */
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
+        if ((published >> role & 1) && atoll_load_relaxed(&domain->peers[role]->sleeping))
+            wake(domain, role);
+}
+
+void atoll_domain_wake_all(struct atoll_domain *domain)
+{
+    atoll_full_fence();
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
+        if (domain->peers[role] != 0 && role != domain->role)
+            wake(domain, role);
+}
+
+uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role)
+{
+    struct atoll_rx_ring *ring = &domain->rings->rx[role];
+    return ring->consumer == 0 ? 0 : atoll_ring_available(ring);
+}
+
+static bool anything_pending(struct atoll_domain *domain, uint32_t ignored_roles)
+{
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
+        if (!(ignored_roles >> role & 1) && atoll_domain_pending(domain, role) != 0)
+            return true;
+    return false;
+}
+
+bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles)
+{
+    atoll_store_relaxed(&domain->self->sleeping, 1);
+    atoll_full_fence(); /* SP-SLEEP */
+    if (!anything_pending(domain, ignored_roles))
+        return true;
+    atoll_domain_awake(domain);
+    return false;
+}
+
+void atoll_domain_awake(struct atoll_domain *domain) { atoll_store_relaxed(&domain->self->sleeping, 0); }
+
+int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns)
+{
+    struct futex_waitv waiters[ATOLL_ROLE_COUNT];
+    uint32_t count = 0;
+    struct timespec until, *deadline = 0;
+
+    if (!atoll_domain_may_sleep(domain, ignored_roles))
+        return 1;
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++) {
+        struct atoll_rx_ring *ring = &domain->rings->rx[role];
+        if (ring->consumer == 0 || (ignored_roles >> role & 1))
+            continue;
+        /* Nothing pending: the tail is as cached. Should it move now, futex_waitv returns at once. */
+        waiters[count++] = (struct futex_waitv){
+            .val = ring->cached_tail, .uaddr = (uintptr_t)&ring->producer->tail, .flags = FUTEX_32};
+    }
+    if (timeout_ns >= 0) {
+        uint64_t at = atoll_now_ns() + (uint64_t)timeout_ns;
+        until = (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
+        deadline = &until;
+    }
+    long result = syscall(SYS_futex_waitv, waiters, count, 0, deadline, CLOCK_MONOTONIC);
+    int error = errno;
+    atoll_domain_awake(domain);
+    return !(result < 0 && error == ETIMEDOUT);
+}
+
+/* --- Messages ---------------------------------------------------------------------------------------------------- */
+
+bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message)
+{
+    struct atoll_rx_ring *ring = &domain->rings->rx[role];
+    if (ring->consumer == 0 || atoll_ring_available(ring) == 0)
+        return false;
+    *message = *atoll_ring_entry(ring, 0);
+    atoll_ring_pop(domain->journal, ring, 1);
+    if (atoll_trace_armed(domain))
+        atoll_trace_hop(domain, role, 0, message);
+    return true;
+}
+
+bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+{
+    struct atoll_tx_ring *ring = &domain->rings->tx[role];
+    struct atoll_descriptor *entry = ring->producer == 0 ? 0 : atoll_ring_reserve(ring);
+    if (entry == 0)
+        return false;
+    *entry = *message;
+    entry->incarnation = domain->incarnation;
+    atoll_ring_push(domain->journal, ring);
+    if (atoll_trace_armed(domain))
+        atoll_trace_hop(domain, role, 1, entry);
+    return true;
+}
+
+void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direction, const struct atoll_descriptor *message)
+{
+    struct atoll_trace_record *records = (void *)((char *)domain->self + ATOLL_TRACE_OFFSET);
+    struct atoll_trace_record *record = &records[domain->self->trace_next % ATOLL_TRACE_ENTRIES];
+    *record = (struct atoll_trace_record){.time_ns = atoll_now_ns(),
+                                          .identity = message->identity,
+                                          .address = message->address,
+                                          .length = message->length,
+                                          .opcode = message->opcode,
+                                          .peer = (uint8_t)peer,
+                                          .direction = (uint8_t)direction,
+                                          .flags = message->flags};
+    memcpy(record->words, message->words, sizeof record->words);
+    atoll_store_release(&domain->self->trace_next, domain->self->trace_next + 1);
+}

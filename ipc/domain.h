@@ -1,0 +1,109 @@
+/*
+ * What every domain's C has in common: its own arena, its rings, its transaction, waking and sleeping, counters, trace.
+ *
+ *   atoll_domain_open        once, by the active process: arena is mapped writable, peers read-only
+ *   atoll_domain_receive     messages from a peer
+ *   atoll_domain_send        reserve an entry to a peer
+ *   atoll_domain_commit      commit the step, publish indices, wake peers that sleep
+ *   atoll_domain_sleep       until a peer publishes or the timeout ends (futex domains)
+ *   atoll_domain_may_sleep / atoll_domain_awake   the same around a wait of one's own (epoll, io_uring)
+ *
+ * After a crash: atoll_domain_open of the successor rolls back, publishes, and wakes all peers, because the dead may
+ * have published without waking.
+ */
+#ifndef ATOLL_IPC_DOMAIN_H
+#define ATOLL_IPC_DOMAIN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "ipc/ring.h"
+
+/* cffi:begin */
+struct atoll_domain {
+    uint32_t role;
+    uint32_t incarnation;
+    struct atoll_arena_header *self;
+    const struct atoll_arena_header *peers[16]; /* NULL: no such role in this instance */
+    uint64_t peer_bytes[16];                    /* arena sizes as told by the kernel, never read from shared memory */
+    uint64_t *counters;                         /* own; indices are the role's own enum */
+    struct atoll_journal *journal;
+    struct atoll_rings *rings;
+};
+
+/* What a domain's C loop returns to its Python. Role-specific reasons start at 16. */
+enum atoll_reason {
+    ATOLL_REASON_CONTROL = 1,  /* a control message waits on the ring from the kernel */
+    ATOLL_REASON_STOP = 2
+};
+
+/* Lays out the common part of a fresh arena and returns role_offset. `rings_to` is a bit mask of roles that this role
+ * sends to, `entries[role]` the ring sizes. `role_bytes` and `buffer_bytes` are what the role asked for. Called once, by init,
+ * on the still zeroed object. */
+uint64_t atoll_arena_format(void *arena, uint32_t role, uint64_t instance, uint64_t arena_bytes, uint32_t rings_to,
+                            const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes, uint32_t wake_kind,
+                            int32_t eventfd);
+/* Bytes of an arena of such a layout (page-aligned). */
+uint64_t atoll_arena_size(uint32_t rings_to, const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes);
+
+/* Returns 0 or a negative errno with the reason in `error` (256 bytes). `arena_bytes[role]` is 0 for absent roles. */
+int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incarnation, uint32_t pid,
+                      uint64_t start_time, const uint64_t *arena_bytes, char *error);
+void atoll_domain_serving(struct atoll_domain *domain);
+void atoll_domain_commit(struct atoll_domain *domain);
+void atoll_domain_wake_all(struct atoll_domain *domain);
+/* Sleeps on the tails of all inbound rings; returns at once if a message waits. timeout_ns < 0: no limit.
+ * `ignored_roles`: bit mask of rings whose messages cannot be taken now (a limit is reached); they neither wake nor
+ * keep awake; give a timeout then (100 ms), so that `progress` shows that this is no hang.
+ * Returns 1 if there may be something to do, 0 on timeout. */
+int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns);
+/* For domains that wait in epoll with their eventfd: true if nothing is pending and `sleeping` is set. */
+bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles);
+void atoll_domain_awake(struct atoll_domain *domain);
+/* Messages waiting on the ring from `role` (control messages from the kernel: role 1). */
+uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role);
+/* Copies the next message from `role` and counts it as consumed in the running transaction; false if there is none. */
+bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message);
+/* Sends one message to `role` in the running transaction; false if the ring is full. The incarnation is filled in. */
+bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
+uint64_t atoll_now_ns(void);
+/* cffi:end */
+
+struct atoll_rings {
+    struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
+    struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
+};
+
+/* True if [address, address + length) lies within the arena of `role`: the check before any use of a reference (I8). */
+static inline bool atoll_reference_in(const struct atoll_domain *domain, uint32_t role, uint64_t address, uint64_t length)
+{
+    uint64_t base = atoll_arena_address(role);
+    return address >= base && length <= domain->peer_bytes[role] && address - base <= domain->peer_bytes[role] - length;
+}
+
+/* The role in whose arena [address, address + length) lies, or 0 if it lies in none. */
+static inline uint32_t atoll_reference_role(const struct atoll_domain *domain, uint64_t address, uint64_t length)
+{
+    uint64_t role = address >= ATOLL_MAP_BASE ? (address - ATOLL_MAP_BASE) / ATOLL_MAP_STRIDE : 0;
+    if (role == 0 || role >= ATOLL_ROLE_COUNT || !atoll_reference_in(domain, (uint32_t)role, address, length))
+        return 0;
+    return (uint32_t)role;
+}
+
+/* Counters are statistics: not transactional, a few may be lost or counted twice at a crash. */
+static inline void atoll_count(struct atoll_domain *domain, uint32_t counter, uint64_t amount)
+{
+    domain->counters[counter] += amount;
+}
+
+/* One load in the kernel's arena tells whether a trace is armed. */
+static inline bool atoll_trace_armed(const struct atoll_domain *domain)
+{
+    return __builtin_expect(atoll_load_relaxed(&domain->peers[ATOLL_ROLE_KERNEL]->trace_armed) != 0, 0);
+}
+
+/* Records one hop; call it only while a trace is armed. atoll_domain_take and _put do so by themselves. */
+void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direction, const struct atoll_descriptor *message);
+
+#endif

@@ -1,0 +1,72 @@
+/*
+ * Every bound of Atoll that more than one domain relies on, with its reason;
+ * the relations between them are asserted below (I9). Bounds that a single
+ * domain keeps to itself stand in that domain's own header.
+ */
+#ifndef ATOLL_IPC_LIMITS_H
+#define ATOLL_IPC_LIMITS_H
+
+/* cffi:begin */
+/* A block: the unit of mapping, sharing and placement; also a page of memory. */
+#define ATOLL_BLOCK_BYTES 4096
+#define ATOLL_BLOCK_SHIFT 12
+
+/* Requests in flight in the whole server. A slot is one request from its header to its last
+ * reply byte; 2,048 serve 1,000 connections with two each, or 64 at depth 32. */
+#define ATOLL_SLOT_COUNT 2048
+
+/* Connections at once, including those in negotiation. */
+#define ATOLL_CONNECTION_COUNT 2048
+
+/* Data of a request travels between domains in parts of at most this many bytes, one part of a
+ * request at a time: large enough for a device's sequential speed, small enough to bound every table. */
+#define ATOLL_PART_BYTES 262144
+/* Blocks that a part can touch: 64, and one more when it is not aligned. */
+#define ATOLL_PART_BLOCKS 65
+
+/* Largest READ or WRITE announced and accepted (NBD block size constraint "maximum payload"). */
+#define ATOLL_REQUEST_BYTES 33554432
+/* TRIM and WRITE_ZEROES travel in parts of this many bytes (no payload; bounds the time of one step). */
+#define ATOLL_RANGE_PART_BYTES 67108864
+
+/* Segments of the largest reply part: a header before and after every data run. */
+#define ATOLL_REPLY_SEGMENTS 160
+
+/* Ring entries: one message per slot and direction can be outstanding, so a reply always has its place. */
+#define ATOLL_DATA_RING_ENTRIES 4096
+/* Entries of rings between dedup and a storage driver: one per I/O slot, with room. */
+#define ATOLL_STORAGE_RING_ENTRIES 1024
+/* I/O requests of dedup in flight at one storage driver. */
+#define ATOLL_IO_COUNT 512
+/* Blocks of one I/O request (512 KiB): the device's sequential speed is reached. */
+#define ATOLL_IO_BLOCKS 128
+/* Entries of the rings to and from the kernel (control only). */
+#define ATOLL_CONTROL_RING_ENTRIES 64
+/* Bytes of a control message. */
+#define ATOLL_CONTROL_BYTES 262144
+
+/* Volumes in one store and bytes of a volume's name (UTF-8). */
+#define ATOLL_VOLUME_COUNT 256
+#define ATOLL_VOLUME_NAME_BYTES 256
+
+/* Words that one transaction may change: the largest is dedup's step over a part of 65 blocks. */
+#define ATOLL_JOURNAL_ENTRIES 32768
+
+/* Records kept of a trace, per domain. */
+#define ATOLL_TRACE_ENTRIES 4096
+
+/* Counters per domain. */
+#define ATOLL_COUNTER_COUNT 128
+
+/* Requests remembered as having crashed their domain (I8). */
+#define ATOLL_SUSPECT_COUNT 16
+/* cffi:end */
+
+_Static_assert(ATOLL_BLOCK_BYTES == 1 << ATOLL_BLOCK_SHIFT, "block size and shift agree");
+_Static_assert(ATOLL_DATA_RING_ENTRIES >= 2 * ATOLL_SLOT_COUNT, "every slot's message has a place, twice");
+_Static_assert(ATOLL_STORAGE_RING_ENTRIES >= ATOLL_IO_COUNT, "every I/O's message has a place");
+_Static_assert((ATOLL_PART_BLOCKS - 1) * ATOLL_BLOCK_BYTES == ATOLL_PART_BYTES, "a part's blocks");
+_Static_assert(ATOLL_REPLY_SEGMENTS >= 2 * ATOLL_PART_BLOCKS + 2, "a header around every run of a part");
+_Static_assert(ATOLL_REQUEST_BYTES % ATOLL_PART_BYTES == 0, "a request is a whole number of parts");
+
+#endif

@@ -1,0 +1,21 @@
+/* The process-private root of the dedup service: where its parts in the arena are. */
+#ifndef ATOLL_DEDUP_DEDUP_H
+#define ATOLL_DEDUP_DEDUP_H
+
+#include "services/dedup/store.h"
+
+struct store;
+struct datapath;
+
+struct dedup {
+    struct atoll_domain *domain;
+    struct atoll_dedup_public *public;
+    struct io_table *io;          /* arena */
+    struct store *store;          /* process-private, owned by store.c; points into the arena */
+    struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
+};
+
+/* Counters of dedup (names in services/dedup/__init__.py, same order). store.c uses those from 64 on. */
+#define DEDUP_COUNTER_STORE_FIRST 64
+
+#endif

@@ -1,0 +1,59 @@
+/*
+ * I/O requests of dedup to its storage drivers: a table in dedup's arena that outlives the process.
+ *
+ * A request is entered and sent in one transaction, so either both happened or neither. Its completion arrives on the
+ * ring from the driver, whoever plays dedup by then, and is dispatched by `kind`. A slot is not used again before its
+ * completion has been handled; neither are the memory and the place on the device that it refers to.
+ *
+ * After a crash of dedup: requests in flight stay in flight; the successor handles their completions.
+ * After a crash of the driver: its successor knows from its own arena and the outliving io_uring which requests
+ * are still under way, and does the others; dedup does nothing.
+ */
+#ifndef ATOLL_DEDUP_IO_H
+#define ATOLL_DEDUP_IO_H
+
+#include "ipc/domain.h"
+
+struct dedup;
+
+/* Who asked, so that the completion finds its way after a takeover. Numbered by hand (arena outlives process). */
+enum io_kind {
+    IO_FREE = 0,
+    IO_DESTAGE = 1,    /* datapath: argument = run index */
+    IO_FILL = 2,       /* datapath: read into cache pages; argument as datapath wants */
+    IO_STORE = 3       /* store: argument as store wants */
+};
+
+struct io_slot {
+    uint32_t kind;           /* enum io_kind */
+    uint32_t sequence;       /* goes up with each use */
+    uint32_t opcode;         /* ATOLL_OP_IO_* */
+    uint32_t device;         /* role of the driver */
+    uint64_t argument;
+    uint64_t offset_bytes;   /* on the device */
+    uint32_t length_bytes;
+    uint32_t segment_count;
+    struct atoll_segment segments[ATOLL_IO_BLOCKS];
+};
+
+struct io_table {
+    uint32_t free_count;
+    uint32_t reserved;
+    uint32_t free[ATOLL_IO_COUNT]; /* stack of free slot numbers */
+    struct io_slot slots[ATOLL_IO_COUNT];
+};
+
+/* Enters and sends a request in the running transaction. `segments` (count <= ATOLL_IO_BLOCKS) is copied into the slot.
+ * Returns the slot number, or -1 if none is free (IO_STORE may take the last 64, the others leave them). */
+int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
+              uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count);
+
+/* Takes one completion, checks it, releases the slot and calls the owner below, all in the running transaction.
+ * A completion that names no request in flight is counted and dropped (I8). */
+void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
+
+/* Owners' handlers. `slot` is valid during the call; submitting new requests from within is allowed. */
+void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
+void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
+
+#endif

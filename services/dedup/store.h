@@ -1,0 +1,126 @@
+/*
+ * The store: dedup's persistent state and its form on the device. Volumes, block maps, reference counts,
+ * fingerprints, allocation, metadata log, checkpoints, loading.
+ *
+ * Memory is ahead of the device: every change is made in the arena at once (transactionally) and noted as a record
+ * in the metadata log's buffer; store_sync makes all of it durable. In memory the map may also name write-log records
+ * (MAP_LOG); those exist for the datapath only: on the device, that block has the record's *base* value, which the datapath
+ * keeps and hands back with each persistent change.
+ *
+ * All functions run inside the transaction of dedup's current step unless said otherwise. Each is bounded in time.
+ * A "block" is ATOLL_BLOCK_BYTES. PBA is the block number on the device (pba * 4096 = byte offset).
+ *
+ * Interfaces to the map are by leaf page (512 entries), so that leaves can be paged later: see store_map_leaf.
+ */
+#ifndef ATOLL_DEDUP_STORE_H
+#define ATOLL_DEDUP_STORE_H
+
+#include "services/dedup/io.h"
+
+/* --- Map values --------------------------------------------------------------------------------------------------
+ * 64 bits: kind in the top 4, the rest a number. Values reach the device (but MAP_LOG): never renumber. */
+#define MAP_KIND(value) ((value) >> 60)
+#define MAP_NUMBER(value) ((value) & 0x0fffffffffffffffu)
+enum map_kind {
+    MAP_HOLE = 0,      /* reads as zeros, takes no space; the value is 0 */
+    MAP_PBA = 1,       /* number = PBA; holds one reference */
+    MAP_LOG = 2,       /* number = write-log record; never on the device */
+    MAP_ZERO = 3       /* reads as zeros but its space is promised (WRITE_ZEROES with NO_HOLE): holds one reservation */
+};
+#define MAP_VALUE(kind, number) ((uint64_t)(kind) << 60 | (uint64_t)(number))
+
+struct fingerprint { uint64_t low, high; }; /* XXH3-128 of the block */
+
+/* --- Sizes and life ---------------------------------------------------------------------------------------------- */
+struct store_geometry {
+    uint64_t device_blocks;
+    uint64_t map_frames;         /* leaves that can be in memory */
+    uint64_t fingerprint_slots;  /* bounded fingerprint cache: entries, a power of two */
+};
+uint64_t store_arena_bytes(const struct store_geometry *geometry); /* of dedup's role area */
+
+/* Attaches to its part of the arena; `fresh` on a zeroed one. After a crash (not fresh) everything is as at the last
+ * commit; only private pointers are set. Not in a transaction. */
+void store_attach(struct dedup *dedup, void *memory, const struct store_geometry *geometry, bool fresh);
+
+enum store_state {
+    STORE_NEW = 0, STORE_LOADING = 1, STORE_READY = 2,
+    STORE_BLANK = 3,   /* the device holds zeros where superblocks belong: store_format is allowed */
+    STORE_FAILED = 4   /* store_reason() says why: damaged, of another version, too small, not a store */
+};
+/* Starts reading superblocks, metadata pages and metadata log (I/O of kind IO_STORE; progress in store_step). */
+void store_load(struct dedup *dedup);
+void store_format(struct dedup *dedup, uint64_t store_uuid_low, uint64_t store_uuid_high);
+enum store_state store_state(struct dedup *dedup);
+const char *store_reason(struct dedup *dedup); /* 256 bytes at most, in the arena */
+/* One bounded step of whatever the store has going on (loading, log write, checkpoint, deletion of volumes). Returns
+ * true if it did something and wants to be called again soon. Own transaction steps inside are allowed: called outside
+ * of any transaction. */
+bool store_step(struct dedup *dedup);
+
+/* --- Volumes (table in atoll_dedup_public, read by nbd and kernel under `version`) ---------------------------------
+ * Return enum atoll_status and leave a text in `reason` (256 bytes). Changes are durable after the next store_sync. */
+int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags, char *reason);
+int store_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, char *reason); /* up only */
+int store_volume_delete(struct dedup *dedup, uint32_t volume, char *reason); /* blocks are freed by store_step */
+
+/* --- Map ---------------------------------------------------------------------------------------------------------- */
+uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
+/* The 512 entries of leaf lba / 512, or NULL if no entry of it was ever set (all holes). Read only; valid until the end of the step. */
+const uint64_t *store_map_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf);
+/* First leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. */
+uint64_t store_map_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end);
+/* Points an entry at a write-log record (or, for a superseded record, at a newer one). Creates the leaf.
+ * ATOLL_ENOSPC when no leaf can be had. Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */
+int store_map_log(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t record, uint64_t *old);
+
+/* --- Persistent changes of one entry. `base`: the persistent value (HOLE, PBA or ZERO) under it, which loses its reference
+ * or promise. The entry itself is set to the new value only if it is `expected` now (else a newer record is there: then
+ * the caller must not call these). Each notes metadata log records with absolute values. ---------------------------- */
+void store_place(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba, struct fingerprint print);
+/* False if the block cannot take one more reference (then write a new copy). */
+bool store_share(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba);
+void store_unmap(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base);      /* -> HOLE */
+int store_promise_zero(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base); /* -> ZERO; takes over one reservation of the caller's */
+
+/* --- Space (I7) ---------------------------------------------------------------------------------------------------
+ * Reserve before acknowledging; hand back what was not needed. A reservation counts free blocks and those that become free
+ * with the next sync. Freed blocks are not allocated again before the metadata that freed them is durable. */
+bool store_reserve(struct dedup *dedup, uint64_t blocks);
+void store_unreserve(struct dedup *dedup, uint64_t blocks);
+/* A run of at most `want` free blocks in sequence, after the last one handed out where possible; consumes as many reservations;
+ * *pba is its start; the blocks are "in flight" (in use, no reference) until store_place or store_abandon. 0 if free blocks exist only after a
+ * sync (caller asks for one). */
+uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
+/* Back to free (at the next sync) and to the caller's reservation. `quarantine`: never again in this run (late I/O may land there). */
+void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
+struct store_space {
+    uint64_t device_blocks, metadata_blocks, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
+        reserved_blocks, references /* sum over stored blocks */, zero_promises;
+};
+void store_space(struct dedup *dedup, struct store_space *space);
+
+/* --- Fingerprints -------------------------------------------------------------------------------------------------- */
+bool store_fingerprint(struct dedup *dedup, uint64_t pba, struct fingerprint *print); /* of a stored block; false if not stored */
+uint32_t store_references(struct dedup *dedup, uint64_t pba);
+/* Candidates for equal content, best first (at most `most`): hints, never proofs. */
+uint32_t store_candidates(struct dedup *dedup, struct fingerprint print, uint64_t *pbas, uint32_t most);
+/* True if pba is a data block of this device (checks values that came from elsewhere). */
+bool store_pba_valid(struct dedup *dedup, uint64_t pba);
+
+/* --- Durability ----------------------------------------------------------------------------------------------------
+ * store_sync asks that all changes made so far become durable: data writes completed so far -> device flush -> metadata log
+ * blocks -> device flush. Returns a ticket; it is reached when store_synced() >= ticket. Requests join: one sync runs at a
+ * time, the next covers all that came meanwhile. store_failed() counts failures; a failed one is tried again by the next store_sync. */
+uint64_t store_sync(struct dedup *dedup);
+uint64_t store_synced(struct dedup *dedup);
+uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status);
+/* True if the metadata log's buffer has room for `records` more persistent changes; else wait (a sync is started by itself). */
+bool store_has_room(struct dedup *dedup, uint32_t records);
+/* Sync, checkpoint, mark the superblock clean; then store_step until it returns false and store_closed() is true. */
+void store_close(struct dedup *dedup);
+bool store_closed(struct dedup *dedup);
+/* The base value of a write-log record, provided by the datapath: a checkpoint writes it in place of MAP_LOG. */
+uint64_t datapath_record_base(struct dedup *dedup, uint64_t record);
+
+#endif
