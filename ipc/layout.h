@@ -228,7 +228,10 @@ struct atoll_arena_header {
     uint64_t trace_armed;     /* kernel's arena: number of the trace in progress, 0 none */
     uint64_t trace_next;      /* records written so far by this domain */
     char reason[256];         /* why state is FAILED */
-    uint8_t reserved_b[3496];
+    uint64_t crash_point;     /* kernel's arena: FNV-1a of the name of the armed crash point, 0 none */
+    uint64_t crash_sequence;  /* kernel's arena: goes up with each arming */
+    uint64_t crash_seen;      /* own: the arming that this domain has died of */
+    uint8_t reserved_b[3472];
     uint32_t sleeping;        /* SP-SLEEP; a line of its own, peers look at it after every batch */
     uint32_t reserved_c[15];
     struct atoll_ring_consumer consumer[16]; /* rings from each role */
