@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -39,8 +38,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.is_file():
             shutil.copy(path, copy)
     archive = build("sdist", copy, folder / "sdist")
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(archive, folder / "unpacked")
     (root,) = (folder / "unpacked").iterdir()
     return root
 
