@@ -292,18 +292,34 @@ bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct a
     return true;
 }
 
-void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direction, const struct atoll_descriptor *message)
+static void trace_record(struct atoll_domain *domain, uint32_t peer, uint32_t direction,
+                         const struct atoll_descriptor *message, uint64_t address, uint32_t length)
 {
     struct atoll_trace_record *records = (void *)((char *)domain->self + ATOLL_TRACE_OFFSET);
     struct atoll_trace_record *record = &records[domain->self->trace_next % ATOLL_TRACE_ENTRIES];
     *record = (struct atoll_trace_record){.time_ns = atoll_now_ns(),
                                           .identity = message->identity,
-                                          .address = message->address,
-                                          .length = message->length,
+                                          .address = address,
+                                          .length = length,
                                           .opcode = message->opcode,
                                           .peer = (uint8_t)peer,
                                           .direction = (uint8_t)direction,
                                           .flags = message->flags};
     memcpy(record->words, message->words, sizeof record->words);
     atoll_store_release(&domain->self->trace_next, domain->self->trace_next + 1);
+}
+
+/* A scattered payload leaves one record per segment, so that the trace shows where its bytes lie, not where the list does. */
+void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direction, const struct atoll_descriptor *message)
+{
+    uint32_t count = message->segment_count;
+    if (message->opcode == ATOLL_OP_GIVE_BACK || count > ATOLL_REPLY_SEGMENTS ||
+        atoll_reference_role(domain, message->address, count * sizeof(struct atoll_segment)) == 0)
+        count = 0;
+    if (count == 0)
+        trace_record(domain, peer, direction, message, message->address, message->length);
+    for (uint32_t index = 0; index < count; index++) {
+        struct atoll_segment segment = ((const struct atoll_segment *)(uintptr_t)message->address)[index];
+        trace_record(domain, peer, direction, message, segment.address, segment.length);
+    }
 }
