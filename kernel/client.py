@@ -4,7 +4,7 @@
         client.call("status")                   -> dict
         client.call("kill", role="disk")
 
-On the wire both directions carry frames: length of what follows (32 bits, big-endian, at most FRAME_BYTES_MAX), then one
+On the wire both directions carry frames: the length of what follows (32 bits, big-endian, at most FRAME_BYTES_MAX), then one
 msgpack map.
 
     request  {"version": 1, "number": int, "call": verb, ...arguments}

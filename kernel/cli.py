@@ -1,0 +1,469 @@
+"""The command `atoll`: options, exit codes and one-line errors; what it shows is drawn by show.py.
+
+- `serve` runs a server (kernel/init.py); every other command asks a running one over its control socket (client.py),
+  except `audit`, which asks the operating system.
+- Each command takes `--data DIR` (or ATOLL_DATA) and, where there is something to print, `--json`: one JSON document.
+- Whatever fails ends as `atoll: ...`, one line on standard error, with a status of EXIT_CODES.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from atoll.kernel import config as configuration
+from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
+
+EXIT_NEGATIVE = 1
+EXIT_USAGE = 2
+EXIT_SERVER = 3
+EXIT_REFUSED = 4
+EXIT_NO_ANSWER = 5
+
+EXIT_CODES = """\b
+Exit status:
+  0  done
+  1  the answer is no (audit found something, trace saw no proof), or the server failed
+  2  wrong usage or configuration
+  3  no server runs on the data directory; for serve: one runs already
+  4  the server refused
+  5  the server did not answer in time
+"""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def data_option(command: F) -> F:
+    return click.option(
+        "--data",
+        metavar="DIR",
+        envvar="ATOLL_DATA",
+        default=f"./{configuration.DEFAULT_DATA}",
+        show_default=True,
+        show_envvar=True,
+        type=click.Path(path_type=Path),
+        help="Data directory of the server.",
+    )(command)
+
+
+def json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def emit(document: Any) -> None:
+    """JSON for programs, indented for people who look at it anyway."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+class Checked(click.ParamType):
+    """A parameter that `convert` checks by raising ConfigError."""
+
+    def __init__(self, name: str, check: Callable[[str], Any]) -> None:
+        self.name = name
+        self.check = check
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.check(value)
+        except configuration.ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = Checked("size", configuration.parse_size)
+VOLUME_NAME = Checked("name", configuration.check_volume_name)
+
+
+def parse_signal(text: str) -> signal.Signals:
+    """KILL, SIGKILL or 9."""
+    try:
+        if text.isdigit():
+            return signal.Signals(int(text))
+        return signal.Signals["SIG" + text.upper().removeprefix("SIG")]
+    except (KeyError, ValueError):
+        raise configuration.ConfigError(f"no such signal: {text!r}") from None
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(metadata.version("atoll"), message="atoll %(version)s")
+def cli() -> None:
+    """A block-storage server of isolated processes that survives the death of any of them."""
+
+
+# --- serve ----------------------------------------------------------------------------------------------------------
+
+
+def serve_options(command: F) -> F:
+    """What a configuration file says, as options; they win."""
+    for option in reversed(
+        (
+            click.option(
+                "--data",
+                metavar="DIR",
+                envvar="ATOLL_DATA",
+                type=click.Path(),
+                help=f"Data directory, made if missing.  [default: ./{configuration.DEFAULT_DATA}]",
+            ),
+            click.option(
+                "--listen",
+                metavar="HOST:PORT",
+                multiple=True,
+                help="Listen on TCP; repeatable; port 0 takes a free one.  "
+                f"[default: {configuration.DEFAULT_LISTEN} and the socket DATA/{configuration.DEFAULT_UNIX}]",
+            ),
+            click.option("--unix", metavar="PATH", multiple=True, help="Listen on a Unix socket; repeatable."),
+            click.option(
+                "--volume",
+                "volumes",
+                metavar="NAME=SIZE[,ro]",
+                multiple=True,
+                type=Checked("volume", configuration.parse_volume),
+                help="Make this volume unless it exists; repeatable.  [default: disk=8GiB where there is none]",
+            ),
+            click.option(
+                "--device", metavar="PATH", help="File or block device to store on.  [default: DATA/device.img]"
+            ),
+            click.option("--device-size", metavar="SIZE", help="Size of a device file to be made.  [default: 8GiB]"),
+            click.option(
+                "--sparse", is_flag=True, default=None, help="Do not preallocate the device file; for trials."
+            ),
+            click.option("--config", "file", metavar="FILE", help="TOML file that says all of this and more."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def read_configuration(options: dict[str, Any]) -> dict[str, Any]:
+    file = options.pop("file")
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    activated = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS", "0") != "0"
+    return configuration.load(file, options).as_dict(socket_activated=activated)
+
+
+@cli.command(epilog=EXIT_CODES)
+@serve_options
+def serve(**options: Any) -> None:
+    """Run a server until it is told to stop (atoll stop, SIGTERM, SIGINT)."""
+    checked = read_configuration(options)
+    from atoll.kernel import init
+
+    sys.exit(init.run(checked))
+
+
+@cli.group()
+def config() -> None:
+    """The configuration."""
+
+
+@config.command("show")
+@serve_options
+def config_show(**options: Any) -> None:
+    """Print, as JSON, what serve would run with: the file, the options and the defaults, checked."""
+    emit(read_configuration(options))
+
+
+# --- Looking --------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@data_option
+@json_option
+def status(data: Path, as_json: bool) -> None:
+    """Volumes and their URIs, space, write log, engines, counters."""
+    with Client(data) as client:
+        document = client.call("status")
+    if as_json:
+        emit(document)
+        return
+    from atoll.kernel import show
+
+    show.status(document)
+
+
+@cli.command()
+@data_option
+@json_option
+@click.option("--watch", is_flag=True, help="Refresh until interrupted.")
+@click.option("--interval", metavar="SECONDS", type=click.FloatRange(0.05), default=1.0, show_default=True)
+def ps(data: Path, as_json: bool, watch: bool, interval: float) -> None:
+    """The processes: role, pid, incarnation, state, standby, restarts, uptime, CPU, memory."""
+    with Client(data) as client:
+        if not watch:
+            rows = client.call("ps")["domains"]
+            if as_json:
+                emit(rows)
+            else:
+                from atoll.kernel import show
+
+                show.processes(rows)
+            return
+        if as_json:
+            while True:
+                click.echo(json.dumps(client.call("ps")["domains"]))
+                time.sleep(interval)
+        from atoll.kernel import show
+
+        show.watch_processes(lambda: client.call("ps")["domains"], interval)
+
+
+# --- Killing and stopping -------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@data_option
+@json_option
+@click.argument("role")
+@click.option(
+    "--signal",
+    "number",
+    metavar="NAME",
+    default="KILL",
+    show_default=True,
+    type=Checked("signal", parse_signal),
+    help="KILL, SEGV, STOP, ...",
+)
+def kill(data: Path, as_json: bool, role: str, number: signal.Signals) -> None:
+    """Kill the process that plays ROLE; say how long until that was noticed and until its successor served."""
+    from atoll.kernel import cli_kill
+
+    with Client(data, timeout_s=60.0) as client:
+        document = cli_kill.kill(client, role, number)
+    if as_json:
+        emit(document)
+        return
+    noticed = "" if document["detect_ms"] is None else f"noticed after {document['detect_ms']:.2f} ms, "
+    click.echo(
+        f"{role}: process {document['pid']} ended by {document['signal']}; {noticed}"
+        f"process {document['new_pid']} served after {document['serving_ms']:.2f} ms"
+    )
+
+
+@cli.command()
+@data_option
+@json_option
+@click.option(
+    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0), default=60.0, show_default=True,
+    help="Wait no longer than this; the server goes on stopping.",
+)  # fmt: skip
+def stop(data: Path, as_json: bool, timeout_s: float) -> None:
+    """Stop the server: what was acknowledged is on the device then."""
+    from atoll.kernel import cli_kill
+
+    with Client(data) as client:
+        seconds = cli_kill.stop(client, timeout_s, lambda line: click.echo(f"atoll: {line}", err=True))
+    if as_json:
+        emit({"stopped": True, "seconds": round(seconds, 3)})
+    else:
+        click.echo(f"stopped after {seconds:.1f} s")
+
+
+# --- Volumes --------------------------------------------------------------------------------------------------------
+
+
+@cli.group()
+def volume() -> None:
+    """Make, list, enlarge and delete volumes."""
+
+
+@volume.command("create")
+@data_option
+@json_option
+@click.argument("name", type=VOLUME_NAME)
+@click.argument("size", type=SIZE)
+@click.option("--read-only", is_flag=True, help="Clients may not write.")
+def volume_create(data: Path, as_json: bool, name: str, size: int, read_only: bool) -> None:
+    """Make a thin volume NAME of SIZE (such as 8GiB)."""
+    configuration.check_volume_size(size)
+    with Client(data) as client:
+        client.call("volume-create", name=name, size_bytes=int(size), read_only=read_only)
+        report_volume(client, name, as_json, "created")
+
+
+@volume.command("list")
+@data_option
+@json_option
+def volume_list(data: Path, as_json: bool) -> None:
+    """List the volumes."""
+    with Client(data) as client:
+        volumes = client.call("volume-list")["volumes"]
+    if as_json:
+        emit(volumes)
+        return
+    from atoll.kernel import show
+
+    show.volumes(volumes)
+
+
+@volume.command("resize")
+@data_option
+@json_option
+@click.argument("name", type=VOLUME_NAME)
+@click.argument("size", type=SIZE)
+def volume_resize(data: Path, as_json: bool, name: str, size: int) -> None:
+    """Enlarge volume NAME to SIZE."""
+    configuration.check_volume_size(size)
+    with Client(data) as client:
+        client.call("volume-resize", name=name, size_bytes=int(size))
+        report_volume(client, name, as_json, "resized")
+
+
+@volume.command("delete")
+@data_option
+@json_option
+@click.argument("name", type=VOLUME_NAME)
+@click.option("--force", is_flag=True, help="Even while a client uses it.")
+def volume_delete(data: Path, as_json: bool, name: str, force: bool) -> None:
+    """Delete volume NAME and all that it holds."""
+    with Client(data) as client:
+        client.call("volume-delete", name=name, force=force)
+    if as_json:
+        emit({"name": name, "deleted": True})
+    else:
+        click.echo(f"volume {name} deleted")
+
+
+def report_volume(client: Client, name: str, as_json: bool, done: str) -> None:
+    found = [entry for entry in client.call("volume-list")["volumes"] if entry["name"] == name]
+    if as_json:
+        emit(found[0] if found else {"name": name})
+    elif found:
+        size = configuration.format_size(found[0]["size_bytes"])
+        click.echo(f"volume {name} {done}: {size}{''.join('  ' + uri for uri in found[0].get('uris', []))}")
+    else:
+        click.echo(f"volume {name} {done}")
+
+
+# --- Proofs ---------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@data_option
+@json_option
+@click.option("--volume", "volume_name", metavar="NAME", help="Only requests to this volume.")
+@click.option(
+    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0.1), default=60.0, show_default=True,
+    help="How long to wait for a write, and for a read.",
+)  # fmt: skip
+@click.option(
+    "--only", type=click.Choice(["write", "read", "both"]), default="both", show_default=True, help="What to wait for."
+)
+def trace(data: Path, as_json: bool, volume_name: str | None, timeout_s: float, only: str) -> None:
+    """Follow the next write and the next read through all domains.
+
+    Each hop shows the domain, its incarnation, where the payload lies, and the time since the hop before. The address
+    of a write's payload is the same in nbd, dedup and disk, that of a read from the device is the same from disk to
+    nic: nothing is copied between domains. Exit status 1 if that is not what was seen.
+    """
+    from atoll.kernel import cli_trace
+
+    wanted = ("write", "read") if only == "both" else (only,)
+    with Client(data) as client:
+        document = cli_trace.follow(
+            client, volume_name, timeout_s, wanted, lambda line: click.echo(f"atoll: {line}", err=True)
+        )
+    if as_json:
+        emit(document)
+    else:
+        from atoll.kernel import show
+
+        show.trace(document)
+    sys.exit(0 if all(document[kind]["same_address"] for kind in wanted) else EXIT_NEGATIVE)
+
+
+@cli.command()
+@data_option
+@json_option
+def audit(data: Path, as_json: bool) -> None:
+    """Show who can write which memory, as the operating system says; status 1 if any is writable in two processes."""
+    from atoll.kernel import audit as auditing
+
+    document = auditing.audit(data)
+    if as_json:
+        emit(document)
+    else:
+        from atoll.kernel import show
+
+        show.audit(document)
+    sys.exit(0 if document["ok"] else EXIT_NEGATIVE)
+
+
+@cli.group()
+def bench() -> None:
+    """Measurements."""
+
+
+@bench.command("ring")
+@json_option
+@click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the figures.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=20.0, show_default=True, help="How long to measure, in all."
+)
+@click.option("--data", hidden=True, help="Not needed: measures on rings of its own.")
+def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None) -> None:
+    """Throughput and round trips of a ring beside other ways between two processes."""
+    from atoll.bench import ring  # type: ignore[attr-defined, unused-ignore]
+
+    result = ring.run(seconds, plot)
+    if as_json:
+        emit(result)
+        return
+    from rich.console import Console
+
+    Console().print(ring.render(result))
+
+
+# --- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Entry point of the command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit status; what is wrong is one line on standard error."""
+    try:
+        result = cli.main(arguments, prog_name="atoll", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_USAGE
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        return complain(f"{error.format_message()}{hint}", EXIT_USAGE)
+    except configuration.ConfigError as error:
+        return complain(str(error), EXIT_USAGE)
+    except NoServer as error:
+        return complain(str(error), EXIT_SERVER)
+    except Refused as error:
+        return complain(str(error), EXIT_REFUSED)
+    except NoAnswer as error:
+        return complain(str(error), EXIT_NO_ANSWER)
+    except (ControlError, click.ClickException) as error:
+        return complain(str(error), EXIT_NEGATIVE)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # Whoever reads our output went away (head, less): no error, and nothing more to say at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}", EXIT_NEGATIVE)
+
+
+def complain(message: str, status: int) -> int:
+    click.echo("atoll: " + " ".join(message.split()), err=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()
