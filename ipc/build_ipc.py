@@ -13,4 +13,5 @@ ffi = cbuild.make_ffi(
     headers=cbuild.headers_in(HERE),
     sources=sorted(path.name for path in HERE.glob("*.c")),
     here=HERE,
+    libraries=["uring"],
 )

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "ipc/domain.h"
 
+#include "ipc/crashpoint.h"
+
 #include <errno.h>
 #include <linux/futex.h>
 #include <stdio.h>
@@ -188,7 +190,9 @@ static void wake(struct atoll_domain *domain, uint32_t role)
 void atoll_domain_commit(struct atoll_domain *domain)
 {
     uint32_t published = 0;
+    ATOLL_CRASH_POINT_EACH(domain, "commit.before");
     atoll_commit(domain->journal);
+    ATOLL_CRASH_POINT_EACH(domain, "commit.after");
     for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++) {
         if (domain->rings->rx[role].consumer != 0)
             atoll_ring_publish_head(&domain->rings->rx[role]);
@@ -197,10 +201,12 @@ void atoll_domain_commit(struct atoll_domain *domain)
     }
     if (published == 0)
         return;
+    ATOLL_CRASH_POINT_EACH(domain, "publish.after");
     atoll_full_fence(); /* SP-SLEEP */
     for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
         if ((published >> role & 1) && atoll_load_relaxed(&domain->peers[role]->sleeping))
             wake(domain, role);
+    ATOLL_CRASH_POINT_EACH(domain, "wake.after");
 }
 
 void atoll_domain_wake_all(struct atoll_domain *domain)
