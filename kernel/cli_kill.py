@@ -1,6 +1,6 @@
 """`atoll kill` and `atoll stop`: what they ask of the kernel, and what they see to themselves.
 
-- A domain is killed by the kernel, which measures. The kernel and the zygote are killed from here by their pid, since nobody
+- A domain is killed by the kernel, which measures. Kernel and zygote are killed from here by their pid, since nobody
   can report its own death: noticed is when the operating system tells of the end, serving when a successor answers.
 - Stopping ends when the process of init has ended; what it waits for is shown meanwhile.
 """

@@ -4,8 +4,8 @@
         client.call("status")                   -> dict
         client.call("kill", role="disk")
 
-On the wire both directions carry frames: the length of what follows (32 bits, big-endian, at most FRAME_BYTES_MAX), then one
-msgpack map.
+On the wire both directions carry frames: the length of what follows (32 bits, big-endian, FRAME_BYTES_MAX at most),
+then one msgpack map.
 
     request  {"version": 1, "number": int, "call": verb, ...arguments}
     reply    {"version": 1, "number": the request's, "ok": true, ...results}
@@ -98,6 +98,7 @@ class Client:
                     ) from None
                 if time.monotonic() >= deadline:
                     raise NoAnswer(f"no answer to {verb!r} in time by the server on {self.data}") from None
+                time.sleep(0.005)  # the next kernel is being made
         if reply.get("version") != VERSION:
             raise Refused(f"the server on {self.data} speaks control version {reply.get('version')}, not {VERSION}")
         if reply.get("ok") is not True:
@@ -106,7 +107,9 @@ class Client:
 
     def _connect(self, deadline: float) -> socket.socket:
         if self._socket is not None:
-            return self._socket
+            if not _closed_by_peer(self._socket):
+                return self._socket
+            self.close()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             # Through the directory's descriptor: a socket's path is short, a data directory's need not be.
@@ -154,3 +157,15 @@ def _receive_exactly(connection: socket.socket, count: int, deadline: float) -> 
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
+
+
+def _closed_by_peer(connection: socket.socket) -> bool:
+    """Between two calls nothing comes but the end."""
+    try:
+        connection.setblocking(False)
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
