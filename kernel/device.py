@@ -1,0 +1,119 @@
+"""The storage device: a file (made where it is missing) or a block device.
+
+- `open_device(config)` -> `Device`   opened read-write, direct where it can be; fills in config["device_bytes"]
+- `wait_until_idle(device)`           after an unclean end: no I/O of a dead process is under way any more
+
+Raises BootError naming the path.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atoll.kernel.config import DEVICE_BYTES_MIN, format_size
+from atoll.kernel.instance import EXIT_CONFIG, BootError
+
+_BLKGETSIZE64 = 0x80081272
+_FALLOC_FL_KEEP_SIZE = 1
+BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    fd: int
+    path: str
+    size_bytes: int  # whole blocks
+    direct: bool  # O_DIRECT
+    is_block: bool
+
+
+def open_device(config: dict[str, Any]) -> Device:
+    path = config["device"]
+    _make(config)
+    descriptor, direct = _open(path)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        size = os.fstat(descriptor).st_size
+    elif stat.S_ISBLK(mode):
+        size = struct.unpack("=Q", fcntl.ioctl(descriptor, _BLKGETSIZE64, bytes(8)))[0]
+    else:
+        raise BootError(f"device {path}: neither a file nor a block device", EXIT_CONFIG)
+    size -= size % BLOCK_BYTES
+    if size < DEVICE_BYTES_MIN:
+        raise BootError(
+            f"device {path}: {format_size(size)}, too small: at least {format_size(DEVICE_BYTES_MIN)} are needed"
+        )
+    config["device_bytes"] = size
+    return Device(descriptor, path, size, direct, stat.S_ISBLK(mode))
+
+
+def _make(config: dict[str, Any]) -> None:
+    """Makes the file if there is none; an existing one is never shortened, and lengthened only where that was asked for."""
+    path, wanted = config["device"], config["device_bytes"]
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        found = None
+    except OSError as error:
+        raise BootError(f"device {path}: {error.strerror}") from None
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        return
+    if found is not None and found.st_size > 0 and (not config["device_size_given"] or found.st_size >= wanted):
+        return
+    if found is None and Path(path).is_relative_to("/dev"):
+        raise BootError(f"device {path}: no such device")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BootError(f"device {path}: {error.strerror}") from None
+    try:
+        if config["sparse"]:
+            os.ftruncate(descriptor, wanted)
+        else:
+            os.posix_fallocate(descriptor, 0, wanted)
+    except OSError as error:
+        if found is None:
+            os.unlink(path)  # not half a device, which the next start would take for a whole one
+        room = os.statvfs(Path(path).parent)
+        raise BootError(
+            f"device {path}: cannot make it {format_size(wanted)} long: {error.strerror}"
+            f" ({format_size(room.f_bavail * room.f_frsize // (1 << 20) * (1 << 20))} free; --sparse makes it as it fills)"
+        ) from None
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str) -> tuple[int, bool]:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if stat.S_ISBLK(os.stat(path).st_mode):
+        flags |= os.O_EXCL  # a claim against every other user of the device, mounted file systems included
+    try:
+        return os.open(path, flags | os.O_DIRECT), True
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BootError(f"device {path}: in use (mounted, or held by another program)") from None
+        if error.errno != errno.EINVAL:
+            raise BootError(f"device {path}: {error.strerror}") from None
+    try:  # file systems without direct I/O say EINVAL
+        return os.open(path, flags), False
+    except OSError as error:
+        raise BootError(f"device {path}: {error.strerror}") from None
+
+
+def wait_until_idle(device: Device) -> bool:
+    """True if nothing that a dead process started is under way on the device; False where that cannot be known.
+
+    fallocate over a range that exists changes nothing and waits for the file's direct I/O (inode_dio_wait).
+    """
+    if device.is_block:
+        return False
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return bool(libc.fallocate(device.fd, _FALLOC_FL_KEEP_SIZE, 0, BLOCK_BYTES) == 0)

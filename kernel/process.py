@@ -1,0 +1,218 @@
+"""What init, kernel, zygote and standbys need of the operating system's view of processes.
+
+- `look(pid)`             state, parent, start time, exit status from /proc, or None
+- `Process`               a pid that cannot be mistaken for another's: pid, start time, pidfd
+- `name_this`, `die_with_parent`, `adopt_orphans`, `be_protected`    prctl and /proc settings of the calling process
+- `holders(path)`         processes that have a file open
+
+After a crash: a pid is reused sooner or later; nothing here trusts a pid without its start time.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# What a domain does by itself, as opposed to what others do to it (I8).
+OWN_SIGNALS = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
+)
+
+
+def _prctl(option: int, argument: int | bytes) -> None:
+    if isinstance(argument, int):
+        result = _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0)
+    else:
+        result = _libc.prctl(option, ctypes.c_char_p(argument), 0, 0, 0)
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), f"prctl({option})")
+
+
+def name_this(name: str) -> None:
+    """Names the calling thread as `ps` and `top` show it (15 bytes)."""
+    _prctl(_PR_SET_NAME, name.encode()[:15])
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """SIGKILL for this process when its parent dies; ends it at once if that has happened already.
+
+    The setting holds for the parent of that moment and for every subreaper that the process goes to afterwards.
+    """
+    _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Orphans below this process become its children (subreaper)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def be_protected(score: int) -> bool:
+    """Sets oom_score_adj (-1000 never killed .. 1000 first); False where that is not permitted."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One reading of /proc/PID/stat."""
+
+    state: str  # R S D T t Z X
+    parent: int
+    start_time: int  # clock ticks since boot
+    exit_status: int  # as waitpid gives it; valid once the process is dying; 0 where it may not be read
+
+    @property
+    def stopped(self) -> bool:
+        return self.state in "Tt"
+
+    @property
+    def gone(self) -> bool:
+        return self.state in "ZX"
+
+
+def look(pid: int) -> Look | None:
+    """None if there is no such process."""
+    try:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        text = os.read(descriptor, 4096)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    # The name in field 2 may hold anything, parentheses too: what counts begins behind the last one.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Look(fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]))
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks since boot; 0 if there is no such process."""
+    found = look(pid)
+    return 0 if found is None else found.start_time
+
+
+class Process:
+    """A process of ours: pid and start time, and a pidfd that becomes readable when it is gone for good.
+
+    The pidfd belongs to this object; `close` gives it back.
+    """
+
+    __slots__ = ("pid", "pidfd", "start_time")
+
+    def __init__(self, pid: int, start_time: int, pidfd: int) -> None:
+        self.pid = pid
+        self.start_time = start_time
+        self.pidfd = pidfd
+
+    def __repr__(self) -> str:
+        return f"Process({self.pid})"
+
+    @classmethod
+    def open(cls, pid: int, start_time: int) -> "Process | None":
+        """None if that very process is gone, even where its pid is in use again."""
+        if pid <= 0:
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError as error:
+            if error.errno in (errno.ESRCH, errno.EINVAL):
+                return None
+            raise
+        found = look(pid)  # after the pidfd: the two are of the same process if the start time is right
+        if found is None or found.start_time != start_time:
+            os.close(pidfd)
+            return None
+        return cls(pid, start_time, pidfd)
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def send(self, number: int) -> bool:
+        """Sends a signal; False if the process is gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def gone(self, timeout_s: float = 0.0) -> bool:
+        """True once no thread of it runs any more (its memory is unmapped, it may still be a zombie)."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def look(self) -> Look | None:
+        found = look(self.pid)
+        return found if found is not None and found.start_time == self.start_time else None
+
+
+def signal_of(status: int) -> int:
+    """The signal that ended a process of this wait status, 0 if it exited by itself."""
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def describe(status: int) -> str:
+    """`killed by SIGSEGV`, `exited with 3`."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(number).name}"
+        return f"killed by signal {number}"
+    return f"exited with {os.WEXITSTATUS(status)}"
+
+
+def every_pid() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
+
+
+def children(parent: int) -> list[int]:
+    """All child processes of `parent`."""
+    try:
+        text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    except OSError:  # not every kernel offers it
+        found = ((pid, look(pid)) for pid in every_pid())
+        return [pid for pid, its in found if its is not None and its.parent == parent]
+    return [int(word) for word in text.split()]
+
+
+def holders(path: str | os.PathLike[str]) -> list[int]:
+    """All processes but this one that have the file at `path` open (as far as this user may see)."""
+    wanted = os.stat(path)
+    found = []
+    for pid in every_pid():
+        if pid == os.getpid():
+            continue
+        try:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                for entry in entries:
+                    with contextlib.suppress(OSError):
+                        its = entry.stat()
+                        if (its.st_dev, its.st_ino) == (wanted.st_dev, wanted.st_ino):
+                            found.append(pid)
+                            break
+        except OSError:
+            continue
+    return found

@@ -1,0 +1,126 @@
+"""THE table: what each role is, whom it sends to, what it may hold, in which order all start.
+
+- `ROLES`             every role of the service, kernel included, by name
+- `DOMAINS`           those that are domains with a standby, in boot order
+- `module_of(role, config)`, `threaded(role, config)`, `plan_of(...)`
+
+Modules are strings: the kernel imports no driver and no service; zygote and init load them by name. `testing.modules`
+of the configuration puts another module in a role's place.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from atoll.ipc._ipc import lib
+
+DATA = int(lib.ATOLL_DATA_RING_ENTRIES)
+STORAGE = int(lib.ATOLL_STORAGE_RING_ENTRIES)
+CONTROL = int(lib.ATOLL_CONTROL_RING_ENTRIES)
+
+# Rights: what a process in the role inherits besides its arena and the map.
+LISTENERS = "listeners"  # the sockets on which clients arrive
+DEVICE = "device"  # the descriptor of the storage device
+URING = "uring"  # an io_uring of its own that outlives it
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    name: str
+    number: int  # enum atoll_role
+    rings_to: Mapping[str, int]  # role it sends to: entries of the ring
+    wake: str  # "eventfd" or "futex"
+    module: str = ""  # the package that plays it; empty: not a domain
+    boot: int = 0  # place in the order of starting; stopping is the other way round
+    rights: frozenset[str] = frozenset()
+    threaded_engine: str = ""  # with this engine the process has threads: its lock alone does not tell that it is dead
+    uring_entries: int = 0
+    uring_files: int = 0  # entries of the io_uring's own file table
+    backoff: bool = field(default=True)  # wait longer and longer where it dies by itself again and again
+
+
+KERNEL = Role(
+    "kernel",
+    lib.ATOLL_ROLE_KERNEL,
+    {"nic": CONTROL, "nbd": CONTROL, "dedup": CONTROL, "disk": CONTROL},
+    wake="eventfd",
+)
+
+_ROWS = (
+    KERNEL,
+    Role(
+        "disk",
+        lib.ATOLL_ROLE_DISK,
+        {"kernel": CONTROL, "dedup": STORAGE},
+        wake="eventfd",
+        module="atoll.drivers.disk",
+        boot=1,
+        rights=frozenset({DEVICE, URING}),
+        threaded_engine="threads",
+        uring_entries=STORAGE,
+    ),
+    Role(
+        "dedup",
+        lib.ATOLL_ROLE_DEDUP,
+        {"kernel": CONTROL, "nbd": DATA, "nic": DATA, "disk": STORAGE},
+        wake="futex",
+        module="atoll.services.dedup",
+        boot=2,
+    ),
+    Role(
+        "nbd",
+        lib.ATOLL_ROLE_NBD,
+        {"kernel": CONTROL, "nic": DATA, "dedup": DATA},
+        wake="futex",
+        module="atoll.services.nbd",
+        boot=3,
+    ),
+    Role(
+        "nic",
+        lib.ATOLL_ROLE_NIC,
+        {"kernel": CONTROL, "nbd": DATA},
+        wake="eventfd",
+        module="atoll.drivers.nic",
+        boot=4,
+        rights=frozenset({LISTENERS, URING}),
+        uring_entries=DATA,
+        uring_files=int(lib.ATOLL_CONNECTION_COUNT),
+    ),
+)
+
+ROLES: dict[str, Role] = {role.name: role for role in _ROWS}
+DOMAINS: tuple[Role, ...] = tuple(sorted((role for role in _ROWS if role.module), key=lambda role: role.boot))
+# Clients first, so that nobody's request is left in the middle; then what serves them; the device last.
+STOP_ORDER: tuple[Role, ...] = tuple(reversed(DOMAINS))
+# Arenas whose contents outlive everybody: acknowledged writes and all that refers to them.
+KEPT = ("nic", "dedup")
+
+NAMES: dict[int, str] = {role.number: role.name for role in _ROWS}
+
+
+def module_name(role: Role, config: Mapping[str, Any]) -> str:
+    return str(config["testing"]["modules"].get(role.name, role.module))
+
+
+def module_of(role: Role, config: Mapping[str, Any]) -> ModuleType:
+    """The module that plays `role`; imported at the first call. Raises ImportError."""
+    return importlib.import_module(module_name(role, config))
+
+
+def threaded(role: Role, config: Mapping[str, Any]) -> bool:
+    """True if the role's process has threads, so that only its pidfd tells that no instruction of it runs any more."""
+    return bool(role.threaded_engine) and config[role.name].get("engine") == role.threaded_engine
+
+
+def rings_mask(role: Role) -> int:
+    return sum(1 << ROLES[peer].number for peer in role.rings_to)
+
+
+def ring_entries(role: Role) -> list[int]:
+    """Entries by role number, 16 of them, as atoll_arena_format takes them."""
+    entries = [0] * int(lib.ATOLL_ROLE_COUNT)
+    for peer, count in role.rings_to.items():
+        entries[ROLES[peer].number] = count
+    return entries
