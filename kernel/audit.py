@@ -72,12 +72,12 @@ def instance_of(data: str | os.PathLike[str]) -> str:
 def look(instance: str) -> dict[str, Any]:
     """One reading of all processes: `objects` and `unseen`."""
     objects: dict[Key, dict[str, Any]] = {}
-    for path in sorted(SHM.glob(f"atoll-{instance}-*")):
+    for file in sorted(SHM.glob(f"atoll-{instance}-*")):
         try:
-            status = path.stat()
+            status = file.stat()
         except FileNotFoundError:
             continue
-        objects[status.st_dev, status.st_ino] = _entry(path.name, status.st_size)
+        objects[status.st_dev, status.st_ino] = _entry(file.name, status.st_size)
     unseen = []
     rings_told_apart = _rings_told_apart()
     found: list[tuple[Key, str, str, dict[str, Any], str]] = []

@@ -62,7 +62,7 @@ def emit(document: Any) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
-class Checked(click.ParamType[Any]):
+class Checked(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     """A parameter that `convert` checks by raising ConfigError."""
 
     def __init__(self, name: str, check: Callable[[str], Any]) -> None:

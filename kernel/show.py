@@ -175,7 +175,7 @@ def trace(document: Mapping[str, Any]) -> None:
         if followed is None:
             continue
         out.print(
-            f"[bold]{kind}[/] of {size(followed['length'])} at {followed['offset']} of volume {text(followed['volume'])}"
+            f"[bold]{kind}[/] of {size(followed['length'])} at {followed['offset']}, volume {text(followed['volume'])}"
         )
         drawn = table(
             "domain", "inc", "message", "address", "length", "since last", right=("inc", "length", "since last")
