@@ -53,11 +53,12 @@ GENERATED_CODE_IGNORES = ("-Wunused-parameter", "-Wsign-compare", "-Wtype-limits
 
 
 class Extension(cffi.FFI):
-    """A builder that knows the values of its #defines, for extensions that include it."""
+    """A builder that knows its headers and the values of their #defines, for extensions that include it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.constants: dict[str, int] = {}
+        self.headers: list[Path] = []
 
 
 def make_ffi(
@@ -87,6 +88,7 @@ def make_ffi(
         included = _load_build_script(script)
         ffi.include(included)
         ffi.constants |= included.constants
+        ffi.headers += included.headers  # cffi repeats its enums
     for path in header_paths:
         text = cdef_of(path.read_text(encoding="utf-8"), _from_root(path), ffi.constants)
         try:
@@ -94,11 +96,13 @@ def make_ffi(
         except (cffi.CDefError, cffi.FFIError) as error:
             raise SystemExit(f"{_from_root(path)}: cffi cannot read a cffi:begin region: {error}") from error
 
+    ffi.headers += header_paths
+
     sanitizers = os.environ.get("ATOLL_SANITIZE", "")
     sanitize_args = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer"] if sanitizers else []
     preamble = [
         f"/* sanitizers: {sanitizers or 'none'} */",  # another choice is another source: it is compiled again
-        *(f'#include "{_from_root(path)}"' for path in header_paths),
+        *(f'#include "{_from_root(path)}"' for path in ffi.headers),
         *(f'#pragma GCC diagnostic ignored "{warning}"' for warning in GENERATED_CODE_IGNORES),
     ]
     ffi.set_source(

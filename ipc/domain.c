@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "ipc/domain.h"
 
+#include "ipc/control.h"
 #include "ipc/crashpoint.h"
 
 #include <errno.h>
@@ -123,6 +124,10 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
                  (unsigned long long)self->magic, self->layout_version, self->role);
         return -EINVAL;
     }
+    if (arena_bytes[ATOLL_ROLE_KERNEL] == 0) { /* crash points and traces are armed there */
+        snprintf(error, 256, "the kernel's arena is missing from the map");
+        return -EINVAL;
+    }
     domain->counters = (void *)((char *)self + ATOLL_COUNTERS_OFFSET);
     domain->journal = (void *)((char *)self + self->journal_offset);
     atoll_roll_back(domain->journal);
@@ -158,7 +163,7 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
             rx->consumer = &self->consumer[peer];
             rx->entries = (const void *)((const char *)producer + ATOLL_PAGE_BYTES);
             rx->mask = count - 1;
-            rx->cached_tail = rx->consumer->head_committed;
+            rx->cached_tail = rx->seen_tail = rx->consumer->head_committed;
             atoll_ring_publish_head(rx);
         }
     }
@@ -255,9 +260,9 @@ int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int6
         struct atoll_rx_ring *ring = &domain->rings->rx[role];
         if (ring->consumer == 0 || (ignored_roles >> role & 1))
             continue;
-        /* Nothing pending: the tail is as cached. Should it move now, futex_waitv returns at once. */
+        /* Nothing pending at the tail as last seen. Should it move now, futex_waitv returns at once. */
         waiters[count++] = (struct futex_waitv){
-            .val = ring->cached_tail, .uaddr = (uintptr_t)&ring->producer->tail, .flags = FUTEX_32};
+            .val = ring->seen_tail, .uaddr = (uintptr_t)&ring->producer->tail, .flags = FUTEX_32};
     }
     if (timeout_ns >= 0) {
         uint64_t at = atoll_now_ns() + (uint64_t)timeout_ns;
@@ -328,4 +333,62 @@ void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direct
         struct atoll_segment segment = ((const struct atoll_segment *)(uintptr_t)message->address)[index];
         trace_record(domain, peer, direction, message, segment.address, segment.length);
     }
+}
+
+/* --- Control (control.h) ----------------------------------------------------------------------------------------- */
+
+void atoll_domain_set64(struct atoll_domain *domain, uint64_t *word, uint64_t value)
+{
+    assert(atoll_reference_in(domain, domain->role, (uintptr_t)word, sizeof *word));
+    atoll_set64(domain->journal, word, value);
+}
+
+uint64_t atoll_domain_changes(const struct atoll_domain *domain) { return domain->journal->count; }
+
+void atoll_domain_roll_back(struct atoll_domain *domain) { atoll_roll_back(domain->journal); }
+
+uint32_t atoll_domain_next_entry(const struct atoll_domain *domain, uint32_t role)
+{
+    const struct atoll_tx_ring *ring = &domain->rings->tx[role];
+    return ring->producer == 0 ? 0 : ring->producer->tail_committed & ring->mask;
+}
+
+uint32_t atoll_domain_room(struct atoll_domain *domain, uint32_t role)
+{
+    return domain->rings->tx[role].producer == 0 ? 0 : atoll_ring_room(&domain->rings->tx[role]);
+}
+
+int atoll_arena_adopt(uint32_t role, uint64_t instance, uint64_t arena_bytes, uint32_t rings_to,
+                      const uint32_t *entries, uint64_t role_bytes, uint64_t buffer_bytes, uint32_t wake_kind,
+                      int32_t eventfd)
+{
+    struct plan plan = plan_of(rings_to, entries, role_bytes, buffer_bytes);
+    struct atoll_arena_header *header = (void *)(uintptr_t)atoll_arena_address(role);
+
+    if (header->magic != ATOLL_ARENA_MAGIC || header->layout_version != ATOLL_LAYOUT_VERSION || header->role != role ||
+        header->arena_bytes != arena_bytes || header->journal_offset != plan.journal_offset ||
+        header->control_offset != plan.control_offset || header->role_offset != plan.role_offset ||
+        header->role_bytes != role_bytes || header->buffer_offset != plan.buffer_offset ||
+        header->buffer_bytes != buffer_bytes ||
+        memcmp(header->tx_offset, plan.tx_offset, sizeof plan.tx_offset) != 0)
+        return -EINVAL;
+    atoll_roll_back((void *)((char *)header + header->journal_offset));
+    /* From here on each store may be repeated by another adoption, should this one be interrupted. */
+    memset(header->consumer, 0, sizeof header->consumer);
+    for (uint32_t peer = 0; peer < ATOLL_ROLE_COUNT; peer++) {
+        if (plan.tx_offset[peer] == 0)
+            continue;
+        struct atoll_ring_producer *producer = (void *)((char *)header + plan.tx_offset[peer]);
+        *producer = (struct atoll_ring_producer){.entry_count = entries[peer], .consumer_role = peer};
+    }
+    memset((char *)header + header->control_offset, 0, ATOLL_CONTROL_HEADER_BYTES);
+    header->crash_point = header->crash_sequence = header->crash_seen = 0;
+    header->trace_armed = header->current = 0;
+    header->sleeping = header->pid = 0;
+    header->start_time = header->serving_ns = 0;
+    header->state = ATOLL_STATE_NEW;
+    header->wake_kind = wake_kind;
+    header->eventfd = eventfd;
+    header->instance = instance;
+    return 0;
 }

@@ -36,7 +36,8 @@ struct atoll_rx_ring {
     struct atoll_ring_consumer *consumer;        /* own arena */
     const struct atoll_descriptor *entries;
     uint32_t mask;
-    uint32_t cached_tail;
+    uint32_t cached_tail; /* entries before it are complete */
+    uint32_t seen_tail;   /* as last loaded, good or bad: what a sleeper compares with */
 };
 
 /* The next free entry, or NULL if the ring is full. The caller fills it and pushes. */
@@ -80,12 +81,11 @@ static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
     uint32_t head = ring->consumer->head_committed;
     uint32_t count = ring->cached_tail - head;
     if (count == 0) {
-        ring->cached_tail = atoll_load_acquire(&ring->producer->tail); /* SP-TAIL */
-        count = ring->cached_tail - head;
-        if (count > ring->mask + 1) {
-            ring->cached_tail = head;
+        ring->seen_tail = atoll_load_acquire(&ring->producer->tail); /* SP-TAIL */
+        count = ring->seen_tail - head;
+        if (count > ring->mask + 1)
             return 0;
-        }
+        ring->cached_tail = ring->seen_tail;
     }
     return count;
 }
