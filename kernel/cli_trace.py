@@ -3,9 +3,9 @@
 - `follow` arms a trace, collects what the domains recorded until a write and a read are complete, and disarms it.
 - `write_of`, `read_of` reconstruct one request from the records of all domains; pure functions.
 
-A domain records each message it takes or puts (struct atoll_trace_record), a scattered payload with a record per segment.
-Between nic, nbd and dedup a request is known by its identity. Between dedup and the device driver another one is used,
-that of the I/O; so a hop there is found by the payload's address: that it is found at all is what is to be shown.
+A domain records each message it takes or puts (struct atoll_trace_record), a scattered payload with a record per
+segment. Between nic, nbd and dedup a request is known by its identity. Between dedup and the device driver another one
+is used, that of the I/O; so a hop there is found by the payload's address: that it is found is what is to be shown.
 
 The device's part of a write comes later than its answer, with the destage (up to a second); that of a read comes only
 where the block is in no memory yet.
@@ -115,7 +115,7 @@ def answered(messages: Iterable[Message], identity: int) -> bool:
 
 
 def whole(messages: Iterable[Message], identity: int, opcode: int) -> bool:
-    """Whether nothing of the request is missing from the records: it began after the trace, and none was overwritten."""
+    """Whether nothing of the request is missing: it began after the trace did, and no record was overwritten."""
     own = [m for m in messages if m.identity == identity]
     begun = any(m.domain == "nbd" and m.received and m.opcode == REQUEST for m in own)
     asked = sum({m.words[0]: m.words[1] for m in own if m.opcode == opcode and m.domain == "dedup"}.values())

@@ -192,7 +192,7 @@ def format_size(size_bytes: int) -> str:
 
 def parse_listen(text: str) -> tuple[str, int]:
     """`HOST:PORT`, `[IPV6]:PORT`, `:PORT` (all addresses: host is empty). Port 0: any free one. Raises ConfigError."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:\s]*)):(\d{1,5})", text)
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f.]*:[:0-9A-Fa-f.]*(?:%\w+)?)\]|([^\[\]:\s]*)):(\d{1,5})", text)
     if match is None or int(match[3]) > 65535:
         raise ConfigError(f"expected HOST:PORT or [IPV6]:PORT with a port of 0 to 65535, got {text!r}")
     return match[1] or match[2] or "", int(match[3])

@@ -1,0 +1,56 @@
+"""Fixtures for the whole suite: a real server, started as users start it.
+
+- `server`           one per test, fresh
+- `module_server`    one per test file (tests leave it usable: each makes volumes of its own)
+- `make_server`      a factory, for tests that start several or with another configuration
+
+Each is a `serverkit.Server` on a data directory of its own, with small buffers, listening on a Unix socket and a free
+TCP port. At the end it is stopped; whatever still holds its data directory is killed by pid; a process or a
+shared-memory object left behind fails the test. The log of a server is shown with a failing test that uses it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from serverkit import Server
+
+
+@pytest.fixture
+def make_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def make(**settings: object) -> Server:
+        server = Server(tmp_path_factory.mktemp("s"), **settings)  # a short path: sockets lie in it
+        servers.append(server)
+        return server
+
+    yield make
+    end(servers)
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Server]) -> Server:
+    return make_server().start()
+
+
+@pytest.fixture(scope="module")
+def module_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("m"))
+    try:
+        yield server.start()
+    finally:
+        end([server])
+
+
+def end(servers: list[Server]) -> None:
+    left = [line for server in servers for line in server.end()]
+    assert not left, "left behind:\n" + "\n".join(left)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    report = yield
+    if report.failed:
+        for server in Server.alive:
+            report.sections.append((f"log of the server on {server.data}", server.log_tail()))
+    return report
