@@ -1,0 +1,118 @@
+"""The storage driver: a domain that does dedup's I/O on one device, straight from and into arenas. The work is C (disk.h).
+
+- `COUNTERS`: names of its counters, in the order of `enum disk_counter`.
+- `plan(config)`: bytes of its role area and of its buffers, which are the read cache that dedup manages.
+- `main(context)`: the domain's life. Control calls: "status", "stop".
+- `serve(context, disk, lib, handlers)`: the loop, for the fault-injecting stand-in too.
+
+Any storage role can be played (disk, llrrm): the section of the configuration is found by the role's name.
+
+After a crash: the table of requests lies in the arena, the outcomes in the outliving io_uring; see disk.h.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+from atoll.drivers.disk._disk import ffi, lib
+
+COUNTERS = (
+    "reads",
+    "read_bytes",
+    "writes",
+    "write_bytes",
+    "syncs",
+    "discards",
+    "discards_ignored",
+    "errors",
+    "refused",
+    "dropped",
+    "repeated",
+    "short",
+    "stale",
+    "adopted",
+    "enters",
+    "sleeps",
+)
+assert len(COUNTERS) == lib.DISK_COUNTER_COUNT
+
+ENGINES = {lib.DISK_ENGINE_NONE: "none", lib.DISK_ENGINE_URING: "io_uring", lib.DISK_ENGINE_THREADS: "threads"}
+
+Handlers = dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
+
+
+def plan(config: dict[str, Any], role: str = "disk") -> tuple[int, int]:
+    return lib.disk_role_bytes(), config[role]["cache_bytes"]
+
+
+def main(context: Any) -> None:
+    error = ffi.new("char[256]")
+    disk = lib.disk_create(
+        context.domain, context.device_fd, context.fresh or context.adopted, passes_discards(context), error
+    )
+    if not disk:
+        return fail(context, error)
+    return serve(context, disk, lib, {})
+
+
+def serve(context: Any, disk: Any, lib: Any, handlers: Handlers) -> None:
+    """Chooses the engine, takes up what a predecessor left, and works until it is told to stop. Owns `disk`.
+
+    `lib` is the C library that made `disk`: that of the driver or that of its stand-in.
+    """
+    error = ffi.new("char[256]")
+    engine = context.config[context.role_name]["engine"]
+    if engine == "io_uring":
+        if context.uring is None:
+            return fail(context, f"engine {engine}: this process was given no io_uring")
+        parameters = context.uring.parameters
+        failed = lib.disk_attach_uring(disk, context.uring.fd, ffi.from_buffer(parameters), error)
+    elif engine == "threads":
+        failed = lib.disk_attach_threads(disk, error)
+    else:
+        return fail(context, f"no storage engine is called {engine!r}")
+    if failed:
+        return fail(context, error)
+
+    def stop(message: dict[str, Any]) -> dict[str, Any]:
+        lib.disk_stop(disk)
+        return status(message)
+
+    def status(message: dict[str, Any]) -> dict[str, Any]:
+        return {"ok": True, **status_of(disk, lib)}
+
+    everything = {"status": status, "stop": stop, **handlers}
+    context.serving()
+    while lib.disk_run(disk) != lib.ATOLL_REASON_STOP:
+        context.serve_control(everything)
+    lib.disk_destroy(disk)
+    return None
+
+
+def passes_discards(context: Any) -> bool:
+    """A preallocated file keeps its blocks: they were promised to later writes."""
+    return bool(context.config["sparse"]) or stat.S_ISBLK(os.fstat(context.device_fd).st_mode)
+
+
+def status_of(disk: Any, lib: Any) -> dict[str, Any]:
+    status = ffi.new("struct disk_status *")
+    lib.disk_status(disk, status)
+    return {
+        "engine": ENGINES[status.engine],
+        "direct": bool(status.direct),
+        "block_device": bool(status.block_device),
+        "discards": bool(status.discards),
+        "queued": status.queued,
+        "in_flight": status.submitted,
+        "device_bytes": status.device_bytes,
+        "requests": status.taken,
+    }
+
+
+def fail(context: Any, reason: Any) -> None:
+    """`reason`: a text, or the C side's error buffer."""
+    text = reason if isinstance(reason, str) else ffi.string(reason).decode(errors="replace")
+    context.fail(f"{context.role_name}: {text}")

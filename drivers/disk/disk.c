@@ -1,0 +1,227 @@
+/* The driver's main loop and its sleep; see disk.h. What a single request goes through stands in io.c. */
+#define _GNU_SOURCE
+#include "drivers/disk/disk.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "drivers/disk/io.h"
+#include "ipc/crashpoint.h"
+
+_Static_assert(sizeof(struct disk_slot) % 8 == 0 && sizeof(struct iovec) == sizeof(struct atoll_segment), "slot layout");
+_Static_assert(DISK_STEP_MESSAGES * 16 < ATOLL_JOURNAL_ENTRIES, "a step's words fit the journal");
+_Static_assert(DISK_COUNTER_COUNT <= ATOLL_COUNTER_COUNT, "counters");
+_Static_assert(ATOLL_IO_COUNT <= 0x10000, "an identity leaves the upper 16 bits of user_data to the attempt");
+
+uint64_t disk_role_bytes(void) { return sizeof(struct disk_table); }
+
+/* --- Starting ---------------------------------------------------------------------------------------------------- */
+
+/* Size and kind of the device; 0 or a negative errno. */
+static int examine(struct disk *disk, char *error)
+{
+    struct stat about;
+    if (fstat(disk->device_fd, &about) != 0) {
+        int code = errno;
+        snprintf(error, 256, "device descriptor %d: %s", disk->device_fd, strerror(code));
+        return -code;
+    }
+    if (S_ISBLK(about.st_mode)) {
+        disk->block_device = true;
+        if (ioctl(disk->device_fd, BLKGETSIZE64, &disk->device_bytes) != 0) {
+            int code = errno;
+            snprintf(error, 256, "size of the block device: %s", strerror(code));
+            return -code;
+        }
+    } else if (S_ISREG(about.st_mode)) {
+        disk->device_bytes = (uint64_t)about.st_size;
+    } else {
+        snprintf(error, 256, "the device is neither a file nor a block device (mode %o)", (unsigned)about.st_mode);
+        return -EINVAL;
+    }
+    disk->device_bytes -= disk->device_bytes % ATOLL_BLOCK_BYTES;
+    int flags = fcntl(disk->device_fd, F_GETFL);
+    disk->direct = flags >= 0 && (flags & O_DIRECT) != 0;
+    return 0;
+}
+
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool fresh, bool pass_discards, char *error)
+{
+    struct atoll_arena_header *self = domain->self;
+    struct disk *disk = calloc(1, sizeof *disk);
+    if (disk == 0) {
+        snprintf(error, 256, "out of memory");
+        return 0;
+    }
+    disk->domain = domain;
+    disk->device_fd = device_fd;
+    disk->eventfd = self->eventfd;
+    disk->discards = pass_discards;
+    disk->next_due_ns = UINT64_MAX;
+    if (self->role_bytes < sizeof(struct disk_table)) {
+        snprintf(error, 256, "role area of %llu bytes, the table needs %zu", (unsigned long long)self->role_bytes,
+                 sizeof(struct disk_table));
+        free(disk);
+        return 0;
+    }
+    if (examine(disk, error) != 0) {
+        free(disk);
+        return 0;
+    }
+    disk->table = (void *)((char *)self + self->role_offset);
+    if (fresh)
+        io_forget_all(disk);
+    return disk;
+}
+
+int disk_attach_uring(struct disk *disk, int uring_fd, const void *parameters, char *error)
+{
+    assert(disk->engine == DISK_ENGINE_NONE);
+    disk->uring = uring_open(uring_fd, parameters, error);
+    if (disk->uring == 0)
+        return -EIO;
+    disk->engine = DISK_ENGINE_URING;
+    io_take_over(disk);
+    return 0;
+}
+
+int disk_attach_threads(struct disk *disk, char *error)
+{
+    assert(disk->engine == DISK_ENGINE_NONE);
+    disk->threads = threads_open(disk->device_fd, disk->eventfd, error);
+    if (disk->threads == 0)
+        return -EAGAIN;
+    disk->engine = DISK_ENGINE_THREADS;
+    io_take_over(disk);
+    return 0;
+}
+
+void disk_destroy(struct disk *disk)
+{
+    if (disk->uring != 0)
+        uring_close(disk->uring);
+    if (disk->threads != 0)
+        threads_close(disk->threads);
+    free(disk);
+}
+
+void disk_status(struct disk *disk, struct disk_status *status)
+{
+    *status = (struct disk_status){.engine = disk->engine,
+                                   .direct = disk->direct,
+                                   .block_device = disk->block_device,
+                                   .discards = disk->discards,
+                                   .queued = disk->queue_count,
+                                   .submitted = disk->submitted,
+                                   .device_bytes = disk->device_bytes,
+                                   .taken = disk->table->taken};
+}
+
+void disk_stop(struct disk *disk) { disk->stopping = true; }
+
+/* --- The loop ---------------------------------------------------------------------------------------------------- */
+
+static uint32_t complete(struct disk *disk)
+{
+    if (disk->engine == DISK_ENGINE_URING)
+        return uring_complete(disk->uring, disk, DISK_STEP_MESSAGES);
+    return threads_complete(disk->threads, disk, DISK_STEP_MESSAGES);
+}
+
+/* Messages that can be taken: each needs a place for its answer, beside those of the requests in flight. */
+static uint32_t takeable(struct disk *disk)
+{
+    uint32_t room = atoll_ring_room(&disk->domain->rings->tx[ATOLL_ROLE_DEDUP]);
+    return room > disk->in_flight ? room - disk->in_flight : 0;
+}
+
+static uint32_t take(struct disk *disk)
+{
+    struct atoll_descriptor message;
+    uint32_t most = takeable(disk), count = 0;
+    if (most > DISK_STEP_MESSAGES)
+        most = DISK_STEP_MESSAGES;
+    while (count < most && atoll_domain_take(disk->domain, ATOLL_ROLE_DEDUP, &message)) {
+        disk->domain->self->current = message.identity;
+        io_take(disk, &message);
+        count++;
+    }
+    return count;
+}
+
+static void wait_for_work(struct disk *disk)
+{
+    struct atoll_domain *domain = disk->domain;
+    uint32_t ignored = takeable(disk) == 0 ? 1u << ATOLL_ROLE_DEDUP : 0;
+    struct pollfd fds[2] = {{.fd = disk->eventfd, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
+    int timeout_ms = ignored != 0 ? 100 : -1;
+    bool ready;
+
+    if (!atoll_domain_may_sleep(domain, ignored))
+        return;
+    if (disk->engine == DISK_ENGINE_URING) {
+        ready = uring_ready(disk->uring);
+        fds[1].fd = uring_poll_fd(disk->uring);
+        if (uring_unsubmitted(disk->uring))
+            timeout_ms = 1;
+    } else {
+        ready = threads_ready(disk->threads);
+    }
+    if (disk->next_due_ns != UINT64_MAX) {
+        uint64_t now = atoll_now_ns();
+        uint64_t wait_ms = disk->next_due_ns > now ? (disk->next_due_ns - now + 999999) / 1000000 : 0;
+        if (timeout_ms < 0 || wait_ms < (uint64_t)timeout_ms)
+            timeout_ms = wait_ms < 3600000 ? (int)wait_ms : 3600000;
+    }
+    if (!ready) {
+        atoll_count(domain, DISK_SLEEPS, 1);
+        int count = poll(fds, 2, timeout_ms);
+        if (count > 0 && (fds[0].revents & POLLIN)) {
+            uint64_t ignored_count;
+            ssize_t got = read(disk->eventfd, &ignored_count, sizeof ignored_count);
+            (void)got; /* a signal, or somebody else's read: then the loop just looks around once more */
+        }
+    }
+    atoll_domain_awake(domain);
+}
+
+int disk_run(struct disk *disk)
+{
+    struct atoll_domain *domain = disk->domain;
+    struct disk_slot *started[ATOLL_IO_COUNT];
+
+    assert(disk->engine != DISK_ENGINE_NONE);
+    for (;;) {
+        atoll_store_relaxed(&domain->self->progress, domain->self->progress + 1);
+        if (atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0)
+            return ATOLL_REASON_CONTROL;
+        if (disk->stopping && disk->in_flight == 0 && atoll_domain_pending(domain, ATOLL_ROLE_DEDUP) == 0)
+            return ATOLL_REASON_STOP;
+
+        uint32_t applied = complete(disk);
+        uint32_t taken = take(disk);
+        uint32_t answered = 0;
+        uint32_t count = io_place(disk, started, &answered);
+        bool busy = applied + taken + answered + count != 0;
+        if (busy) {
+            ATOLL_CRASH_POINT(domain, "disk.step");
+            atoll_domain_commit(domain);
+            domain->self->current = 0;
+            ATOLL_CRASH_POINT(domain, "disk.committed");
+        }
+        if (applied != 0 && disk->engine == DISK_ENGINE_URING) {
+            uring_advance(disk->uring);
+            ATOLL_CRASH_POINT(domain, "disk.advanced");
+        }
+        io_start(disk, started, count);
+        if (!busy)
+            wait_for_work(disk);
+    }
+}

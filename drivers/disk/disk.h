@@ -1,0 +1,193 @@
+/*
+ * The storage driver: executes dedup's reads, writes, flushes and discards on one device, straight from and into arenas.
+ *
+ *   disk_create(domain, ...)      checks the arena's size, finds the table in it; nothing is started
+ *   disk_attach_uring / _threads  the engine; takes up what a predecessor left
+ *   disk_run(disk)                the steady state; returns an enum atoll_reason
+ *   disk_status(disk, &status)    for the control call
+ *   disk_destroy(disk)            ends the engine's threads, frees what is private
+ *
+ * One message of dedup is one entry of the table, at its I/O slot number (identity >> 32):
+ *
+ *   FREE ──taken, checked──► QUEUED ──place in the submission queue──► SUBMITTED ──completion──► answer, FREE
+ *                               ▲                                          │
+ *                               └───── short, interrupted, not consumed ───┘
+ *
+ * Each arrow is part of one transaction. The I/O itself happens between two transactions: SUBMITTED with the position
+ * is committed first, then the entry of the submission queue is written and the operating system called; the outcome
+ * stands in the completion queue, which outlives the process; the completion queue's head moves after the commit.
+ * `user_data` of an I/O is the identity and the attempt, so an outcome that is seen twice is applied once.
+ *
+ * After a crash: the table is as of the last commit. An I/O whose position the operating system did not consume is
+ * done again; one that it consumed is still under way or complete, and its outcome arrives in the outliving ring. With
+ * threads, all that is not answered is done again (the supervisor waits for the end of the whole process first). dedup
+ * notices nothing. A buffer named by an entry that is not FREE belongs to the I/O.
+ */
+#ifndef ATOLL_DISK_H
+#define ATOLL_DISK_H
+
+#include <sys/uio.h>
+
+#include "ipc/domain.h"
+
+/* cffi:begin */
+/* States reach a successor: never renumber. */
+enum disk_state {
+    DISK_FREE = 0,
+    DISK_QUEUED = 1,    /* taken, not given to the engine */
+    DISK_SUBMITTED = 2  /* given to the engine at `position` */
+};
+
+enum disk_engine { DISK_ENGINE_NONE = 0, DISK_ENGINE_URING = 1, DISK_ENGINE_THREADS = 2 };
+
+/* Counters, in the order of COUNTERS in __init__.py. */
+enum disk_counter {
+    DISK_READS, DISK_READ_BYTES, DISK_WRITES, DISK_WRITE_BYTES, DISK_SYNCS, DISK_DISCARDS, DISK_DISCARDS_IGNORED,
+    DISK_ERRORS,        /* requests that the device failed */
+    DISK_REFUSED,       /* malformed requests, answered with EINVAL */
+    DISK_DROPPED,       /* messages without an answer: of a request that is in flight already, or of no known opcode */
+    DISK_REPEATED,      /* I/Os done again: interrupted, or not consumed when the predecessor died */
+    DISK_SHORT,         /* I/Os that were continued after a short transfer */
+    DISK_STALE,         /* completions that belong to no I/O under way */
+    DISK_ADOPTED,       /* I/Os that a predecessor started and this incarnation finished */
+    DISK_ENTERS,        /* system calls that start I/O */
+    DISK_SLEEPS,
+    DISK_COUNTER_COUNT
+};
+
+struct disk;
+
+struct disk_status {
+    uint32_t engine;        /* enum disk_engine */
+    uint32_t direct;        /* 1: past the page cache */
+    uint32_t block_device;  /* 1: block device, 0: file */
+    uint32_t discards;      /* 1: discards are passed on */
+    uint32_t queued;
+    uint32_t submitted;
+    uint64_t device_bytes;
+    uint64_t taken;         /* requests taken since the arena was made */
+};
+/* cffi:end */
+
+/* An I/O is at most this often done again before the request fails with the last error (attempts have 16 bits). */
+#define DISK_ATTEMPTS_MAX 60000
+/* Messages taken, and completions applied, in one step. */
+#define DISK_STEP_MESSAGES 64
+/* Worker threads of the thread engine: enough to keep a disk's queue busy. */
+#define DISK_THREAD_COUNT 8
+
+struct disk_slot {
+    uint64_t identity;       /* dedup's; the low 32 bits are its sequence number */
+    uint32_t state;          /* enum disk_state; all other members mean nothing while FREE */
+    uint32_t opcode;         /* ATOLL_OP_IO_* */
+    uint64_t offset_bytes;   /* on the device */
+    uint64_t length_bytes;
+    uint64_t done_bytes;     /* transferred by earlier attempts */
+    uint64_t arrival;        /* order of acceptance */
+    uint32_t attempt;        /* number of the I/O under way or of the next one */
+    uint32_t position;       /* in the submission queue */
+    uint32_t incarnation;    /* that started the I/O under way */
+    uint32_t iovec_first;    /* first one that is not used up */
+    uint32_t iovec_count;
+    /* What the fault-injecting stand-in decided; 0, all, 0 in the driver itself. */
+    uint32_t fate_error;     /* errno to report in place of success */
+    uint64_t fate_bytes;     /* transfer only so many */
+    uint64_t fate_due_ns;    /* not to be started before (CLOCK_MONOTONIC); UINT64_MAX: not until told */
+    struct iovec iovecs[ATOLL_IO_BLOCKS];
+};
+
+/* The role area of the arena. */
+struct disk_table {
+    uint64_t taken;          /* requests accepted so far */
+    uint64_t reserved[7];
+    struct disk_slot slots[ATOLL_IO_COUNT];
+};
+
+/* The stand-in's place in the driver (drivers/fault); none in the driver itself. */
+struct disk_hook {
+    void *context;
+    /* In the transaction that takes the request; may set the slot's fate. */
+    void (*taken)(void *context, struct disk *disk, struct disk_slot *slot);
+    /* Between transactions, before the I/O is given to the engine. May be called again for the same I/O after a crash. */
+    void (*starting)(void *context, struct disk *disk, struct disk_slot *slot);
+    /* In the transaction that answers, before it is committed. May be called again after a crash. */
+    void (*finished)(void *context, struct disk *disk, struct disk_slot *slot, uint32_t status);
+};
+
+/* Private to the process. */
+struct disk {
+    struct atoll_domain *domain;
+    struct disk_table *table;            /* own arena */
+    const struct disk_hook *hook;        /* or NULL */
+    uint64_t device_bytes;
+    int device_fd;
+    int eventfd;                         /* own; peers and worker threads wake with it */
+    bool block_device, direct, discards, stopping;
+    enum disk_engine engine;
+    struct uring_engine *uring;
+    struct thread_engine *threads;
+    uint32_t in_flight;                  /* slots that are not FREE */
+    uint32_t submitted;                  /* of these, SUBMITTED */
+    uint32_t queue[ATOLL_IO_COUNT];      /* slots that are QUEUED, oldest first */
+    uint32_t queue_count;
+    uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */
+};
+
+static inline uint64_t disk_user_data(const struct disk_slot *slot)
+{
+    return slot->identity | (uint64_t)(slot->attempt & 0xffff) << 48;
+}
+
+static inline uint32_t disk_slot_number(const struct disk *disk, const struct disk_slot *slot)
+{
+    return (uint32_t)(slot - disk->table->slots);
+}
+
+/* An outcome: `result` is a byte count or a negative errno. In a transaction. False: it belongs to no I/O under way. */
+bool disk_apply(struct disk *disk, uint64_t user_data, int64_t result);
+
+/* cffi:begin */
+uint64_t disk_role_bytes(void);
+/* NULL with the reason in `error` (256 bytes). `fresh`: the table starts anew (nothing is under way). `pass_discards`:
+ * false for a preallocated file, whose space must not be given back. `device_fd` stays the caller's. */
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool fresh, bool pass_discards, char *error);
+/* `parameters`: struct atoll_uring_parameters of the outliving ring. 0 or a negative errno with the reason in `error`. */
+int disk_attach_uring(struct disk *disk, int uring_fd, const void *parameters, char *error);
+int disk_attach_threads(struct disk *disk, char *error);
+/* Returns ATOLL_REASON_CONTROL when a control message waits, ATOLL_REASON_STOP once it was told to stop and no request
+ * is in flight. */
+int disk_run(struct disk *disk);
+void disk_stop(struct disk *disk);
+void disk_status(struct disk *disk, struct disk_status *status);
+void disk_destroy(struct disk *disk);
+/* cffi:end */
+
+/* --- Engines ------------------------------------------------------------------------------------------------------ */
+
+/* engine_uring.c. `_place` names the position for the next I/O (false: the queue is full); it is written by `_write` after
+ * the commit and started by `_enter`. */
+bool uring_place(struct uring_engine *engine, uint32_t ahead, uint32_t *position);
+void uring_write(struct uring_engine *engine, struct disk *disk, struct disk_slot *slot);
+void uring_enter(struct uring_engine *engine, struct disk *disk);
+bool uring_consumed(struct uring_engine *engine, uint32_t position);
+/* Applies up to `most` outcomes in the running transaction; after the commit `_advance` lets go of them. */
+uint32_t uring_complete(struct uring_engine *engine, struct disk *disk, uint32_t most);
+void uring_advance(struct uring_engine *engine);
+bool uring_ready(struct uring_engine *engine);
+/* Entries were left behind: `_enter` is to be called again soon. */
+bool uring_unsubmitted(const struct uring_engine *engine);
+int uring_poll_fd(const struct uring_engine *engine);
+struct uring_engine *uring_open(int fd, const void *parameters, char *error);
+void uring_close(struct uring_engine *engine);
+
+/* engine_threads.c */
+struct thread_engine *threads_open(int device_fd, int eventfd, char *error);
+void threads_start(struct thread_engine *engine, const struct disk_slot *slot, uint64_t bytes);
+uint32_t threads_complete(struct thread_engine *engine, struct disk *disk, uint32_t most);
+bool threads_ready(struct thread_engine *engine);
+void threads_close(struct thread_engine *engine);
+
+/* io.c: bytes to transfer in all attempts together. */
+uint64_t disk_target_bytes(const struct disk_slot *slot);
+
+#endif
