@@ -1,0 +1,126 @@
+"""The command line where no server runs: usage, exit status, one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from serverkit import ATOLL
+
+from atoll.kernel import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def atoll(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ATOLL), *arguments],
+        capture_output=True, text=True, timeout=60, cwd=cwd, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def one_line(done: subprocess.CompletedProcess[str], status: int) -> str:
+    assert done.returncode == status, (done.stdout, done.stderr)
+    assert done.stderr.startswith("atoll: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+COMMANDS = [
+    ("serve",), ("status",), ("ps",), ("kill",), ("stop",), ("trace",), ("audit",), ("volume", "create"),
+    ("volume", "list"), ("volume", "resize"), ("volume", "delete"), ("bench", "ring"), ("config", "show"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_and_takes_a_data_directory(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(cli.cli, [*command, "--help"])
+    assert result.exit_code == 0
+    assert command == ("bench", "ring") or "--data" in result.output
+    assert command in {("serve",), ("config", "show")} or "--json" in result.output
+
+
+def test_help_tells_the_exit_status() -> None:
+    assert "3  no server runs on the data directory" in atoll("--help").stdout
+    assert "3  no server runs on the data directory" in atoll("serve", "--help").stdout
+
+
+def test_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert atoll("--version").stdout == f"atoll {project['version']}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status",), ("ps",), ("ps", "--watch"), ("kill", "nic"), ("stop",), ("trace",), ("audit",), ("volume", "list"),
+        ("volume", "create", "x", "1G"), ("volume", "delete", "x"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_server(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    line = one_line(atoll(*arguments, "--data", str(tmp_path / "none")), 3)
+    assert str(tmp_path / "none") in line
+
+
+def test_the_data_directory_may_come_from_the_environment(tmp_path: Path) -> None:
+    assert str(tmp_path / "e") in one_line(atoll("status", ATOLL_DATA=str(tmp_path / "e")), 3)
+
+
+def test_a_dead_servers_socket_is_no_server(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+    one_line(atoll("status", "--data", str(tmp_path)), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nonsense",), "nonsense"),
+        (("kill",), "ROLE"),
+        (("kill", "nic", "--signal", "NOPE"), "no such signal: 'NOPE'"),
+        (("kill", "nic", "--signal", "99"), "no such signal: '99'"),
+        (("volume", "create", "x", "big"), "expected a size"),
+        (("volume", "create", "x", "100"), "multiple of 512"),
+        (("volume", "create", "a\tb", "1G"), "control character"),
+        (("volume", "create", "x" * 256, "1G"), "1 to 255 bytes"),
+        (("serve", "--listen", "nowhere"), "command line: listen[0]: expected HOST:PORT"),
+        (("serve", "--volume", "x"), "expected NAME=SIZE"),
+        (("serve", "--volume", "x=7"), "multiple of 512"),
+        (("serve", "--device-size", "1M"), "at least 128MiB"),
+        (("serve", "--config", "/nonexistent.toml"), "/nonexistent.toml: No such file"),
+        (("ps", "--interval", "0"), "--interval"),
+    ],
+)
+def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    assert says in one_line(atoll(*arguments, "--data", str(tmp_path)), 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("[nic]\nbuffer_bytes = 'x'\n")
+    line = one_line(atoll("serve", "--config", "my.toml", cwd=tmp_path), 2)
+    assert line.startswith("atoll: my.toml: nic.buffer_bytes: expected a size")
+    assert not (tmp_path / "atoll-data").exists()
+
+
+def test_config_show_prints_what_serve_would_use(tmp_path: Path) -> None:
+    done = atoll("config", "show", "--data", str(tmp_path / "d"), "--volume", "x=1G", "--sparse")
+    shown = json.loads(done.stdout)
+    assert shown["volumes"] == [{"name": "x", "size_bytes": 1 << 30, "read_only": False, "if_none": False}]
+    assert shown["sparse"] is True
+    assert not (tmp_path / "d").exists()
+
+
+def test_asking_imports_nothing_heavy() -> None:
+    """A command that asks a question starts fast: no tables, no plots, no C."""
+    heavy = ["rich", "matplotlib", "numpy", "psutil", "cffi", "asyncio"]
+    code = f"import sys, atoll.kernel.cli; print([m for m in sys.modules if m.split('.')[0] in {heavy}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"
