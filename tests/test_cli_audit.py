@@ -67,7 +67,7 @@ def audit(data: Path, status: int) -> Any:
 
 
 def pids(document: Any, name: str, how: str) -> list[int]:
-    entry = next(entry for entry in document["objects"] if entry["name"][22:] == name)
+    entry = next(entry for entry in document["objects"] if entry["name"][23:] == name)
     return sorted(who["pid"] for who in entry[how])
 
 
