@@ -5,11 +5,12 @@
     for received in client.receive(): ...         # when the kernel's eventfd fires
 
 - One call per domain is outstanding: `start` raises CallBusy while there is one.
-- `repeat(role)` after the domain's takeover: a call that its predecessor had deferred is asked again, by the same number.
+- `repeat(role)` after the domain's takeover: what its predecessor had deferred is asked again, by the
+  same number.
 - `receive()` takes everything from all rings in one step and commits it.
 
-After a crash: number and blob of each outstanding call lie in the kernel's arena. The successor finds it outstanding, gets its
-result (`Received.number` tells which call) and may then call again.
+After a crash: number and blob of each outstanding call lie in the kernel's arena. The successor finds it outstanding,
+gets its result (`Received.number` tells which call) and may then call again.
 """
 
 from __future__ import annotations

@@ -269,8 +269,15 @@ int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int6
         until = (struct timespec){.tv_sec = (time_t)(at / 1000000000u), .tv_nsec = (long)(at % 1000000000u)};
         deadline = &until;
     }
-    long result = syscall(SYS_futex_waitv, waiters, count, 0, deadline, CLOCK_MONOTONIC);
-    int error = errno;
+    long result = -1;
+    int error = ETIMEDOUT;
+    if (count > 0) {
+        result = syscall(SYS_futex_waitv, waiters, count, 0, deadline, CLOCK_MONOTONIC);
+        error = errno;
+    } else { /* every ring is ignored: only time passes */
+        assert(deadline != 0);
+        error = clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, deadline, 0) == 0 ? ETIMEDOUT : EINTR;
+    }
     atoll_domain_awake(domain);
     return !(result < 0 && error == ETIMEDOUT);
 }

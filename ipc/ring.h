@@ -71,6 +71,7 @@ static inline int atoll_ring_publish_tail(struct atoll_tx_ring *ring)
     if (tail == ring->published)
         return 0;
     atoll_store_release(&ring->producer->tail, tail); /* SP-TAIL */
+    ATOLL_STORED();
     ring->published = tail;
     return 1;
 }
@@ -104,6 +105,7 @@ static inline void atoll_ring_pop(struct atoll_journal *journal, struct atoll_rx
 static inline void atoll_ring_publish_head(struct atoll_rx_ring *ring)
 {
     atoll_store_release(&ring->consumer->head, ring->consumer->head_committed); /* SP-HEAD */
+    ATOLL_STORED();
 }
 
 #endif

@@ -3,7 +3,8 @@
 The kernel's standby code makes a `Context`, takes the role lock, maps the arena writable, calls `open()`, then the
 module's `main(context)`; `stopped()` when that returns. A module uses:
 
-- `role` (name), `number`, `incarnation`, `fresh`, `adopted`, `previous_signal`, `config`, `listeners`, `device_fd`, `uring`
+- `role` (name), `number`, `incarnation`, `fresh`, `adopted`, `previous_signal`, `config`, `listeners`, `device_fd`,
+  `uring`
 - `domain` (struct atoll_domain *), `ffi`, `lib` of atoll.ipc._ipc; `role_area`, `buffer_area` (addresses), `header`
 - `serving()` once it has recovered; `serve_control(handlers)` on ATOLL_REASON_CONTROL; `stopping`
 - `event(name, **fields)` to the kernel; `fail(reason)` if it cannot start; `reply(number, result)` for a `Deferred`
@@ -11,8 +12,8 @@ module's `main(context)`; `stopped()` when that returns. A module uses:
 A handler is `handlers[name](message: dict) -> dict | Deferred`; it refuses by raising `CallError(text)` before it has
 changed anything. Call "stop" is answered here; the loop then ends when it sees `stopping`.
 
-After a crash: taking a call, what its handler changed, and its result are one transaction (if the handler does not commit itself),
-so the successor finds the call again or has answered it. A call that is repeated after its result was committed gets
+After a crash: taking a call, what its handler changed, and its result are one transaction (if the handler does
+not commit itself), so the successor finds the call again or has answered it. A call that is repeated after its result was committed gets
 that result again and its handler does not run. A handler that commits or defers notes `call_number` with its change.
 """
 

@@ -30,6 +30,14 @@
 #include "ipc/atomics.h"
 #include "ipc/limits.h"
 
+/* Tests compile with -DATOLL_STORE_HOOK and die in the hook after the N-th store. */
+#ifdef ATOLL_STORE_HOOK
+void atoll_store_hook(void);
+#define ATOLL_STORED() atoll_store_hook()
+#else
+#define ATOLL_STORED() ((void)0)
+#endif
+
 struct atoll_journal_entry {
     uint64_t address; /* bit 0 set: a 32-bit word */
     uint64_t old_value;
@@ -46,22 +54,27 @@ static inline void atoll_journal_push(struct atoll_journal *journal, uint64_t ad
     uint64_t index = journal->count;
     assert(index < ATOLL_JOURNAL_ENTRIES);
     journal->entries[index].address = address;
+    ATOLL_STORED();
     journal->entries[index].old_value = old_value;
+    ATOLL_STORED();
     atoll_compiler_barrier();
-    journal->count = index + 1;
+    *(volatile uint64_t *)&journal->count = index + 1;
     atoll_compiler_barrier();
+    ATOLL_STORED();
 }
 
 static inline void atoll_set64(struct atoll_journal *journal, uint64_t *word, uint64_t value)
 {
     atoll_journal_push(journal, (uint64_t)(uintptr_t)word, *word);
     *(volatile uint64_t *)word = value;
+    ATOLL_STORED();
 }
 
 static inline void atoll_set32(struct atoll_journal *journal, uint32_t *word, uint32_t value)
 {
     atoll_journal_push(journal, (uint64_t)(uintptr_t)word | 1, *word);
     *(volatile uint32_t *)word = value;
+    ATOLL_STORED();
 }
 
 static inline void atoll_save(struct atoll_journal *journal, void *pointer, uint64_t bytes)
@@ -77,6 +90,7 @@ static inline void atoll_commit(struct atoll_journal *journal)
     atoll_compiler_barrier();
     *(volatile uint64_t *)&journal->count = 0; /* COMMIT POINT of every step of every domain */
     atoll_compiler_barrier();
+    ATOLL_STORED();
 }
 
 static inline void atoll_roll_back(struct atoll_journal *journal)
@@ -90,7 +104,9 @@ static inline void atoll_roll_back(struct atoll_journal *journal)
         else
             *(volatile uint64_t *)(uintptr_t)entry->address = entry->old_value;
         atoll_compiler_barrier();
-        journal->count = --count;
+        ATOLL_STORED();
+        *(volatile uint64_t *)&journal->count = --count;
+        ATOLL_STORED();
     }
     atoll_compiler_barrier();
 }

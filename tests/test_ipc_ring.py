@@ -1,0 +1,237 @@
+"""Rings and transactions: against a deque as oracle, with crashes between any two steps; between two real processes that are
+killed under load; sleeping and waking."""
+
+import os
+import random
+import signal
+import time
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from ipc_support import Instance, instance, until
+
+from atoll.ipc import physmap
+from atoll.ipc._ipc import ffi, lib
+from atoll.ipc.roles import Role
+
+A, B = Role.NIC, Role.NBD
+ENTRIES = 8
+
+
+class RingMachine(RuleBasedStateMachine):
+    """Producer and consumer in one process (both arenas writable, which only a test may); a crash is: open again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instance = Instance({A: [B], B: []}, entries=ENTRIES)
+        self.instance.map_all()
+        for role in (A, B):
+            physmap.map_arena(role, self.instance.writable_fds[role], self.instance.bytes[role], writable=True)
+        self.incarnation = {A: 0, B: 0}
+        self.domain = {}
+        self.crash_producer()
+        self.crash_consumer()
+        self.next_number = 0
+        self.put: list[int] = []  # in the producer's open step
+        self.committed: deque[int] = deque()  # sent, not yet taken for good
+        self.taken = 0  # of these, in the consumer's open step
+        self.unpublished_room = 0
+
+    def teardown(self) -> None:
+        self.instance.close()
+
+    @rule(count=st.integers(1, ENTRIES + 2))
+    def send(self, count: int) -> None:
+        for _ in range(count):
+            message = ffi.new("struct atoll_descriptor *", {"opcode": 3, "identity": self.next_number})
+            message.words[2] = self.next_number ^ 0xFFFF
+            room = ENTRIES - len(self.committed) - len(self.put)
+            assert lib.atoll_domain_put(self.domain[A], B, message) == (room > 0)
+            if room > 0:
+                self.put.append(self.next_number)
+                self.next_number += 1
+
+    @rule()
+    def commit_producer(self) -> None:
+        lib.atoll_domain_commit(self.domain[A])
+        self.committed.extend(self.put)
+        self.put = []
+
+    @rule(count=st.integers(1, ENTRIES))
+    def take(self, count: int) -> None:
+        for _ in range(count):
+            message = ffi.new("struct atoll_descriptor *")
+            expected = len(self.committed) > self.taken
+            assert lib.atoll_domain_take(self.domain[B], A, message) == expected
+            if expected:
+                assert message.identity == self.committed[self.taken]
+                assert message.words[2] == self.committed[self.taken] ^ 0xFFFF
+                self.taken += 1
+
+    @rule()
+    def commit_consumer(self) -> None:
+        lib.atoll_domain_commit(self.domain[B])
+        for _ in range(self.taken):
+            self.committed.popleft()
+        self.taken = 0
+
+    @rule()
+    def crash_producer(self) -> None:
+        self.incarnation[A] += 1
+        self.domain[A] = self.instance.open(A, self.incarnation[A])
+        if self.incarnation[A] > 1:
+            self.next_number -= len(self.put)
+            self.put = []
+
+    @rule()
+    def crash_consumer(self) -> None:
+        self.incarnation[B] += 1
+        self.domain[B] = self.instance.open(B, self.incarnation[B])
+        self.taken = 0
+
+    @precondition(lambda self: self.taken == 0)
+    @invariant()
+    def pending_is_what_was_sent(self) -> None:
+        pending = lib.atoll_domain_pending(self.domain[B], A)
+        assert pending <= len(self.committed)
+        assert (pending == 0) == (not self.committed)
+
+
+RingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestRing = RingMachine.TestCase
+
+
+class Counters:
+    """Two words in a role area: sent and received, changed by transaction."""
+
+    def __init__(self, role: Role) -> None:
+        self.words = ffi.cast("uint64_t *", physmap.address(role) + int(physmap.header(role).role_offset))
+
+    sent = property(lambda self: self.words[0])
+    received = property(lambda self: self.words[1])
+    damaged = property(lambda self: self.words[2])
+
+    def add(self, domain: object, word: int) -> None:
+        lib.atoll_domain_set64(domain, self.words + word, self.words[word] + 1)
+
+
+def produce(made: Instance, incarnation: int, total: int) -> None:
+    domain, counters = made.open(A, incarnation), Counters(A)
+    lib.atoll_domain_serving(domain)
+    message = ffi.new("struct atoll_descriptor *", {"opcode": 3})
+    while counters.sent < total:
+        for _ in range(7):
+            message.identity = counters.sent
+            message.words[1] = counters.sent * 3
+            if counters.sent == total or not lib.atoll_domain_put(domain, B, message):
+                break
+            counters.add(domain, 0)
+        lib.atoll_domain_commit(domain)
+
+
+def consume(made: Instance, incarnation: int, total: int) -> None:
+    domain, counters = made.open(B, incarnation), Counters(B)
+    lib.atoll_domain_serving(domain)
+    message = ffi.new("struct atoll_descriptor *")
+    while counters.received < total:
+        for _ in range(5):
+            if not lib.atoll_domain_take(domain, A, message):
+                break
+            if message.identity != counters.received or message.words[1] != counters.received * 3:
+                counters.add(domain, 2)
+            counters.add(domain, 1)
+        lib.atoll_domain_commit(domain)
+        if counters.received < total:
+            lib.atoll_domain_sleep(domain, 0, -1)  # no timeout: a lost wake-up is a hang
+
+
+@pytest.mark.parametrize("victims", [(A,), (B,), (A, B)])
+def test_each_message_arrives_once_though_the_processes_are_killed(victims: tuple[Role, ...]) -> None:
+    seed = int(time.time())
+    print("seed", seed)
+    chance = random.Random(seed)
+    total, kills = 40_000, 0
+    with instance({A: [B], B: []}, entries=32) as made:
+        made.map_all()
+        received = Counters(B)
+        incarnation = {A: 0, B: 0}
+        pids: dict[Role, int] = {}
+
+        def start(role: Role) -> None:
+            incarnation[role] += 1
+            main = produce if role == A else consume
+            pids[role] = made.play(role, lambda: main(made, incarnation[role], total))
+
+        start(A)
+        start(B)
+        while received.received < total:
+            seen = int(received.received)
+            goal = min(total, seen + chance.randrange(300, 2500))
+            until(lambda goal=goal: received.received >= goal, f"{goal} messages (incarnations {incarnation})")
+            victim = chance.choice(victims)
+            os.kill(pids[victim], signal.SIGKILL)
+            kills += made.wait(pids[victim]) == -signal.SIGKILL
+            start(victim)
+        assert made.wait(pids[A]) == 0
+        assert made.wait(pids[B]) == 0
+        assert (received.received, received.damaged, Counters(A).sent) == (total, 0, total)
+        assert kills >= 5
+
+
+def test_a_sleeper_is_woken_by_each_message() -> None:
+    """A message at a time there and back, everybody asleep in between: a lost wake-up would be a hang."""
+    rounds = 3000
+    with instance({A: [B], B: [A]}) as made:
+        made.map_all()
+
+        def answer() -> None:
+            domain = made.open(B, 1)
+            message = ffi.new("struct atoll_descriptor *")
+            for _ in range(rounds):
+                while not lib.atoll_domain_take(domain, A, message):
+                    lib.atoll_domain_sleep(domain, 0, -1)
+                assert lib.atoll_domain_put(domain, A, message)
+                lib.atoll_domain_commit(domain)
+
+        def ask() -> None:
+            domain = made.open(A, 1)
+            message = ffi.new("struct atoll_descriptor *", {"opcode": 3})
+            for number in range(rounds):
+                message.identity = number
+                assert lib.atoll_domain_put(domain, B, message)
+                lib.atoll_domain_commit(domain)
+                while not lib.atoll_domain_take(domain, B, message):
+                    lib.atoll_domain_sleep(domain, 0, -1)
+                assert message.identity == number
+                lib.atoll_domain_commit(domain)
+
+        pids = [made.play(B, answer), made.play(A, ask)]
+        assert [made.wait(pid) for pid in pids] == [0, 0]
+
+
+def test_a_sleeper_wakes_by_timeout_and_ignores_what_it_cannot_take() -> None:
+    with instance({A: [B], B: []}) as made:
+        made.map_all(writable=B)
+        sender = made.play(A, lambda: produce(made, 1, 1))
+        assert made.wait(sender) == 0
+        domain = made.open(B, 1)
+        assert lib.atoll_domain_sleep(domain, 0, -1) == 1
+        assert lib.atoll_domain_sleep(domain, 1 << A | 1 << Role.KERNEL, 1_000_000) == 0
+        assert not lib.atoll_domain_may_sleep(domain, 0)
+        assert lib.atoll_domain_may_sleep(domain, 1 << A)
+        assert domain.self.sleeping == 1
+        lib.atoll_domain_awake(domain)
+        assert domain.self.sleeping == 0
+
+
+def test_an_arena_of_another_layout_is_refused() -> None:
+    with instance({A: [B], B: []}) as made:
+        made.map_all(writable=A)
+        physmap.header(A).layout_version = 77
+        domain, error, sizes = ffi.new("struct atoll_domain *"), ffi.new("char[256]"), ffi.new("uint64_t[16]")
+        sizes[A], sizes[Role.KERNEL] = made.bytes[A], made.bytes[Role.KERNEL]
+        assert lib.atoll_domain_open(domain, A, 1, os.getpid(), 0, sizes, error) < 0
+        assert b"layout version 77" in ffi.string(error)
