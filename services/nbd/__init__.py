@@ -37,7 +37,7 @@ SLOT_STATES = ("free", "dedup", "payload", "sending", "listing")
 
 
 def plan(config: dict[str, Any]) -> tuple[int, int]:
-    """Bytes of the role's area and of buffers to lend. There are none of the latter: data are passed on by reference."""
+    """Bytes of the role's area and of buffers to lend: none of the latter, data are passed on by reference."""
     return int(lib.nbd_area_bytes()), 0
 
 
@@ -83,9 +83,7 @@ class Service:
         """Answers the frame at which C stopped."""
         frame = lib.nbd_frame(self._state)
         kept = frame.negotiation
-        state = State(
-            Phase(kept.state), Feature(kept.features), kept.meta_volume, kept.meta_generation, kept.list_next
-        )
+        state = State(Phase(kept.state), Feature(kept.features), kept.meta_volume, kept.meta_generation, kept.list_next)
         try:
             answer = self._judge(frame, state)
         except TableUnstable:

@@ -55,6 +55,9 @@ class Feature(IntFlag):
     ALLOCATION = 16
 
 
+NO_FEATURES = Feature(0)
+
+
 class Framing(IntEnum):
     """As enum atoll_framing: what nic cuts out of the stream next."""
 
@@ -131,7 +134,7 @@ class Volume:
 @dataclass(frozen=True)
 class State:
     phase: Phase = Phase.FREE
-    features: Feature = Feature(0)
+    features: Feature = NO_FEATURES
     meta_volume: int = 0  # id + 1 of the volume for which base:allocation is selected, 0: for none
     meta_generation: int = 0
     list_next: int = 0  # LIST under way: id of the next volume to name
@@ -174,7 +177,7 @@ def client_flags(state: State, frame: bytes) -> Answer:
     (flags,) = struct.unpack(">I", frame)
     if flags & ~(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES):
         return _hang_up(state)
-    features = Feature(0)
+    features = NO_FEATURES
     if flags & FLAG_FIXED_NEWSTYLE:
         features |= Feature.FIXED
     if flags & FLAG_NO_ZEROES:
@@ -334,7 +337,8 @@ def _information(number: Option, state: State, data: bytes, volumes: Volumes) ->
     (name_bytes,) = struct.unpack_from(">I", data)
     if name_bytes > len(data) - 6:
         raise _Refused(
-            Reply.ERR_INVALID, f"{number.name}: a name of {name_bytes} bytes does not fit into {len(data)} bytes of data"
+            Reply.ERR_INVALID,
+            f"{number.name}: a name of {name_bytes} bytes does not fit into {len(data)} bytes of data",
         )
     name = data[4 : 4 + name_bytes]
     (count,) = struct.unpack_from(">H", data, 4 + name_bytes)
@@ -358,7 +362,9 @@ def _information(number: Option, state: State, data: bytes, volumes: Volumes) ->
 def _structured_reply(state: State, data: bytes, _volumes: Volumes) -> Answer:
     _no_data(Option.STRUCTURED_REPLY, data)
     if state.features & Feature.EXTENDED:
-        raise _Refused(Reply.ERR_EXT_HEADER_REQD, "extended headers are negotiated already and include structured replies")
+        raise _Refused(
+            Reply.ERR_EXT_HEADER_REQD, "extended headers are negotiated already and include structured replies"
+        )
     return Answer(
         replace(state, features=state.features | Feature.STRUCTURED), _reply(Option.STRUCTURED_REPLY, Reply.ACK)
     )
@@ -398,7 +404,8 @@ def _queries(number: Option, state: State, data: bytes, volumes: Volumes) -> tup
         nonlocal rest
         if count > len(rest):
             raise _Refused(
-                Reply.ERR_INVALID, f"{number.name}: {what} of {count} bytes goes past the end of {len(data)} bytes of data"
+                Reply.ERR_INVALID,
+                f"{number.name}: {what} of {count} bytes goes past the end of {len(data)} bytes of data",
             )
         taken, rest = bytes(rest[:count]), rest[count:]
         return taken
