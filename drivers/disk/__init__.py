@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from atoll.drivers.disk._disk import ffi, lib
 
@@ -50,12 +50,10 @@ def plan(config: dict[str, Any], role: str = "disk") -> tuple[int, int]:
 
 def main(context: Any) -> None:
     error = ffi.new("char[256]")
-    disk = lib.disk_create(
-        context.domain, context.device_fd, context.fresh or context.adopted, passes_discards(context), error
-    )
+    disk = lib.disk_create(context.domain, context.device_fd, passes_discards(context), error)
     if not disk:
-        return fail(context, error)
-    return serve(context, disk, lib, {})
+        fail(context, error)
+    serve(context, disk, lib, {})
 
 
 def serve(context: Any, disk: Any, lib: Any, handlers: Handlers) -> None:
@@ -64,32 +62,30 @@ def serve(context: Any, disk: Any, lib: Any, handlers: Handlers) -> None:
     `lib` is the C library that made `disk`: that of the driver or that of its stand-in.
     """
     error = ffi.new("char[256]")
-    engine = context.config[context.role_name]["engine"]
+    engine = context.config[context.role]["engine"]
     if engine == "io_uring":
         if context.uring is None:
-            return fail(context, f"engine {engine}: this process was given no io_uring")
+            fail(context, f"engine {engine}: this process was given no io_uring")
         parameters = context.uring.parameters
         failed = lib.disk_attach_uring(disk, context.uring.fd, ffi.from_buffer(parameters), error)
     elif engine == "threads":
         failed = lib.disk_attach_threads(disk, error)
     else:
-        return fail(context, f"no storage engine is called {engine!r}")
+        fail(context, f"no storage engine is called {engine!r}")
     if failed:
-        return fail(context, error)
-
-    def stop(message: dict[str, Any]) -> dict[str, Any]:
-        lib.disk_stop(disk)
-        return status(message)
+        fail(context, error)
 
     def status(message: dict[str, Any]) -> dict[str, Any]:
-        return {"ok": True, **status_of(disk, lib)}
+        return status_of(disk, lib)
 
-    everything = {"status": status, "stop": stop, **handlers}
+    # The table is as the predecessor's last commit left it; what it had under way goes on.
+    everything = {"status": status, **handlers}
     context.serving()
     while lib.disk_run(disk) != lib.ATOLL_REASON_STOP:
         context.serve_control(everything)
+        if context.stopping:
+            lib.disk_stop(disk)  # the loop ends once nothing is in flight
     lib.disk_destroy(disk)
-    return None
 
 
 def passes_discards(context: Any) -> bool:
@@ -112,7 +108,8 @@ def status_of(disk: Any, lib: Any) -> dict[str, Any]:
     }
 
 
-def fail(context: Any, reason: Any) -> None:
+def fail(context: Any, reason: Any) -> NoReturn:
     """`reason`: a text, or the C side's error buffer."""
     text = reason if isinstance(reason, str) else ffi.string(reason).decode(errors="replace")
-    context.fail(f"{context.role_name}: {text}")
+    context.fail(text)
+    raise AssertionError("Context.fail does not return")

@@ -52,7 +52,7 @@ static int examine(struct disk *disk, char *error)
     return 0;
 }
 
-struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool fresh, bool pass_discards, char *error)
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, char *error)
 {
     struct atoll_arena_header *self = domain->self;
     struct disk *disk = calloc(1, sizeof *disk);
@@ -76,8 +76,6 @@ struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool fresh,
         return 0;
     }
     disk->table = (void *)((char *)self + self->role_offset);
-    if (fresh)
-        io_forget_all(disk);
     return disk;
 }
 

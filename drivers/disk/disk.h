@@ -148,9 +148,9 @@ bool disk_apply(struct disk *disk, uint64_t user_data, int64_t result);
 
 /* cffi:begin */
 uint64_t disk_role_bytes(void);
-/* NULL with the reason in `error` (256 bytes). `fresh`: the table starts anew (nothing is under way). `pass_discards`:
- * false for a preallocated file, whose space must not be given back. `device_fd` stays the caller's. */
-struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool fresh, bool pass_discards, char *error);
+/* NULL with the reason in `error` (256 bytes). A fresh arena is zeroed, which is an empty table. `pass_discards`: false
+ * for a preallocated file, whose space must not be given back. `device_fd` stays the caller's. */
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, char *error);
 /* `parameters`: struct atoll_uring_parameters of the outliving ring. 0 or a negative errno with the reason in `error`. */
 int disk_attach_uring(struct disk *disk, int uring_fd, const void *parameters, char *error);
 int disk_attach_threads(struct disk *disk, char *error);

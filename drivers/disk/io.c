@@ -363,14 +363,6 @@ bool disk_apply(struct disk *disk, uint64_t user_data, int64_t result)
 
 /* --- Taking over ------------------------------------------------------------------------------------------------- */
 
-void io_forget_all(struct disk *disk)
-{
-    for (uint32_t number = 0; number < ATOLL_IO_COUNT; number++)
-        if (disk->table->slots[number].state != DISK_FREE)
-            atoll_set32(disk->domain->journal, &disk->table->slots[number].state, DISK_FREE);
-    atoll_commit(disk->domain->journal);
-}
-
 static int compare_arrival(const void *left, const void *right)
 {
     const struct disk_slot *a = *(struct disk_slot *const *)left, *b = *(struct disk_slot *const *)right;

@@ -4,8 +4,6 @@
 
 #include "drivers/disk/disk.h"
 
-/* Drops all entries (the engine's ring is new and so are dedup's requests). Commits. */
-void io_forget_all(struct disk *disk);
 /* After a predecessor: counts what is under way, queues what must be done again, oldest first. Commits. */
 void io_take_over(struct disk *disk);
 /* One message of dedup, in the running transaction: entered into the table, or answered with EINVAL. The caller has made
