@@ -143,7 +143,7 @@ class Client:
                 reply = msgpack.unpackb(body)
             except (ValueError, msgpack.UnpackException):
                 raise NoAnswer(f"the server on {self.data} sent an answer that is not msgpack") from None
-            if isinstance(reply, dict) and reply.get("number", self._number) == self._number:
+            if isinstance(reply, dict) and reply.get("number") in (None, self._number):
                 return reply
 
 

@@ -1,6 +1,6 @@
 """What the first release is to show, on a running server with ordinary clients.
 
-1. Two copies of one image take the space of one.  2. Every role is killed with clients connected.  3. The audit is clean
+1. Two copies of an image take the space of one.  2. Every role is killed with clients connected.  3. The audit is clean
 under load.  4. The trace shows one address in all domains.  5. The speed beside nbdkit's memory plugin.
 """
 
