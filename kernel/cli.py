@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,8 +89,16 @@ def parse_signal(text: str) -> signal.Signals:
         raise configuration.ConfigError(f"no such signal: {text!r}") from None
 
 
+def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib import metadata  # slow to import
+
+        click.echo(f"atoll {metadata.version('atoll')}")
+        context.exit()
+
+
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(metadata.version("atoll"), message="atoll %(version)s")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=print_version, help="The version.")
 def cli() -> None:
     """A block-storage server of isolated processes that survives the death of any of them."""
 

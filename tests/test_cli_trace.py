@@ -68,8 +68,8 @@ def test_a_write_seen_at_one_place_everywhere() -> None:
     assert (document["offset"], document["length"], document["volume"]) == (8192, 12288, 4)
     assert [(hop["domain"], hop["message"]) for hop in document["hops"]] == [
         ("nic", "REQUEST"), ("nbd", "REQUEST"), ("nbd", "WRITE"), ("dedup", "WRITE"), ("dedup", "DONE"),
-        ("nbd", "DONE"), ("nbd", "REPLY"), ("nic", "REPLY"), ("dedup", "IO_WRITE"), ("disk", "IO_WRITE"), ("disk", "IO_DONE"),
-        ("dedup", "IO_DONE"),
+        ("nbd", "DONE"), ("nbd", "REPLY"), ("nic", "REPLY"), ("dedup", "IO_WRITE"), ("disk", "IO_WRITE"),
+        ("disk", "IO_DONE"), ("dedup", "IO_DONE"),
     ]  # fmt: skip
     disk = next(hop for hop in document["hops"] if hop["domain"] == "disk")
     assert disk["address"] == PAYLOAD[0][0]
