@@ -57,9 +57,11 @@ class Record:
     start_time: int
     boot_id: str
     layout_version: int
+    device_bytes: int = 0
     # role: {"bytes", "role_bytes", "buffer_bytes"}
     arenas: dict[str, dict[str, int]] = field(default_factory=dict)
     clean: bool = False
+    served: bool = False  # clients were served: something may have been acknowledged
     version: int = VERSION
 
     @classmethod

@@ -1,0 +1,232 @@
+"""init: the process of `atoll serve`. It makes what outlives everybody else (world.py), forks zygote and kernel, reaps
+whoever dies, forks either again, and ends the service when it is told to.
+
+- `run(config) -> exit status`
+
+All processes of the instance are its children and die with it. After a crash of init: the data directory holds the record of
+the instance, shared memory the acknowledged writes; the next `run` adopts them.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.ipc import objects, physmap
+from atoll.kernel import main, messages, process, table, world, zygote
+from atoll.kernel.instance import EXIT_FAILED, BootError, Directory
+from atoll.kernel.surroundings import notify, warnings
+
+log = logging.getLogger("atoll")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PROTECTED_OOM_SCORE = -900
+# A child that lives shorter than this, so many times in a row, is forked later and later.
+SHORT_LIFE_S = 1.0
+SHORT_LIVES = 3
+BACKOFF_MAX_S = 5.0
+
+
+def run(config: dict[str, Any]) -> int:
+    """Runs the service until it is stopped. `config` as Config.as_dict() makes it."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s[%(process)d] %(message)s", force=True
+    )
+    try:
+        directory = Directory.open(config["data"])
+        made = world.build(config, directory)
+    except (BootError, ImportError) as error:
+        print(f"atoll: {error}", file=sys.stderr)
+        return error.status if isinstance(error, BootError) else EXIT_FAILED
+    for line in warnings():
+        log.warning("%s", line)
+    return Init(made).run()
+
+
+class Child:
+    """Zygote or kernel: forked by init itself, and again whenever it dies."""
+
+    def __init__(self, name: str, play: Callable[[world.World], Any]) -> None:
+        self.name = name
+        self.play = play
+        self.pid = 0
+        self.started = 0.0
+        self.short_lives = 0
+        self.not_before = 0.0
+
+    def ended(self) -> None:
+        now = time.monotonic()
+        self.pid = 0
+        self.short_lives = self.short_lives + 1 if now - self.started < SHORT_LIFE_S else 0
+        late = self.short_lives - SHORT_LIVES
+        self.not_before = now + (0.0 if late < 0 else min(BACKOFF_MAX_S, 0.1 * 2**late))
+
+
+class Init:
+    def __init__(self, made: world.World) -> None:
+        self.world = made
+        self.kernel = Child("kernel", main.run)
+        self.zygote = Child("zygote", zygote.run)
+        self.stop_reason = ""
+        self.status: int | None = None
+        self._own_score = "0"
+        self._progress = (-1, 0.0)  # the kernel's, and when it last moved
+
+    def run(self) -> int:
+        process.adopt_orphans()
+        with contextlib.suppress(OSError):
+            self._own_score = Path("/proc/self/oom_score_adj").read_text().strip()
+        process.be_protected(PROTECTED_OOM_SCORE)
+        self._map_kernel_arena()
+        wake, wakened = socket.socketpair()
+        wake.setblocking(False)
+        wakened.setblocking(False)
+        for number in (*STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
+        assert self.world.init_channel is not None
+        channel = self.world.init_channel[0]
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        poll.register(channel, select.POLLIN)
+        while self.status is None:
+            for child in (self.zygote, self.kernel):
+                if child.pid == 0 and time.monotonic() >= child.not_before:
+                    self._fork(child)
+            poll.poll(self._patience_ms())
+            with contextlib.suppress(BlockingIOError):
+                for number in wake.recv(4096):
+                    if number in STOP_SIGNALS:
+                        self._stop(signal.Signals(number).name)
+            self._reap()
+            self._listen(channel)
+            self._look_at_kernel()
+        return self.status
+
+    # --- Children ---
+
+    def _fork(self, child: Child) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid != 0:
+            child.pid, child.started = pid, time.monotonic()
+            if child is self.kernel:
+                self._progress = (-1, child.started)
+            return
+        status = 70
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (*STOP_SIGNALS, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            os.setsid()  # what a terminal sends goes to init alone
+            process.be_protected(int(self._own_score))
+            child.play(self.world)
+        except BaseException:
+            log.exception("%s ends", child.name)
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+    def _reap(self) -> None:
+        assert self.world.init_channel is not None
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            for child in (self.kernel, self.zygote):
+                if pid == child.pid:
+                    child.ended()
+                    log.warning("%s: process %d %s", child.name, pid, process.describe(status))
+                    break
+            else:
+                messages.send(self.world.init_channel[0], {"ended": pid, "status": status})
+
+    def _patience_ms(self) -> float:
+        """Until the next look at the kernel, or the next fork of a child that died too often."""
+        waiting = [child.not_before - time.monotonic() for child in (self.kernel, self.zygote) if child.pid == 0]
+        return max(0.0, min([self._hang_s() / 2, *waiting])) * 1000
+
+    # --- Messages ---
+
+    def _listen(self, channel: socket.socket) -> None:
+        while self.status is None and (received := messages.receive(channel)) is not None:
+            message, _ = received
+            if "booted" in message:
+                for line in message["booted"]:
+                    print(line, flush=True)
+                self.world.record.served = True
+                self.world.record.write(self.world.directory.path)
+                notify("READY=1\nSTATUS=serving")
+            elif "failed" in message:
+                print(f"atoll: {message['failed']}", file=sys.stderr)
+                self._end(keep=self.world.adopted)
+                self.status = EXIT_FAILED
+            elif "stopped" in message:
+                self._end(keep=not message["stopped"])
+                self.status = 0 if message["stopped"] else EXIT_FAILED
+                if not message["stopped"]:
+                    print(
+                        f"atoll: {message['reason']}: what was acknowledged stays in shared memory for the next start",
+                        file=sys.stderr,
+                    )
+
+    def _stop(self, reason: str) -> None:
+        assert self.world.init_channel is not None
+        if self.stop_reason:
+            log.warning("%s again: everything is ended at once; the next start goes on from shared memory", reason)
+            self._end(keep=self.world.record.served)
+            self.status = EXIT_FAILED
+            return
+        self.stop_reason = reason
+        notify("STOPPING=1")
+        messages.send(self.world.init_channel[0], {"stop": reason})
+
+    def _end(self, keep: bool) -> None:
+        """Ends all processes and removes the shared objects, but for acknowledged writes that are nowhere else."""
+        self.kernel.not_before = self.zygote.not_before = float("inf")
+        while pids := process.children(os.getpid()):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pids[0], 0)
+        self.world.close(keep=table.KEPT if keep else ())
+        if not keep:
+            self.world.record.clean = True
+            self.world.record.write(self.world.directory.path)
+
+    # --- The kernel's hangs ---
+
+    def _hang_s(self) -> float:
+        return 2 * float(self.world.config["kernel"]["hang_s"])
+
+    def _map_kernel_arena(self) -> None:
+        size = self.world.arenas["kernel"].arena_bytes
+        descriptor = objects.open_read_only(objects.arena_name(self.world.instance, "kernel"))
+        physmap.map_arena(table.KERNEL.number, descriptor, size)
+        os.close(descriptor)
+
+    def _look_at_kernel(self) -> None:
+        """The kernel's loop turns several times per `hang_s`, work or none."""
+        if self.kernel.pid == 0:
+            return
+        now = time.monotonic()
+        progress, since = self._progress
+        found = int(physmap.header(table.KERNEL.number).progress)
+        if found != progress:
+            self._progress = (found, now)
+        elif now - since > self._hang_s():
+            log.warning("kernel: process %d hangs: killed", self.kernel.pid)
+            self._progress = (found, now)
+            os.kill(self.kernel.pid, signal.SIGKILL)

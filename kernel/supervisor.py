@@ -1,0 +1,495 @@
+"""The life and death of domains: every decision about who plays a role is made here, in the kernel's one loop.
+
+- `Supervisor(loop, world, domain, rows, calls)`; `adopt()` once; then events: `locks_died`, `process_ended`,
+  `from_zygote`, `from_init`, `look_around` (after a wake-up), `check_hangs` (timer)
+- `may_start`, `on_serving`, `on_failed`, `on_stopped`: set by those who start and stop the service (service.py)
+
+Death is noticed by the role lock (at once; a single-threaded process runs no instruction after it) or, where the role has
+threads or no lock was taken yet, by the pidfd. The intent is recorded, then the standby gets its order; the standby itself
+takes the lock before it writes, so two kernels in a row cannot make two active processes.
+
+After a crash of the kernel: domains go on. `adopt` of the next one compares its predecessor's records with locks and start
+times: what runs is adopted, what died is replaced, a promotion under way is finished, processes that nobody recorded are
+ended.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.ipc import objects, physmap, rolelock
+from atoll.ipc._ipc import ffi, lib
+from atoll.ipc.crashpoint import crash_point
+from atoll.kernel import messages, process, table
+from atoll.kernel.calls import Calls
+from atoll.kernel.life import Life, Phase
+from atoll.kernel.loop import Loop
+from atoll.kernel.process import Process
+from atoll.kernel.records import Rows
+from atoll.kernel.watch import LockWatch
+from atoll.kernel.world import World
+
+log = logging.getLogger("atoll.kernel")
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+
+# A promoted standby has the lock within a millisecond; it is told again after the first time, ended after the second.
+RESEND_NS = 20 * MS
+LOCK_BOUND_NS = 2 * SECOND
+# From the lock to SERVING, unless `progress` moves.
+START_BOUND_NS = 5 * SECOND
+# A zygote that has not answered by then is ended; init makes another.
+ZYGOTE_BOUND_NS = 3 * SECOND
+# Crashes are "in a row" if the one before was not longer ago.
+CRASH_ROW_NS = 10 * SECOND
+FIRST_BACKOFF_NS = 50 * MS
+# How long the signal of a death may stay unknown before the successor is promoted without it.
+SIGNAL_WAIT_S = 0.005
+# Ends of processes remembered as init told them.
+ENDED_KEPT = 64
+
+
+class Supervisor:
+    def __init__(self, loop: Loop, world: World, domain: Any, rows: Rows, calls: Calls) -> None:
+        self.loop = loop
+        self.world = world
+        self.domain = domain
+        self.rows = rows
+        self.calls = calls
+        self.lives = {role.name: Life(role, table.threaded(role, world.config)) for role in table.DOMAINS}
+        self.zygote: Process | None = None
+        self.synced = False
+        self.ending = False  # the service stops: nobody who ended in order is replaced
+        self.may_start: Callable[[Life], bool] = lambda life: True
+        self.on_serving: Callable[[Life], None] = lambda life: None
+        self.on_failed: Callable[[Life], None] = lambda life: None
+        self.on_stopped: Callable[[Life], None] = lambda life: None
+        self._ended: dict[int, int] = {}  # pid: wait status, as init tells it
+        self._hang_ns = int(world.config["kernel"]["hang_s"] * SECOND)
+        self._backoff_ns = int(world.config["kernel"]["restart_backoff_s"] * SECOND)
+        self._zygote_asked_ns = 0
+        notify = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._watch = LockWatch(notify)
+        loop.add(notify, lambda: self._locks_died(notify))
+        assert world.zygote_channel is not None
+        self._to_zygote = world.zygote_channel[0]
+        loop.add(self._to_zygote.fileno(), self.from_zygote)
+
+    # --- Beginning ---
+
+    def adopt(self) -> None:
+        """Makes of the predecessor's records what is true now. On the first start there are none."""
+        self._watch.start()
+        self.loop.drain_init()
+        for life in self.lives.values():
+            pid, start_time = life.restore(self.rows)
+            if life.standby is not None:
+                self._follow(life.standby, life)
+            owner = rolelock.owner(life.role.number)
+            if life.phase in (Phase.EMPTY, Phase.STOPPED):
+                continue
+            life.active = Process.open(pid, start_time)
+            if life.active is None:
+                self._bury(life, pid)
+                continue
+            self._follow(life.active, life)
+            if owner == pid:
+                self._watch.arm(life.role.number, pid)
+                if life.phase is Phase.PROMOTING:
+                    life.phase = Phase.RECOVERING
+                if life.phase is Phase.DYING:
+                    life.active.send(signal.SIGKILL)
+                else:
+                    self._expect_start(life)
+            elif life.phase is Phase.PROMOTING:
+                self._send_order(life)
+                self._expect_start(life)
+            elif not life.threaded:
+                self._bury(life, pid)
+            # With threads: dead by its lock, its pidfd tells when it is gone.
+        self._ask_zygote({"sync": self.loop.turns})
+        self.look_around()
+        for life in self.lives.values():
+            self.decide(life)
+
+    # --- Deciding ---
+
+    def decide(self, life: Life) -> None:
+        """Fills an empty role and sees to a standby."""
+        if life.phase is Phase.STOPPED:
+            return
+        if life.standby is None:
+            if life.phase in (Phase.EMPTY, Phase.SERVING):
+                self._ask_standby(life)
+            return
+        if life.phase is not Phase.EMPTY:
+            return
+        if not self.may_start(life):
+            return
+        now = time.monotonic_ns()
+        if now < life.not_before_ns and not self.ending:
+            self.loop.at(life.not_before_ns, lambda: self.decide(life))
+            return
+        owner = rolelock.owner(life.role.number)
+        if owner:  # recorded by nobody, and alive: it goes first
+            log.error("%s is held by process %d, which nobody recorded: ended", life.role.name, owner)
+            os.kill(owner, signal.SIGKILL)
+            self.loop.at(now + RESEND_NS, lambda: self.decide(life))
+            return
+        found = life.standby.look()
+        if found is None or found.stopped or found.gone:
+            self._drop_standby(life)
+            self._ask_standby(life)
+            return
+        self._promote(life)
+
+    def _promote(self, life: Life) -> None:
+        header = physmap.header(life.role.number)
+        life.active, life.standby = life.standby, None
+        life.incarnation = max(life.incarnation, int(header.incarnation)) + 1
+        life.phase = Phase.PROMOTING
+        life.promoted_ns = time.monotonic_ns()
+        life.reason = ""
+        life.record(self.rows)  # the intent: the next kernel goes on from here
+        crash_point(self.domain, "kernel.promote.before")
+        self._send_order(life)
+        crash_point(self.domain, "kernel.promote.after")
+        self._expect_start(life)
+
+    def _send_order(self, life: Life) -> None:
+        """Sent twice it does no harm: it is for one process, which reads one."""
+        assert life.active is not None
+        name, world = life.role.name, self.world
+        order = {
+            "pid": life.active.pid,
+            "start_time": life.active.start_time,
+            "incarnation": life.incarnation,
+            "previous_signal": life.previous_signal,
+            "fresh": not life.served and not (world.adopted and name in table.KEPT),
+            "adopted": world.adopted and name in table.KEPT and not life.served,
+        }
+        descriptors = [
+            objects.open_writable(objects.arena_name(world.instance, name)),
+            objects.open_writable(objects.lock_name(world.instance, name)),
+        ]
+        try:
+            messages.send(world.promotion[name][0], order, descriptors)
+        finally:
+            messages.close_all(descriptors)
+        life.resend_ns = time.monotonic_ns() + RESEND_NS
+
+    def _expect_start(self, life: Life) -> None:
+        """Looks after a process on its way to SERVING; late is dead."""
+        started, bound_at = life.active, [time.monotonic_ns()]
+        life.start_progress = -1
+
+        def look() -> None:
+            if life.active is not started or life.phase not in (Phase.PROMOTING, Phase.RECOVERING):
+                return
+            self._observe(life)
+            if life.phase not in (Phase.PROMOTING, Phase.RECOVERING):
+                return
+            now = time.monotonic_ns()
+            if life.phase is Phase.PROMOTING:
+                if now - bound_at[0] > LOCK_BOUND_NS:
+                    self._end_late(life, "has not taken its role")
+                elif now > life.resend_ns:
+                    self._send_order(life)
+            else:
+                progress = int(physmap.header(life.role.number).progress)
+                if progress != life.start_progress:
+                    life.start_progress, bound_at[0] = progress, now
+                elif now - bound_at[0] > START_BOUND_NS:
+                    self._end_late(life, "does not serve")
+            self.loop.at(now + (RESEND_NS if life.phase is Phase.PROMOTING else SECOND // 4), look)
+
+        self.loop.at(time.monotonic_ns() + RESEND_NS, look)
+
+    def _end_late(self, life: Life, what: str) -> None:
+        assert life.active is not None
+        log.error("%s: process %d %s: killed", life.role.name, life.active.pid, what)
+        self.kill_active(life, blame=signal.SIGABRT)
+
+    def kill_active(self, life: Life, blame: int) -> None:
+        """SIGKILL; `blame` is what the successor is told instead (a hang counts as the domain's own crash)."""
+        assert life.active is not None
+        life.blame = blame
+        life.phase = Phase.DYING
+        life.record(self.rows)
+        life.active.send(signal.SIGKILL)
+
+    # --- Death ---
+
+    def _locks_died(self, notify: int) -> None:
+        os.eventfd_read(notify)
+        now = time.monotonic_ns()
+        for number, pid in self._watch.taken():
+            life = self.lives[table.NAMES[number]]
+            if life.active is None or life.active.pid != pid:
+                continue
+            life.detected_ns = now
+            if life.threaded and not life.active.gone():
+                life.phase = Phase.DYING
+                life.record(self.rows)  # its pidfd tells when its last thread has ended
+                continue
+            self._bury(life, pid)
+
+    def _follow(self, followed: Process, life: Life) -> None:
+        self.loop.add(followed.pidfd, lambda: self._process_ended(followed, life))
+
+    def _unfollow(self, followed: Process) -> None:
+        if followed.pidfd >= 0:
+            self.loop.remove(followed.pidfd)
+            followed.close()
+
+    def _process_ended(self, ended: Process, life: Life) -> None:
+        if ended.pidfd < 0 or not ended.gone():
+            return  # meant for another that had this descriptor's number a moment ago
+        if ended is life.standby:
+            life.standby_failures += 1
+            wait_ns = min(FIRST_BACKOFF_NS << min(life.standby_failures - 1, 10), self._backoff_ns)
+            life.standby_not_before_ns = time.monotonic_ns() + (0 if life.standby_failures <= 2 else wait_ns)
+            self._drop_standby(life)
+            self.decide(life)
+        elif ended is life.active:
+            life.detected_ns = life.detected_ns or time.monotonic_ns()
+            self._bury(life, ended.pid)
+        else:
+            self._unfollow(ended)
+
+    def _bury(self, life: Life, pid: int) -> None:
+        """The active process is dead: nothing of it runs any more."""
+        now = time.monotonic_ns()
+        status = self._status_of(life, pid)
+        number = 0 if status is None else process.signal_of(status)
+        header = physmap.header(life.role.number)
+        orderly = self.ending and status == 0 and header.state == lib.ATOLL_STATE_STOPPED
+        if life.active is not None:
+            self._unfollow(life.active)
+            life.active = None
+        self._watch.disarm(life.role.number)
+        life.last_end = "ended" if status is None else process.describe(status)
+        if orderly:
+            life.phase = Phase.STOPPED
+            life.record(self.rows)
+            self.on_stopped(life)
+            return
+        failed = header.state == lib.ATOLL_STATE_FAILED and status is not None and number == 0
+        life.reason = ffi.string(header.reason).decode(errors="replace") if failed else ""
+        own = number in process.OWN_SIGNALS or life.blame in process.OWN_SIGNALS or (status is not None and number == 0)
+        if own:
+            life.crashes = life.crashes + 1 if now - life.died_ns < CRASH_ROW_NS else 1
+            if life.crashes > 1 and life.role.backoff:
+                wait_ns = min(FIRST_BACKOFF_NS << min(life.crashes - 2, 20), self._backoff_ns)
+                life.not_before_ns = now + wait_ns
+                life.reason = life.reason or f"{life.last_end}, {life.crashes} times in a row"
+            life.died_ns = now
+        else:
+            life.not_before_ns = 0
+        life.previous_signal = life.blame or number
+        life.blame = 0
+        life.restarts += 1
+        life.phase = Phase.EMPTY
+        life.record(self.rows)
+        log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, f": {life.reason}" if life.reason else "")
+        self.decide(life)
+        if failed:
+            self.on_failed(life)
+
+    def _status_of(self, life: Life, pid: int) -> int | None:
+        """Wait status of a dead or dying process: /proc tells it from the first moment, init once it has reaped.
+
+        None where neither does.
+        """
+        found = life.active.look() if life.active is not None else None
+        if found is not None and (found.exit_status or found.gone):
+            self._ended.pop(pid, None)
+            return found.exit_status
+        deadline = time.monotonic() + SIGNAL_WAIT_S
+        while pid not in self._ended and time.monotonic() < deadline and found is not None:
+            found = life.active.look() if life.active is not None else None
+            if found is not None and (found.exit_status or found.gone):
+                return found.exit_status
+            self.loop.drain_init()
+        return self._ended.pop(pid, None)
+
+    def note_ended(self, pid: int, status: int) -> None:
+        """Init has reaped a process."""
+        self._ended[pid] = status
+        while len(self._ended) > ENDED_KEPT:
+            del self._ended[next(iter(self._ended))]
+
+    # --- Standbys ---
+
+    def _ask_standby(self, life: Life) -> None:
+        now = time.monotonic_ns()
+        if not self.synced or self.ending and life.phase is not Phase.EMPTY:
+            return
+        if life.standby_asked_ns:
+            return  # the answer is under way
+        if now < life.standby_not_before_ns:
+            self.loop.at(life.standby_not_before_ns, lambda: self.decide(life))
+            return
+        life.standby_asked_ns = now
+        self._ask_zygote({"fork": life.role.name})
+
+    def _ask_zygote(self, message: dict[str, Any]) -> None:
+        asked = self._zygote_asked_ns = time.monotonic_ns()
+        messages.send(self._to_zygote, message)
+
+        def late() -> None:
+            if self._zygote_asked_ns == asked and self.zygote is not None:
+                log.error("zygote: process %d does not answer: killed", self.zygote.pid)
+                self.zygote.send(signal.SIGKILL)
+
+        self.loop.at(asked + ZYGOTE_BOUND_NS, late)
+
+    def from_zygote(self) -> None:
+        while (received := messages.receive(self._to_zygote)) is not None:
+            message, _ = received
+            self._zygote_asked_ns = 0
+            if "role" in message:
+                self._new_standby(self.lives[message["role"]], message["pid"], message["start_time"])
+                continue
+            if self.zygote is not None:
+                self.zygote.close()
+            self.zygote = Process.open(message.get("hello") or message["pid"], message["start_time"])
+            if "hello" in message and not self.synced:
+                continue  # the answer to `sync` comes behind it
+            self.synced = True
+            self._end_strays()
+            for life in self.lives.values():  # what an earlier zygote was asked for will not come
+                life.standby_asked_ns = 0
+                self.decide(life)
+
+    def _new_standby(self, life: Life, pid: int, start_time: int) -> None:
+        life.standby_asked_ns = 0
+        fresh = Process.open(pid, start_time)
+        if fresh is None:
+            life.standby_failures += 1
+        elif life.standby is not None or (self.ending and life.phase is not Phase.EMPTY):
+            fresh.send(signal.SIGKILL)  # two would read the same channel
+            fresh.close()
+            return
+        else:
+            life.standby = fresh
+            life.record(self.rows)
+            self._follow(fresh, life)
+        self.decide(life)
+
+    def _drop_standby(self, life: Life) -> None:
+        if life.standby is None:
+            return
+        dropped, life.standby = life.standby, None
+        dropped.send(signal.SIGKILL)
+        self._unfollow(dropped)
+        life.record(self.rows)
+
+    def drop_standbys(self) -> None:
+        for life in self.lives.values():
+            self._drop_standby(life)
+
+    def _end_strays(self) -> None:
+        """Children of init that are in no record: forked for a kernel that died before it wrote them down."""
+        known = {os.getpid(), 0 if self.zygote is None else self.zygote.pid}
+        for life in self.lives.values():
+            known |= {each.pid for each in (life.active, life.standby) if each is not None}
+        for pid in process.children(self.world.init_pid):
+            if pid in known:
+                continue
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text()
+            except OSError:
+                continue
+            found = process.look(pid)
+            if name.startswith("atoll-") and found is not None and not found.gone:
+                log.warning("process %d (%s) belongs to nobody: ended", pid, name.strip())
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    # --- Looking ---
+
+    def look_around(self) -> None:
+        """After a wake-up: has anybody who was starting got further?"""
+        for life in self.lives.values():
+            if life.phase in (Phase.PROMOTING, Phase.RECOVERING):
+                self._observe(life)
+
+    def _observe(self, life: Life) -> None:
+        assert life.active is not None
+        header = physmap.header(life.role.number)
+        if life.phase is Phase.PROMOTING and rolelock.owner(life.role.number) == life.active.pid:
+            life.phase = Phase.RECOVERING
+            life.record(self.rows)
+            self._watch.arm(life.role.number, life.active.pid)
+        if (
+            life.phase is Phase.RECOVERING
+            and header.state == lib.ATOLL_STATE_SERVING
+            and header.pid == life.active.pid
+            and header.incarnation == life.incarnation
+        ):
+            life.phase = Phase.SERVING
+            life.served = True
+            life.standby_failures = 0
+            life.hang_progress = -1
+            life.record(self.rows)
+            log.info(
+                "%s: process %d serves (incarnation %d, %.1f ms after its promotion)",
+                life.role.name,
+                life.active.pid,
+                life.incarnation,
+                (int(header.serving_ns) - life.promoted_ns) / 1e6,
+            )
+            self.calls.served(life.role.name)
+            self.on_serving(life)
+            life.detected_ns = 0
+            self.decide(life)
+
+    # --- Hangs ---
+
+    def check_hangs(self) -> None:
+        """Pending work and no turn of the loop for `hang_s`: hung. Without pending work the clock does not run."""
+        now = time.monotonic_ns()
+        for life in self.lives.values():
+            if life.phase is not Phase.SERVING or life.active is None:
+                continue
+            progress = int(physmap.header(life.role.number).progress)
+            if progress != life.hang_progress or not self._pending(life):
+                life.hang_progress, life.hang_since_ns = progress, now
+            elif now - life.hang_since_ns >= self._hang_ns:
+                found = life.active.look()
+                if found is None or found.gone:
+                    continue
+                stopped = found.stopped
+                log.warning(
+                    "%s: process %d has work and made no progress for %.1f s (%s): killed",
+                    life.role.name,
+                    life.active.pid,
+                    (now - life.hang_since_ns) / SECOND,
+                    "stopped from outside" if stopped else f"state {found.state}",
+                )
+                life.detected_ns = now
+                # Who was stopped from outside has done nothing wrong.
+                self.kill_active(life, blame=signal.SIGSTOP if stopped else signal.SIGABRT)
+        self.loop.at(now + self._hang_ns // 4, self.check_hangs)
+
+    def _pending(self, life: Life) -> bool:
+        """True if a message waits on a ring to the role. Reads what others wrote: offsets are checked, values compared."""
+        own = physmap.header(life.role.number)
+        for peer in table.ROLES.values():
+            if life.role.name not in peer.rings_to:
+                continue
+            offset = int(physmap.header(peer.number).tx_offset[life.role.number])
+            if not 0 < offset <= self.world.arenas[peer.name].arena_bytes - 4096:
+                continue
+            producer = ffi.cast("struct atoll_ring_producer *", physmap.address(peer.number) + offset)
+            if producer.tail != own.consumer[peer.number].head:
+                return True
+        return False

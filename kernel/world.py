@@ -1,0 +1,393 @@
+"""All that outlives every other process: made by init before it forks, inherited by all, the same for the whole run.
+
+- `build(config, directory)` -> `World`
+- `World.close(keep)`   removes the shared objects (all, or all but those that hold acknowledged writes)
+
+What is made: arenas and lock pages (POSIX shared memory), eventfds, io_urings, promotion channels, channels between
+init, zygote and kernel, the control socket, the listeners, the device.
+
+After a crash of everybody: if the last run did not come to a clean end and left the arenas of nic and dedup, these two are
+*adopted*: kept with all they hold and with the sizes that every role had; rolled back to their last commit, their rings
+emptied, since peers, sockets and clients are gone. Everything else is made anew, so that what the dead still have under
+way lands in memory that nobody uses.
+"""
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from atoll.ipc import objects, physmap, rolelock, uring
+from atoll.ipc._ipc import ffi, lib
+from atoll.ipc.runtime import Listener
+from atoll.kernel import device as devices
+from atoll.kernel import listeners as sockets
+from atoll.kernel import process, records, table
+from atoll.kernel.instance import BootError, Directory, Record, boot_id
+
+log = logging.getLogger("atoll")
+
+CONTROL_SOCKET = "control.sock"
+LAYOUT_VERSION = int(lib.ATOLL_LAYOUT_VERSION)
+ROLE_COUNT = int(lib.ATOLL_ROLE_COUNT)
+_SUSPECTS_OFFSET = 12288  # ipc/layout.h
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Sizes of a role's arena in bytes, as init planned them: never read back from shared memory."""
+
+    arena_bytes: int
+    role_bytes: int
+    buffer_bytes: int
+
+
+@dataclass(slots=True)
+class World:
+    """Descriptors keep their numbers in all processes."""
+
+    config: dict[str, Any]
+    directory: Directory
+    instance: int
+    adopted: bool
+    arenas: dict[str, Arena]
+    record: Record
+    init_pid: int
+    started_ns: int
+    eventfds: dict[str, int] = field(default_factory=dict)
+    urings: dict[str, uring.UringHandle] = field(default_factory=dict)
+    engines: dict[str, str] = field(default_factory=dict)
+    promotion: dict[str, tuple[socket.socket, socket.socket]] = field(default_factory=dict)  # kernel's end, standby's
+    listeners: list[Listener] = field(default_factory=list)
+    device: devices.Device | None = None
+    zygote_channel: tuple[socket.socket, socket.socket] | None = None  # kernel's end, zygote's
+    init_channel: tuple[socket.socket, socket.socket] | None = None  # init's end, kernel's
+    control: socket.socket | None = None
+
+    def arena_bytes(self) -> dict[int, int]:
+        return {table.ROLES[name].number: arena.arena_bytes for name, arena in self.arenas.items()}
+
+    def close(self, keep: Iterable[str] = ()) -> None:
+        """Removes the shared objects but the arenas of the roles in `keep`, and the Unix sockets."""
+        kept = {objects.arena_name(self.instance, role) for role in keep}
+        for name in objects.list_objects(self.instance):
+            if name not in kept:
+                objects.unlink(name)
+        paths = [listener.address for listener in self.listeners if listener.kind == "unix"]
+        paths = [path for path in paths if path in self.config["unix"]]  # not those that were handed over
+        if self.control is not None:
+            paths.append(str(self.directory.path / CONTROL_SOCKET))
+        for path in paths:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
+def build(config: dict[str, Any], directory: Directory) -> World:
+    """Makes everything. Raises BootError, with what was made removed again."""
+    device = devices.open_device(config)
+    listeners = sockets.open_all(config)
+    last = Record.read(directory.path)
+    adoptable = last is not None and _adoptable(last)
+    if last is not None:
+        _remove_stale(last, keep=table.KEPT if adoptable else ())
+    if adoptable and last is not None:
+        if device.size_bytes < last.device_bytes:
+            raise BootError(
+                f"device {device.path} has {device.size_bytes} bytes, the last run's had {last.device_bytes}, and"
+                " acknowledged writes for it are still in shared memory: give it back its size or its old path"
+            )
+        config["device_bytes"] = last.device_bytes  # the tables in shared memory were made for this size
+    config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
+
+    engines, urings = _engines(config)
+    if adoptable:
+        assert last is not None
+        instance = last.instance
+        arenas = {name: Arena(each["bytes"], each["role_bytes"], each["buffer_bytes"]) for name, each in last.arenas.items()}
+    else:
+        instance = secrets.randbits(63) | 1
+        arenas = {name: _plan(role, config) for name, role in table.ROLES.items()}
+    record = Record(
+        instance=instance,
+        pid=os.getpid(),
+        start_time=process.start_time(os.getpid()),
+        boot_id=boot_id(),
+        layout_version=LAYOUT_VERSION,
+        device_bytes=config["device_bytes"],
+        served=adoptable,
+        arenas={
+            name: {"bytes": each.arena_bytes, "role_bytes": each.role_bytes, "buffer_bytes": each.buffer_bytes}
+            for name, each in arenas.items()
+        },
+    )
+    world = World(
+        config=config,
+        directory=directory,
+        instance=instance,
+        adopted=adoptable,
+        arenas=arenas,
+        record=record,
+        init_pid=os.getpid(),
+        started_ns=time.monotonic_ns(),
+        urings=urings,
+        engines=engines,
+        listeners=listeners,
+        device=device,
+    )
+    record.write(directory.path)  # before the first object exists: the next start finds all of them by it
+    try:
+        _make_descriptors(world)
+        _make_objects(world)
+    except (objects.ObjectError, OSError) as error:
+        if not adoptable:
+            world.close()
+            record.clean = True
+            record.write(directory.path)
+        raise BootError(str(error)) from None
+    if adoptable:
+        log.info(
+            "the last run ended without a stop: its write log and tables are taken over, nothing acknowledged is lost"
+        )
+    return world
+
+
+# --- The last run ---------------------------------------------------------------------------------------------------
+
+
+def _adoptable(last: Record) -> bool:
+    """True if the last run left acknowledged writes in shared memory and all of it is there; says so if not all is."""
+    if last.clean:
+        return False
+    names = {objects.arena_name(last.instance, role): role for role in table.KEPT}
+    present = set(names) & set(objects.list_objects(last.instance))
+    if last.boot_id == boot_id() and last.layout_version == LAYOUT_VERSION and present == set(names):
+        heads = {role: _read_head(name, last, role) for name, role in names.items()}
+        if all(head is not None for head in heads.values()):
+            # Nobody ever served: nothing can have been acknowledged, and the tables may be half made.
+            return all(head is not None and head[1] for head in heads.values())
+    if not last.served:
+        return False
+    if last.boot_id != boot_id():
+        reason = "the machine was restarted"
+    elif last.layout_version != LAYOUT_VERSION:
+        reason = f"its shared memory has layout {last.layout_version}, this program's is {LAYOUT_VERSION}"
+    else:
+        reason = "its shared memory is gone"
+    log.warning(
+        "the last run ended without a stop and %s: writes that were acknowledged but not flushed are lost,"
+        " what was flushed is there",
+        reason,
+    )
+    return False
+
+
+def _read_head(name: str, last: Record, role: str) -> tuple[int, bool] | None:
+    """(incarnation, whether it ever served) of an object of the last run; None if it is not what the record says."""
+    expected = last.arenas.get(role)
+    if expected is None:
+        return None
+    descriptor = objects.open_read_only(name)
+    try:
+        if objects.size_of(descriptor) != expected["bytes"]:
+            return None
+        with physmap.Elsewhere(descriptor, expected["bytes"]) as arena:
+            header = arena.header
+            if (
+                header.magic != lib.ATOLL_ARENA_MAGIC
+                or header.layout_version != LAYOUT_VERSION
+                or header.role != table.ROLES[role].number
+                or header.instance != last.instance
+                or header.arena_bytes != expected["bytes"]
+                or header.role_bytes != expected["role_bytes"]
+                or header.buffer_bytes != expected["buffer_bytes"]
+            ):
+                return None
+            return int(header.incarnation), bool(header.serving_ns)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(last: Record, keep: Iterable[str]) -> None:
+    kept = {objects.arena_name(last.instance, role) for role in keep}
+    for name in objects.list_objects(last.instance):
+        if name not in kept:
+            objects.unlink(name)
+
+
+# --- Making ---------------------------------------------------------------------------------------------------------
+
+
+def _engines(config: dict[str, Any]) -> tuple[dict[str, str], dict[str, uring.UringHandle]]:
+    """Which engine each driver uses, and the io_urings of those that use one. Fills the engines into `config`."""
+    engines: dict[str, str] = {}
+    handles: dict[str, uring.UringHandle] = {}
+    fallbacks = {"nic": "sockets", "disk": "threads"}
+    meaning = {
+        "nic": "a kill of nic drops its connections",
+        "disk": "reads and writes go through threads",
+    }
+    for name, role in table.ROLES.items():
+        if table.URING not in role.rights:
+            continue
+        wanted = config[name]["engine"]
+        engine = wanted
+        if wanted in ("auto", "io_uring"):
+            try:
+                handles[name] = uring.create(role.uring_entries, 4 * role.uring_entries, role.uring_files)
+                engine = "io_uring"
+            except OSError as error:
+                if wanted == "io_uring":
+                    raise BootError(f"{name}.engine is io_uring, which cannot be used here: {error.strerror}") from None
+                engine = fallbacks[name]
+                log.warning("%s: no io_uring here (%s): %s", name, error.strerror, meaning[name])
+        engines[name] = config[name]["engine"] = engine
+    return engines, handles
+
+
+def _plan(role: table.Role, config: dict[str, Any]) -> Arena:
+    if role is table.KERNEL:
+        role_bytes, buffer_bytes = records.AREA_BYTES, 0
+    else:
+        role_bytes, buffer_bytes = table.module_of(role, config).plan(config)
+    arena_bytes = lib.atoll_arena_size(table.rings_mask(role), table.ring_entries(role), role_bytes, buffer_bytes)
+    return Arena(int(arena_bytes), int(role_bytes), int(buffer_bytes))
+
+
+def _make_descriptors(world: World) -> None:
+    for name, role in table.ROLES.items():
+        if role.wake == "eventfd":
+            world.eventfds[name] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        if role.module:
+            world.promotion[name] = _channel()
+    world.zygote_channel = _channel()
+    world.init_channel = _channel()
+    path = str(world.directory.path / CONTROL_SOCKET)
+    # The lock of the directory is ours: whoever listened here is dead.
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    folder = os.open(world.directory.path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        control.bind(f"/proc/self/fd/{folder}/{CONTROL_SOCKET}")  # a socket's path is short, a directory's need not be
+    finally:
+        os.close(folder)
+        os.umask(previous)
+    control.listen(64)
+    control.setblocking(False)
+    world.control = control
+
+
+def _channel() -> tuple[socket.socket, socket.socket]:
+    """Messages keep their boundaries; what is sent while nobody reads is there for the next one who does."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return one, other
+
+
+def _make_objects(world: World) -> None:
+    for name, role in table.ROLES.items():
+        if world.adopted and name in table.KEPT:
+            continue
+        arena = world.arenas[name]
+        descriptor = objects.create(objects.arena_name(world.instance, name), arena.arena_bytes)
+        try:
+            physmap.map_arena(role.number, descriptor, arena.arena_bytes, writable=True)
+            lib.atoll_arena_format(
+                physmap.header(role.number),
+                role.number,
+                world.instance,
+                arena.arena_bytes,
+                table.rings_mask(role),
+                table.ring_entries(role),
+                arena.role_bytes,
+                arena.buffer_bytes,
+                _wake_kind(role),
+                world.eventfds.get(name, -1),
+            )
+            physmap.unmap_arena(role.number)
+        finally:
+            os.close(descriptor)
+    for name in table.ROLES:
+        lock_name = objects.lock_name(world.instance, name)
+        descriptor = objects.create(lock_name, objects.LOCK_BYTES)
+        try:
+            rolelock.format_lock(descriptor)
+        finally:
+            os.close(descriptor)
+    if world.adopted:
+        for name in table.KEPT:
+            _adopt_in_child(world, table.ROLES[name])
+
+
+def _wake_kind(role: table.Role) -> int:
+    return int(lib.ATOLL_WAKE_EVENTFD if role.wake == "eventfd" else lib.ATOLL_WAKE_FUTEX)
+
+
+def _adopt_in_child(world: World, role: table.Role) -> None:
+    """What lies in an old arena is not trusted to leave init alive: a child does it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            _adopt(world, role)
+            status = 0
+        except BaseException as error:
+            log.error("arena of %s: %s", role.name, error)
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    if status != 0:
+        raise OSError(
+            f"the arena of {role.name} cannot be taken over ({process.describe(status)}): it stays where it is;"
+            f" to start without what it holds, remove {world.directory.path / 'instance.json'}"
+        )
+
+
+def _adopt(world: World, role: table.Role) -> None:
+    """Rolls an old arena back to its last commit and empties its rings. Harmless if done twice."""
+    arena = world.arenas[role.name]
+    descriptor = objects.open_writable(objects.arena_name(world.instance, role.name))
+    physmap.map_arena(role.number, descriptor, arena.arena_bytes, writable=True)
+    header = physmap.header(role.number)
+    journal_end = header.journal_offset + 64 + 16 * int(lib.ATOLL_JOURNAL_ENTRIES)
+    if header.journal_offset % 4096 or journal_end > arena.arena_bytes:
+        raise ValueError(f"journal at {header.journal_offset} does not fit")
+    sizes = ffi.new("uint64_t[16]")
+    sizes[role.number] = arena.arena_bytes  # no peers: only the roll-back is wanted
+    domain = ffi.new("struct atoll_domain *")
+    text = ffi.new("char[256]")
+    if lib.atoll_domain_open(domain, role.number, header.incarnation, 0, 0, sizes, text) != 0:
+        raise ValueError(ffi.string(text).decode(errors="replace"))
+    for peer in range(ROLE_COUNT):
+        header.consumer[peer].head = 0
+        header.consumer[peer].head_committed = 0
+        offset = int(header.tx_offset[peer])
+        if offset == 0:
+            continue
+        if offset % 4096 or offset + 4096 > arena.arena_bytes:
+            raise ValueError(f"ring to role {peer} at {offset} does not fit")
+        producer = ffi.cast("struct atoll_ring_producer *", physmap.address(role.number) + offset)
+        producer.tail = 0
+        producer.tail_committed = 0
+    header.eventfd = world.eventfds.get(role.name, -1)
+    header.wake_kind = _wake_kind(role)
+    header.sleeping = 0
+    header.crash_seen = 0
+    # Calls are numbered by the kernel's arena, which is new: an old result must not answer a new call.
+    if header.control_offset % 4096 or header.control_offset + 4096 > arena.arena_bytes:
+        raise ValueError(f"control area at {header.control_offset} does not fit")
+    results = ffi.cast("struct atoll_control_results *", physmap.address(role.number) + header.control_offset)
+    results.number = results.length = 0
+    # Requests of clients that are gone crash nobody any more, and their identities will be used again.
+    ffi.memmove(ffi.cast("char *", header) + _SUSPECTS_OFFSET, bytes(4096), 4096)
+    header.current = 0
+    header.state = lib.ATOLL_STATE_NEW
+    header.pid = 0
