@@ -2,8 +2,8 @@
 
 - `Connection.open(address)` connects: (host, port) or the path of a Unix socket. `send`, `receive` move raw bytes.
 - Handshake: `greet`, `option` (all replies to one option), or `negotiate` for all of it at once → `Export`.
-- Transmission: `submit` sends a request and returns its cookie; `reply()` is the next complete reply, `wait(cookie)` the
-  one to that request, others are kept. Several requests may be under way. `read`, `write`, `flush`, `trim`,
+- Transmission: `submit` sends a request and returns its cookie; `reply()` is the next complete reply, `wait(cookie)`
+  the one to that request, others are kept. Several requests may be under way. `read`, `write`, `flush`, `trim`,
   `write_zeroes`, `cache`, `block_status` submit and wait; they raise `NbdError`. `disconnect` says DISC.
 - `Decoder` makes replies out of bytes, without a socket: simple, structured and extended ones.
 
@@ -244,7 +244,7 @@ class Decoder:
         return complete
 
     def _message(self) -> tuple[int, Result | None] | None:
-        """The first message in the buffer: its length, and the reply if it is the last of one; None if it is not all there."""
+        """Length of the first message and the reply that it completes; None if it is not all there."""
         buffer = self._buffer
         if len(buffer) < 4:
             return None
