@@ -1,6 +1,6 @@
 """Crash points in Python code, and their names; see crashpoint.h.
 
-- `crash_point(domain, "nbd.option.before")`: the twin of ATOLL_CRASH_POINT.
+- `crash_point(domain, "nbd.option.before")`: the twin of ATOLL_CRASH_POINT; `crash_point_each` that of _EACH.
 - `point_hash(name)`: what the kernel stores in crash_point to arm it; "nic:commit.after" is ATOLL_CRASH_POINT_EACH's
   "commit.after" in nic.
 - `points_in(folder)`: the names in all C and Python below a folder.
@@ -33,14 +33,26 @@ def point_hash(name: str) -> int:
 
 def crash_point(domain: Any, name: str) -> None:
     """Dies here by SIGKILL if a test has armed `name`, once per arming. `domain`: struct atoll_domain *."""
-    kernel = domain.peers[Role.KERNEL]
-    armed = kernel.crash_point
-    if armed and armed == point_hash(name) and domain.self.crash_seen != kernel.crash_sequence:
-        domain.self.crash_seen = kernel.crash_sequence
+    armed = domain.peers[Role.KERNEL].crash_point
+    if armed and armed == point_hash(name):
+        _crash_now(domain)
+
+
+def crash_point_each(domain: Any, name: str) -> None:
+    """The same in common code: what is armed is "role:name"."""
+    armed = domain.peers[Role.KERNEL].crash_point
+    if armed and armed == point_hash(f"{Role(domain.role).text}:{name}"):
+        _crash_now(domain)
+
+
+def _crash_now(domain: Any) -> None:
+    sequence = domain.peers[Role.KERNEL].crash_sequence
+    if domain.self.crash_seen != sequence:
+        domain.self.crash_seen = sequence
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_POINT = re.compile(r"\b(?:ATOLL_CRASH_POINT(?P<each>_EACH)?|crash_point)\(\s*[\w.>()-]+,\s*\"(?P<name>[^\"]+)\"\s*\)")
+_POINT = re.compile(r"\b(?:ATOLL_CRASH_POINT|crash_point)(?P<each>_EACH|_each)?\(\s*[\w.>()-]+,\s*\"(?P<name>[^\"]+)\"\s*\)")
 
 
 def points_in(folder: Path) -> dict[str, str]:

@@ -12,9 +12,10 @@ module's `main(context)`; `stopped()` when that returns. A module uses:
 A handler is `handlers[name](message: dict) -> dict | Deferred`; it refuses by raising `CallError(text)` before it has
 changed anything. Call "stop" is answered here; the loop then ends when it sees `stopping`.
 
-After a crash: taking a call, what its handler changed, and its result are one transaction (if the handler does
-not commit itself), so the successor finds the call again or has answered it. A call that is repeated after its result was committed gets
-that result again and its handler does not run. A handler that commits or defers notes `call_number` with its change.
+After a crash: taking a call, what its handler changed, and its result are one transaction (if the handler does not
+commit itself), so the successor finds the call again or has answered it. A call that is repeated after its result was
+committed gets that result again and its handler does not run. A handler that commits or defers notes `call_number` with
+its change.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, NoReturn
 
 from atoll.ipc import physmap
 from atoll.ipc._ipc import ffi, lib
-from atoll.ipc.crashpoint import crash_point
+from atoll.ipc.crashpoint import crash_point_each
 from atoll.ipc.message import MessageError, decode, encode
 from atoll.ipc.roles import Role
 from atoll.ipc.uring import UringHandle
@@ -150,13 +151,15 @@ class Context:
     def _serve(self, message: Any, handlers: Mapping[str, Handler]) -> None:
         results = self._results()
         if message.identity == results.number and results.number != 0:
-            if _is_stop(self._read_call(message)):
-                self.stopping = True
-            self._send(results.number, int(results.length))  # answered before; the same again
+            try:
+                self.stopping = self.stopping or _is_stop(self._read_call(message))
+            except MessageError:
+                pass  # refused before, as the result says
+            self._send(int(results.number), int(results.length))  # answered before; the same again
             return
         self.call_number = int(message.identity)
         changes = lib.atoll_domain_changes(self.domain)
-        crash_point(self.domain, "runtime.call.before")
+        crash_point_each(self.domain, "call.before")
         try:
             result = self._answer(self._read_call(message), handlers)
         except (CallError, MessageError) as error:

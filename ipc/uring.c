@@ -157,3 +157,25 @@ int atoll_uring_register_file(int uring_fd, uint32_t index, int fd)
     long result = syscall(__NR_io_uring_register, uring_fd, IORING_REGISTER_FILES_UPDATE, &update, 1);
     return result < 0 ? -errno : 0;
 }
+
+int atoll_uring_fill_nop(struct atoll_uring *ring, uint64_t user_data)
+{
+    struct io_uring_sqe *sqe = atoll_uring_sqe(ring);
+    if (sqe == 0)
+        return 0;
+    io_uring_prep_nop(sqe);
+    sqe->user_data = user_data;
+    return 1;
+}
+
+int atoll_uring_fill_read(struct atoll_uring *ring, uint32_t file_index, uint64_t address, uint32_t length,
+                          uint64_t offset, uint64_t user_data)
+{
+    struct io_uring_sqe *sqe = atoll_uring_sqe(ring);
+    if (sqe == 0)
+        return 0;
+    io_uring_prep_read(sqe, (int)file_index, (void *)(uintptr_t)address, length, offset);
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = user_data;
+    return 1;
+}

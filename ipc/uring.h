@@ -16,7 +16,8 @@
  * those are in flight or completed, and their completions stand or will stand in the queue; the others have not happened
  * and never will. Because their positions are used again, the successor notes for all of them which it is (and
  * commits) before it asks for its first entry. A completion that was applied but not advanced over is seen again: the
- * sequence number in its user_data tells.
+ * sequence number in its user_data tells. An operation that a worker thread of the dead one executed (buffered I/O, a direct
+ * read of a file with unwritten pages) may complete with -EINTR or -ECANCELED: it is to be repeated.
  */
 #ifndef ATOLL_IPC_URING_H
 #define ATOLL_IPC_URING_H
@@ -67,6 +68,10 @@ void atoll_uring_advance(struct atoll_uring *ring, uint32_t count);
 int atoll_uring_wait(struct atoll_uring *ring, int64_t timeout_ns);
 /* Puts `fd` into the ring's own table at `index`, -1 empties the place. From any process that has the ring's descriptor. */
 int atoll_uring_register_file(int uring_fd, uint32_t index, int fd);
+/* Fill the next entry, for tests and tools; 0 if the queue is full. C code fills entries by liburing's io_uring_prep_*. */
+int atoll_uring_fill_nop(struct atoll_uring *ring, uint64_t user_data);
+int atoll_uring_fill_read(struct atoll_uring *ring, uint32_t file_index, uint64_t address, uint32_t length,
+                          uint64_t offset, uint64_t user_data);
 /* cffi:end */
 
 _Static_assert(sizeof(struct io_uring_params) == sizeof(struct atoll_uring_parameters), "parameters");

@@ -1,4 +1,7 @@
-"""A small instance for tests of ipc/: arenas, locks and rings of some roles, children that play them, all of it gone afterwards."""
+"""A small instance for tests of ipc/: arenas, locks and rings of some roles, children that play them.
+
+All of it is gone afterwards.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ class Instance:
         return pid
 
     def wait(self, pid: int, seconds: float = DEADLINE_S) -> int:
-        """The child's exit status, negative: the signal that ended it. One that hangs is killed, and that is a failure."""
+        """The child's exit status, negative: the signal that ended it. A hang is a failure."""
         end = time.monotonic() + seconds
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -1,5 +1,5 @@
-"""Rings and transactions: against a deque as oracle, with crashes between any two steps; between two real processes that are
-killed under load; sleeping and waking."""
+"""Rings and transactions: against a deque as oracle, with crashes between any two steps; between two real processes
+that are killed under load; sleeping and waking."""
 
 import os
 import random
