@@ -19,6 +19,7 @@ BUILD_SCRIPTS = (
     "ipc/build_ipc.py",
     "drivers/nic/build_nic.py",
     "drivers/disk/build_disk.py",
+    "drivers/fault/build_fault.py",
     "services/nbd/build_nbd.py",
     "services/dedup/build_dedup.py",
 )

@@ -177,7 +177,7 @@ def test_shrunken_file(stage, tmp_path):
 
 
 def test_full_device(tmp_path, engine):
-    """A write that the device has no room for is ENOSPC, and is done when there is room (a file size limit stands in)."""
+    """A write that the device has no room for is ENOSPC, and others go on (a file size limit stands in)."""
     limited = 64 * BLOCK
     with Stage(open_device(tmp_path / "device", DEVICE_BLOCKS * BLOCK), engine) as stage:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)

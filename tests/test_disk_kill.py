@@ -1,5 +1,5 @@
-"""SIGKILL of the storage driver with its queue full, again and again: each request is answered once, contents are right,
-and nothing moves after an answer.
+"""SIGKILL of the storage driver with its queue full, again and again: each request is answered once, contents are
+right, and nothing moves after an answer.
 
 What would betray a mistake:
 - a completion twice or never         the set of requests in flight
@@ -152,7 +152,7 @@ def test_kills_under_load(tmp_path, engine, direct):
     data = path.read_bytes()
     for place, version in enumerate(versions):
         assert data[place * RUN * BLOCK : (place + 1) * RUN * BLOCK] == load.content(place, version), place
-    assert len(load.free_places) == places and IO_COUNT == len(stage.free)
+    assert len(load.free_places) == places and len(stage.free) == IO_COUNT
 
 
 POINTS = ["disk.step", "disk.committed", "disk.advanced", "disk.submit.before", "disk.submit.after"]

@@ -1,9 +1,9 @@
-"""The storage driver: a domain that does dedup's I/O on one device, straight from and into arenas. The work is C (disk.h).
+"""The storage driver: a domain that does dedup's I/O on one device, straight from and into arenas. The work: disk.h.
 
 - `COUNTERS`: names of its counters, in the order of `enum disk_counter`.
 - `plan(config)`: bytes of its role area and of its buffers, which are the read cache that dedup manages.
 - `main(context)`: the domain's life. Control calls: "status", "stop".
-- `serve(context, disk, lib, handlers)`: the loop, for the fault-injecting stand-in too.
+- `serve(context, disk, lib, ffi, handlers)`: the loop, for the fault-injecting stand-in too.
 
 Any storage role can be played (disk, llrrm): the section of the configuration is found by the role's name.
 
@@ -52,14 +52,14 @@ def main(context: Any) -> None:
     error = ffi.new("char[256]")
     disk = lib.disk_create(context.domain, context.device_fd, passes_discards(context), error)
     if not disk:
-        fail(context, error)
-    serve(context, disk, lib, {})
+        fail(context, ffi.string(error).decode(errors="replace"))
+    serve(context, disk, lib, ffi, {})
 
 
-def serve(context: Any, disk: Any, lib: Any, handlers: Handlers) -> None:
+def serve(context: Any, disk: Any, lib: Any, ffi: Any, handlers: Handlers) -> None:
     """Chooses the engine, takes up what a predecessor left, and works until it is told to stop. Owns `disk`.
 
-    `lib` is the C library that made `disk`: that of the driver or that of its stand-in.
+    `lib`, `ffi`: of the C library that made `disk`, which is the driver's or its stand-in's.
     """
     error = ffi.new("char[256]")
     engine = context.config[context.role]["engine"]
@@ -73,10 +73,10 @@ def serve(context: Any, disk: Any, lib: Any, handlers: Handlers) -> None:
     else:
         fail(context, f"no storage engine is called {engine!r}")
     if failed:
-        fail(context, error)
+        fail(context, ffi.string(error).decode(errors="replace"))
 
     def status(message: dict[str, Any]) -> dict[str, Any]:
-        return status_of(disk, lib)
+        return status_of(disk, lib, ffi)
 
     # The table is as the predecessor's last commit left it; what it had under way goes on.
     everything = {"status": status, **handlers}
@@ -93,7 +93,7 @@ def passes_discards(context: Any) -> bool:
     return bool(context.config["sparse"]) or stat.S_ISBLK(os.fstat(context.device_fd).st_mode)
 
 
-def status_of(disk: Any, lib: Any) -> dict[str, Any]:
+def status_of(disk: Any, lib: Any, ffi: Any) -> dict[str, Any]:
     status = ffi.new("struct disk_status *")
     lib.disk_status(disk, status)
     return {
@@ -108,8 +108,6 @@ def status_of(disk: Any, lib: Any) -> dict[str, Any]:
     }
 
 
-def fail(context: Any, reason: Any) -> NoReturn:
-    """`reason`: a text, or the C side's error buffer."""
-    text = reason if isinstance(reason, str) else ffi.string(reason).decode(errors="replace")
-    context.fail(text)
+def fail(context: Any, reason: str) -> NoReturn:
+    context.fail(reason)
     raise AssertionError("Context.fail does not return")
