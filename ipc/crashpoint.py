@@ -52,7 +52,9 @@ def _crash_now(domain: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-_POINT = re.compile(r"\b(?:ATOLL_CRASH_POINT|crash_point)(?P<each>_EACH|_each)?\(\s*[\w.>()-]+,\s*\"(?P<name>[^\"]+)\"\s*\)")
+_POINT = re.compile(
+    r"\b(?:ATOLL_CRASH_POINT|crash_point)(?P<each>_EACH|_each)?\(\s*[^,;\"]+,\s*\"(?P<name>[^\"]+)\"\s*\)"
+)
 
 
 def points_in(folder: Path) -> dict[str, str]:

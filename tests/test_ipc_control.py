@@ -208,7 +208,8 @@ def test_a_call_the_domain_cannot_read_is_refused_not_followed(kernel: Kernel) -
 def test_one_call_is_outstanding_and_the_domain_that_died_with_it_answers(kernel: Kernel) -> None:
     """At each point around taking, executing, committing and publishing: carried out once, answered once."""
     pid, total = kernel.start_domain(serve), 0
-    for name in [f"dedup:{name}" for name in ("call.before", "commit.before", "commit.after", "publish.after", "wake.after")]:
+    for point in ("call.before", "commit.before", "commit.after", "publish.after", "wake.after"):
+        name = f"dedup:{point}"
         lib.atoll_domain_wake_all(kernel.domain)
         kernel.arm(name)
         number = kernel.client.start("dedup", {"call": "add", "amount": 5})
