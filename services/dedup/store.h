@@ -35,8 +35,13 @@ struct fingerprint { uint64_t low, high; }; /* XXH3-128 of the block */
 struct store_geometry {
     uint64_t device_blocks;
     uint64_t map_frames;         /* leaves that can be in memory */
-    uint64_t fingerprint_slots;  /* bounded fingerprint cache: entries, a power of two */
+    uint64_t fingerprint_slots;  /* bounded fingerprint cache: entries, a power of two, >= 1024 */
+    uint64_t log_blocks;         /* metadata log at format, blocks of each copy; 0 = derived from the device's size */
 };
+/* Leaves that cover the whole device once, twice over: what `map_frames` is when nobody says otherwise. */
+uint64_t store_default_map_frames(uint64_t device_blocks);
+/* The last pages of the disk role's buffer area, which the store reads into while it loads. Nobody else may use them. */
+#define STORE_BOUNCE_PAGES 64
 uint64_t store_arena_bytes(const struct store_geometry *geometry); /* of dedup's role area */
 
 /* Attaches to its part of the arena; `fresh` on a zeroed one. After a crash (not fresh) everything is as at the last
@@ -48,6 +53,8 @@ enum store_state {
     STORE_BLANK = 3,   /* the device holds zeros where superblocks belong: store_format is allowed */
     STORE_FAILED = 4   /* store_reason() says why: damaged, of another version, too small, not a store */
 };
+/* After the death of all processes (drivers anew, arena kept) io_adopt sends the store's I/O again as it was: the memory that
+ * it refers to is unchanged. Nothing else is needed here. */
 /* Starts reading superblocks, metadata pages and metadata log (I/O of kind IO_STORE; progress in store_step). */
 void store_load(struct dedup *dedup);
 void store_format(struct dedup *dedup, uint64_t store_uuid_low, uint64_t store_uuid_high);
@@ -62,7 +69,9 @@ bool store_step(struct dedup *dedup);
  * Return enum atoll_status and leave a text in `reason` (256 bytes). Changes are durable after the next store_sync. */
 int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags, char *reason);
 int store_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, char *reason); /* up only */
-int store_volume_delete(struct dedup *dedup, uint32_t volume, char *reason); /* blocks are freed by store_step */
+/* Blocks are freed by store_step. Entries that are MAP_LOG are waited for: the datapath ends each record of a volume that
+ * is being deleted as usual, with store_place, store_share or store_unmap. No new ones: store_map_log refuses. */
+int store_volume_delete(struct dedup *dedup, uint32_t volume, char *reason);
 
 /* --- Map ---------------------------------------------------------------------------------------------------------- */
 uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
@@ -96,7 +105,8 @@ uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
 struct store_space {
     uint64_t device_blocks, metadata_blocks, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
-        reserved_blocks, references /* sum over stored blocks */, zero_promises;
+        reserved_blocks /* zero promises included */, references /* sum over stored blocks */, zero_promises,
+        quarantined_blocks, available_blocks /* what store_reserve would still grant */;
 };
 void store_space(struct dedup *dedup, struct store_space *space);
 
@@ -122,5 +132,19 @@ void store_close(struct dedup *dedup);
 bool store_closed(struct dedup *dedup);
 /* The base value of a write-log record, provided by the datapath: a checkpoint writes it in place of MAP_LOG. */
 uint64_t datapath_record_base(struct dedup *dedup, uint64_t record);
+
+/* Counters, from DEDUP_COUNTER_STORE_FIRST on. */
+enum store_counter {
+    STORE_COUNTER_SYNCS = 0,
+    STORE_COUNTER_SYNC_FAILURES = 1,
+    STORE_COUNTER_LOG_BLOCKS = 2,       /* written, each copy once */
+    STORE_COUNTER_CHECKPOINTS = 3,
+    STORE_COUNTER_PAGES_WRITTEN = 4,    /* metadata pages, both copies counted as one */
+    STORE_COUNTER_PAGES_REPAIRED = 5,   /* found damaged in one copy */
+    STORE_COUNTER_IO_ERRORS = 6,
+    STORE_COUNTER_LEAVES_MADE = 7,
+    STORE_COUNTER_CACHE_EVICTIONS = 8,  /* fingerprint cache */
+    STORE_COUNTER_COUNT = 9
+};
 
 #endif

@@ -1,0 +1,319 @@
+/*
+ * The store's life: its plan of memory, attaching, formatting, closing, and the step that drives all its parts.
+ * Interface: store.h; parts: store_internal.h; form on the device: format.h.
+ *
+ * Memory, in this order, each part page-aligned: struct store_area, log buffer, staging pages, superblock images,
+ * reference words, groups, fingerprints, pointers, previous places, dirty bits, frames with key, use and stack, hash, fingerprint cache.
+ *
+ * After a crash: store_attach sets pointers. What was in flight stays in flight; completions come to store_io_done.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "services/dedup/store_internal.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+/* --- Memory -------------------------------------------------------------------------------------------------------- */
+
+static uint64_t power_of_two_from(uint64_t number)
+{
+    uint64_t power = 1;
+    while (power < number)
+        power *= 2;
+    return power;
+}
+
+uint64_t store_default_map_frames(uint64_t device_blocks)
+{
+    uint64_t frames = 2 * (device_blocks / FORMAT_LEAF_ENTRIES);
+    return frames < 1024 ? 1024 : frames;
+}
+
+static void *carve(uint8_t **next, uint64_t bytes)
+{
+    void *memory = *next;
+    *next += (bytes + ATOLL_BLOCK_BYTES - 1) & ~(uint64_t)(ATOLL_BLOCK_BYTES - 1);
+    return memory;
+}
+
+void store_lay_out(struct store *store, void *memory, const struct store_geometry *geometry)
+{
+    struct format_shape shape = format_shape(geometry->device_blocks, geometry->map_frames);
+    uint64_t blocks_up = (geometry->device_blocks + STORE_GROUP_BLOCKS - 1) & ~(uint64_t)(STORE_GROUP_BLOCKS - 1);
+    uint64_t hash_capacity = power_of_two_from(4 * geometry->map_frames);
+    uint64_t sets = geometry->fingerprint_slots / STORE_SET_ENTRIES;
+    uint8_t *next = memory;
+
+    next += -(uintptr_t)memory & (ATOLL_BLOCK_BYTES - 1); /* direct I/O wants aligned memory */
+    store->area = carve(&next, sizeof *store->area);
+    store->log_buffer = carve(&next, (uint64_t)STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES);
+    store->staging = carve(&next, (uint64_t)STORE_BATCHES * STORE_BATCH_PAGES * ATOLL_BLOCK_BYTES);
+    store->super_buffer = carve(&next, 2 * ATOLL_BLOCK_BYTES);
+    store->refs = carve(&next, blocks_up * sizeof *store->refs);
+    store->groups = carve(&next, blocks_up / STORE_GROUP_BLOCKS * sizeof *store->groups);
+    store->prints = carve(&next, blocks_up * sizeof *store->prints);
+    store->pointers = carve(&next, shape.total * sizeof *store->pointers);
+    store->previous = carve(&next, shape.total * sizeof *store->previous);
+    store->dirty = carve(&next, (shape.total + 63) / 64 * 8);
+    store->frames = carve(&next, geometry->map_frames * ATOLL_BLOCK_BYTES);
+    store->frame_key = carve(&next, geometry->map_frames * sizeof *store->frame_key);
+    store->frame_used = carve(&next, geometry->map_frames * sizeof *store->frame_used);
+    store->frame_stack = carve(&next, geometry->map_frames * sizeof *store->frame_stack);
+    store->hash = carve(&next, hash_capacity * sizeof *store->hash);
+    store->cache = carve(&next, geometry->fingerprint_slots * sizeof *store->cache);
+    store->end = next;
+    store->arena_bytes = (uint64_t)(next - (uint8_t *)memory);
+
+    store->hash_mask = hash_capacity - 1;
+    store->hash_shift = 64 - (uint32_t)__builtin_ctzll(hash_capacity);
+    store->cache_mask = sets - 1;
+    store->cache_age_shift = (uint32_t)__builtin_ctzll(geometry->fingerprint_slots) - 3;
+}
+
+uint64_t store_arena_bytes(const struct store_geometry *geometry)
+{
+    struct store store = {0};
+    store_lay_out(&store, 0, geometry);
+    return store.arena_bytes + ATOLL_BLOCK_BYTES;
+}
+
+void store_know_shape(struct store *store) { store->shape = format_shape(store->area->device_blocks, store->area->leaf_slots); }
+
+void store_attach(struct dedup *dedup, void *memory, const struct store_geometry *geometry, bool fresh)
+{
+    assert(((uintptr_t)memory & 7) == 0);
+    assert(geometry->fingerprint_slots >= 1024 && (geometry->fingerprint_slots & (geometry->fingerprint_slots - 1)) == 0);
+    assert(geometry->map_frames >= 1 && geometry->device_blocks <= FORMAT_DEVICE_BLOCKS_MAX);
+    struct store *store = calloc(1, sizeof *store);
+    assert(store != 0);
+    store->dedup = dedup;
+    store->journal = dedup->domain->journal;
+    store_lay_out(store, memory, geometry);
+    dedup->store = store;
+    struct store_area *area = store->area;
+    if (fresh) {
+        area->geometry = *geometry; /* the last store of a fresh arena's set-up, harmless to repeat */
+        return;
+    }
+    assert(memcmp(&area->geometry, geometry, sizeof *geometry) == 0); /* an arena is laid out once */
+    if (area->state == STORE_READY)
+        store_know_shape(store);
+    if (area->state == STORE_LOADING && area->format_phase == FORMAT_NONE)
+        store_load_begin(store);
+    store_volumes_publish(store);
+}
+
+enum store_state store_state(struct dedup *dedup) { return (enum store_state)dedup->store->area->state; }
+const char *store_reason(struct dedup *dedup) { return dedup->store->area->reason; }
+
+void store_fail(struct store *store, const char *format, ...)
+{
+    char text[sizeof store->area->reason] = {0};
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    atoll_save(store->journal, store->area->reason, sizeof store->area->reason);
+    memcpy(store->area->reason, text, sizeof text);
+    STORE_SET(store, state, STORE_FAILED);
+}
+
+bool store_all_zero(const void *memory, uint64_t bytes)
+{
+    const uint8_t *byte = memory;
+    return bytes == 0 || (byte[0] == 0 && memcmp(byte, byte + 1, bytes - 1) == 0);
+}
+
+uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, uint64_t number, const void *bytes, uint64_t count)
+{
+    return XXH3_64bits_withSeed(bytes, count, format_seed(kind, store == 0 ? 0 : store_identity(store), number));
+}
+
+/* --- I/O ------------------------------------------------------------------------------------------------------------ */
+
+bool store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
+                  uint64_t bytes)
+{
+    struct atoll_segment segment = {.address = (uint64_t)(uintptr_t)memory, .length = (uint32_t)bytes};
+    uint64_t argument = (uint64_t)what << 56 | number;
+    if (io_submit(store->dedup, IO_STORE, argument, ATOLL_ROLE_DISK, opcode, pba * ATOLL_BLOCK_BYTES, &segment, bytes != 0) < 0)
+        return false;
+    STORE_ADD(store, io_inflight, 1);
+    return true;
+}
+
+void store_seal_super(struct format_super *super, uint64_t place, void *block)
+{
+    super->checksum = store_checksum(0, FORMAT_SEED_SUPER, place, (uint8_t *)super + 8, sizeof *super - 8);
+    memset(block, 0, ATOLL_BLOCK_BYTES);
+    memcpy(block, super, sizeof *super);
+}
+
+static void format_io(struct store *store, uint32_t status);
+
+void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status)
+{
+    struct store *store = dedup->store;
+    enum store_io what = (enum store_io)(slot->argument >> 56);
+    uint64_t number = slot->argument & 0x00ffffffffffffffu;
+    assert(store->area->io_inflight > 0);
+    STORE_ADD(store, io_inflight, -1);
+    if (status != ATOLL_OK)
+        store_count(store, STORE_COUNTER_IO_ERRORS, 1);
+    switch (what) {
+    case STORE_IO_LOAD:
+    case STORE_IO_LOAD_FLUSH: store_load_io(store, what, number, status); break;
+    case STORE_IO_FORMAT: format_io(store, status); break;
+    case STORE_IO_SYNC_FLUSH:
+    case STORE_IO_LOG: store_sync_io(store, what, status); break;
+    case STORE_IO_PAGES:
+    case STORE_IO_SUPER:
+    case STORE_IO_SUPER_FLUSH: store_checkpoint_io(store, what, number, status); break;
+    default: assert(!"an argument of ours");
+    }
+}
+
+/* --- Formatting: the first superblock, written; then the store is loaded like any other ----------------------------- */
+
+static uint64_t derived_log_blocks(const struct store_geometry *geometry)
+{
+    uint64_t blocks = geometry->log_blocks != 0 ? geometry->log_blocks : geometry->device_blocks / 64;
+    if (blocks > geometry->device_blocks / 8)
+        blocks = geometry->device_blocks / 8;
+    if (blocks > 4096 && geometry->log_blocks == 0)
+        blocks = 4096;
+    return blocks < FORMAT_LOG_BLOCKS_MIN ? FORMAT_LOG_BLOCKS_MIN : blocks;
+}
+
+void store_format(struct dedup *dedup, uint64_t store_uuid_low, uint64_t store_uuid_high)
+{
+    struct store *store = dedup->store;
+    const struct store_geometry *geometry = &store->area->geometry;
+    assert(store->area->state == STORE_BLANK);
+    struct format_super super = {
+        .magic = FORMAT_SUPER_MAGIC,
+        .version = FORMAT_VERSION,
+        .flags = FORMAT_SUPER_CLEAN,
+        .uuid_low = store_uuid_low,
+        .uuid_high = store_uuid_high,
+        .generation = 1,
+        .device_blocks = geometry->device_blocks,
+        .log_blocks = derived_log_blocks(geometry),
+        .log_start = 1,
+        .log_durable = 1,
+        .leaf_slots = geometry->map_frames,
+        .written_s = (uint64_t)time(0),
+    };
+    struct format_shape shape = format_shape(super.device_blocks, super.leaf_slots);
+    super.levels = shape.levels;
+    super.root_count = (uint32_t)shape.level_count[shape.levels];
+    store_seal_super(&super, 1, store->super_buffer);
+    store_seal_super(&super, 3, store->super_buffer + ATOLL_BLOCK_BYTES);
+    STORE_SET(store, state, STORE_LOADING);
+    STORE_SET(store, format_phase, FORMAT_WRITE);
+    STORE_SET(store, format_error, 0);
+    STORE_SET(store, checkpoint_cursor, 0); /* copies submitted */
+}
+
+static void format_io(struct store *store, uint32_t status)
+{
+    if (status != ATOLL_OK)
+        STORE_SET(store, format_error, status);
+}
+
+static bool format_step(struct store *store)
+{
+    struct store_area *area = store->area;
+    if (area->format_phase == FORMAT_WRITE && area->checkpoint_cursor < 2) {
+        uint64_t copy = area->checkpoint_cursor;
+        uint64_t pba = copy == 0 ? 1 : area->geometry.device_blocks - 1;
+        if (!store_submit(store, STORE_IO_FORMAT, 0, ATOLL_OP_IO_WRITE, pba, store->super_buffer + copy * ATOLL_BLOCK_BYTES,
+                          ATOLL_BLOCK_BYTES))
+            return false;
+        STORE_ADD(store, checkpoint_cursor, 1);
+        return true;
+    }
+    if (area->io_inflight != 0)
+        return false;
+    if (area->format_error != ATOLL_OK) {
+        store_fail(store, "the device refused the first superblock (status %llu)", (unsigned long long)area->format_error);
+        return true;
+    }
+    if (area->format_phase == FORMAT_WRITE) {
+        if (!store_submit(store, STORE_IO_FORMAT, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
+            return false;
+        STORE_SET(store, format_phase, FORMAT_FLUSH);
+        return true;
+    }
+    STORE_SET(store, checkpoint_cursor, 0);
+    STORE_SET(store, format_phase, FORMAT_NONE);
+    atoll_domain_commit(store->dedup->domain);
+    store_load_begin(store);
+    return true;
+}
+
+/* --- The step -------------------------------------------------------------------------------------------------------- */
+
+void store_load(struct dedup *dedup)
+{
+    struct store *store = dedup->store;
+    assert(store->area->state == STORE_NEW);
+    STORE_SET(store, state, STORE_LOADING);
+    store_load_begin(store);
+}
+
+static bool close_step(struct store *store)
+{
+    struct store_area *area = store->area;
+    if (!area->closing || area->closed || area->checkpoint_phase != CHECKPOINT_IDLE || area->checkpoint_wanted)
+        return false;
+    if (area->super_clean && area->log_fill == 0 && area->log_next == area->log_start)
+        STORE_SET(store, closed, 1);
+    else
+        STORE_SET(store, checkpoint_wanted, 1);
+    return true;
+}
+
+static bool ready_step(struct store *store)
+{
+    struct store_area *area = store->area;
+    bool did = store_sync_step(store);
+    did |= store_checkpoint_step(store);
+    if (area->sweep_left != 0)
+        did |= store_sweep(store);
+    if (area->closing)
+        did |= close_step(store);
+    else
+        did |= store_delete_step(store);
+    return did;
+}
+
+bool store_step(struct dedup *dedup)
+{
+    struct store *store = dedup->store;
+    bool did = false;
+    assert(store->journal->count == 0);
+    store_volumes_publish(store);
+    if (store->area->state == STORE_LOADING)
+        did = store->area->format_phase != FORMAT_NONE ? format_step(store) : store_load_step(store);
+    else if (store->area->state == STORE_READY)
+        did = ready_step(store);
+    atoll_domain_commit(dedup->domain);
+    return did;
+}
+
+void store_close(struct dedup *dedup)
+{
+    if (!dedup->store->area->closing)
+        STORE_SET(dedup->store, closing, 1);
+}
+
+bool store_closed(struct dedup *dedup)
+{
+    const struct store_area *area = dedup->store->area;
+    return area->closed || area->state == STORE_BLANK || area->state == STORE_FAILED || area->state == STORE_NEW;
+}

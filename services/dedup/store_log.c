@@ -1,0 +1,227 @@
+/*
+ * The metadata log: its buffer in the arena, and the sync that makes it durable.
+ *
+ *   store_log_append     records of one change into the open block
+ *   store_sync           asks; store_synced tells
+ *   store_sync_step      IDLE -> device flush (data placed so far) -> log blocks, both copies -> device flush -> IDLE
+ *
+ * A sync seals the open block at its beginning, so that it covers no change whose data had not been placed by then. Its end is the
+ * commit point of everything noted before: log_durable, and with synced_epoch the blocks freed by it may be used again.
+ * A failed write or flush leaves log_durable where it was, so the next sync writes all of it again.
+ *
+ * After a crash: phase, positions and requests in flight are in the arena; completions go on where they were.
+ * After power loss: store_load.c replays.
+ */
+#include "services/dedup/store_internal.h"
+
+static uint8_t *log_block(const struct store *store, uint64_t sequence)
+{
+    return store->log_buffer + sequence % STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES;
+}
+
+void store_log_seal(struct store *store)
+{
+    struct store_area *area = store->area;
+    if (area->log_fill == 0)
+        return;
+    uint8_t *block = log_block(store, area->log_next);
+    /* Written directly: it counts only once log_next has passed it. */
+    struct format_log_header header = {.magic = FORMAT_LOG_MAGIC,
+                                       .sequence = area->log_next,
+                                       .chain = area->log_chain,
+                                       .durable = area->log_durable,
+                                       .generation = area->generation,
+                                       .version = FORMAT_VERSION,
+                                       .used_bytes = (uint32_t)area->log_fill};
+    memcpy(block, &header, sizeof header);
+    memset(block + sizeof header + area->log_fill, 0, FORMAT_LOG_RECORD_BYTES - area->log_fill);
+    header.checksum = store_checksum(store, FORMAT_SEED_LOG, area->log_next, block + 8, ATOLL_BLOCK_BYTES - 8);
+    memcpy(block, &header.checksum, sizeof header.checksum);
+    STORE_SET(store, log_chain, header.checksum);
+    STORE_ADD(store, log_next, 1);
+    STORE_SET(store, log_fill, 0);
+}
+
+void store_log_append(struct store *store, const uint64_t *records, uint32_t words)
+{
+    struct store_area *area = store->area;
+    uint64_t bytes = (uint64_t)words * 8;
+    assert(words != 0 && bytes <= FORMAT_LOG_RECORD_BYTES);
+    if (area->log_fill + bytes > FORMAT_LOG_RECORD_BYTES)
+        store_log_seal(store);
+    /* The open block has a place in the buffer and in the log: callers ask store_has_room. */
+    assert(area->log_next - area->log_durable < STORE_LOG_BUFFER_BLOCKS && area->log_next - area->log_start < area->log_blocks);
+    /* Beyond log_fill nothing is committed: written directly. */
+    memcpy(log_block(store, area->log_next) + sizeof(struct format_log_header) + area->log_fill, records, bytes);
+    STORE_ADD(store, log_fill, bytes);
+    if (!area->changed)
+        STORE_SET(store, changed, 1);
+}
+
+/* Blocks that may still be begun before something must become durable. */
+static uint64_t log_room(const struct store_area *area)
+{
+    uint64_t buffer = STORE_LOG_BUFFER_BLOCKS - (area->log_next - area->log_durable);
+    uint64_t log = area->log_blocks - (area->log_next - area->log_start);
+    return buffer < log ? buffer : log;
+}
+
+bool store_has_room(struct dedup *dedup, uint32_t records)
+{
+    struct store *store = dedup->store;
+    struct store_area *area = store->area;
+    uint64_t needed = (uint64_t)records / (FORMAT_LOG_RECORD_BYTES / STORE_CHANGE_BYTES) + 2 + STORE_LOG_SLACK_BLOCKS;
+    bool room = log_room(area) > needed;
+    if (!room || area->log_next - area->log_durable > STORE_LOG_BUFFER_BLOCKS / 2)
+        if (!area->sync_wanted && area->sync_phase == SYNC_IDLE && area->changed)
+            STORE_SET(store, sync_wanted, 1);
+    return room;
+}
+
+/* --- Sync ------------------------------------------------------------------------------------------------------------ */
+
+uint64_t store_sync(struct dedup *dedup)
+{
+    struct store *store = dedup->store;
+    struct store_area *area = store->area;
+    if (!area->changed && !area->data_unflushed && !area->sync_forced)
+        return area->sync_phase != SYNC_IDLE ? area->sync_epoch : area->epoch - 1;
+    if (!area->sync_wanted)
+        STORE_SET(store, sync_wanted, 1);
+    if (area->sync_phase == SYNC_IDLE && area->sync_retry_ns != 0)
+        STORE_SET(store, sync_retry_ns, 0); /* somebody asks: at once */
+    return area->epoch;
+}
+
+uint64_t store_synced(struct dedup *dedup) { return dedup->store->area->synced_epoch; }
+
+uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status)
+{
+    if (last_status != 0)
+        *last_status = (uint32_t)dedup->store->area->sync_status;
+    return dedup->store->area->sync_failures;
+}
+
+static void sync_failed(struct store *store)
+{
+    struct store_area *area = store->area;
+    STORE_SET(store, sync_status, area->sync_error);
+    STORE_ADD(store, sync_failures, 1);
+    STORE_SET(store, sync_error, 0);
+    STORE_SET(store, sync_phase, SYNC_IDLE);
+    STORE_SET(store, data_unflushed, 1);
+    STORE_SET(store, changed, 1);
+    STORE_SET(store, sync_wanted, 1); /* tried again after a while, or as soon as somebody asks */
+    STORE_SET(store, sync_retry_ns, atoll_now_ns() + STORE_RETRY_NS);
+    store_count(store, STORE_COUNTER_SYNC_FAILURES, 1);
+}
+
+static void sync_complete(struct store *store)
+{
+    struct store_area *area = store->area;
+    uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
+    STORE_SET(store, log_durable, area->sync_end);
+    STORE_SET(store, synced_epoch, area->sync_epoch); /* COMMIT POINT of all changes of this epoch, for power loss */
+    STORE_SET(store, sync_status, ATOLL_OK);
+    STORE_SET(store, sync_phase, SYNC_IDLE);
+    STORE_SET(store, sync_retry_ns, 0);
+    if (area->pending_blocks != 0)
+        STORE_SET(store, sweep_left, groups);
+    store_count(store, STORE_COUNTER_SYNCS, 1);
+}
+
+static void sync_begin(struct store *store)
+{
+    struct store_area *area = store->area;
+    store_log_seal(store);
+    STORE_SET(store, sync_wanted, 0);
+    STORE_SET(store, changed, 0);
+    STORE_SET(store, sync_error, 0);
+    STORE_SET(store, sync_epoch, area->epoch);
+    STORE_ADD(store, epoch, 1);
+    STORE_SET(store, sync_end, area->log_next);
+    STORE_SET(store, sync_position[0], area->log_durable);
+    STORE_SET(store, sync_position[1], area->log_durable);
+    STORE_SET(store, sync_phase, area->data_unflushed || area->sync_forced ? SYNC_FLUSH_DATA : SYNC_WRITE);
+    STORE_SET(store, data_unflushed, 0);
+    STORE_SET(store, sync_forced, 0);
+}
+
+/* Submits what can be of the log blocks; returns true if it did something. */
+static bool sync_write(struct store *store)
+{
+    struct store_area *area = store->area;
+    bool did = false;
+    for (uint32_t copy = 0; copy < 2; copy++) {
+        while (area->sync_position[copy] < area->sync_end && area->sync_outstanding < STORE_SYNC_OUTSTANDING) {
+            uint64_t sequence = area->sync_position[copy], count = area->sync_end - sequence;
+            uint64_t place = sequence % area->log_blocks, slot = sequence % STORE_LOG_BUFFER_BLOCKS;
+            if (count > ATOLL_IO_BLOCKS)
+                count = ATOLL_IO_BLOCKS;
+            if (count > area->log_blocks - place)
+                count = area->log_blocks - place;
+            if (count > STORE_LOG_BUFFER_BLOCKS - slot)
+                count = STORE_LOG_BUFFER_BLOCKS - slot;
+            uint64_t pba = place + (copy == 0 ? FORMAT_SUPER_BLOCKS : area->usable_end);
+            if (!store_submit(store, STORE_IO_LOG, 0, ATOLL_OP_IO_WRITE, pba, log_block(store, sequence),
+                              count * ATOLL_BLOCK_BYTES))
+                return did;
+            STORE_ADD(store, sync_position[copy], count);
+            STORE_ADD(store, sync_outstanding, 1);
+            store_count(store, STORE_COUNTER_LOG_BLOCKS, count);
+            did = true;
+        }
+    }
+    return did;
+}
+
+static bool submit_flush(struct store *store)
+{
+    if (!store_submit(store, STORE_IO_SYNC_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
+        return false;
+    STORE_ADD(store, sync_outstanding, 1);
+    return true;
+}
+
+void store_sync_io(struct store *store, enum store_io what, uint32_t status)
+{
+    struct store_area *area = store->area;
+    assert(area->sync_outstanding > 0);
+    STORE_ADD(store, sync_outstanding, -1);
+    if (status != ATOLL_OK)
+        STORE_SET(store, sync_error, status);
+    if (area->sync_outstanding != 0)
+        return;
+    if (area->sync_error != 0)
+        sync_failed(store);
+    else if (what == STORE_IO_SYNC_FLUSH && area->sync_phase == SYNC_FLUSH_DATA)
+        STORE_SET(store, sync_phase, SYNC_WRITE);
+    else if (what == STORE_IO_SYNC_FLUSH && area->sync_phase == SYNC_FLUSH_LOG)
+        sync_complete(store);
+}
+
+bool store_sync_step(struct store *store)
+{
+    struct store_area *area = store->area;
+    bool did = false;
+    if (area->sync_phase == SYNC_IDLE && area->sync_wanted &&
+        (area->sync_retry_ns == 0 || atoll_now_ns() >= area->sync_retry_ns)) {
+        sync_begin(store);
+        did = true;
+    }
+    if (area->sync_phase == SYNC_FLUSH_DATA && area->sync_outstanding == 0)
+        did |= submit_flush(store);
+    if (area->sync_phase == SYNC_WRITE) {
+        did |= sync_write(store);
+        if (area->sync_outstanding == 0 && area->sync_position[0] == area->sync_end && area->sync_position[1] == area->sync_end) {
+            if (area->log_durable == area->sync_end) {
+                sync_complete(store); /* there was nothing but data or pages to flush */
+                did = true;
+            } else if (submit_flush(store)) {
+                STORE_SET(store, sync_phase, SYNC_FLUSH_LOG);
+                did = true;
+            }
+        }
+    }
+    return did;
+}
