@@ -76,6 +76,7 @@ class Init:
         self.zygote = Child("zygote", zygote.run)
         self.stop_reason = ""
         self.status: int | None = None
+        self.booted = False
         self._own_score = "0"
         self._progress = (-1, 0.0)  # the kernel's, and when it last moved
 
@@ -162,7 +163,8 @@ class Init:
     def _listen(self, channel: socket.socket) -> None:
         while self.status is None and (received := messages.receive(channel)) is not None:
             message, _ = received
-            if "booted" in message:
+            if "booted" in message and not self.booted:
+                self.booted = True
                 for line in message["booted"]:
                     print(line, flush=True)
                 self.world.record.served = True

@@ -14,6 +14,7 @@
 After a crash: an unread message waits for the successor.
 """
 
+import array
 import os
 import socket
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import msgpack
 
 MESSAGE_BYTES_MAX = 65536
+DESCRIPTORS_MAX = 4
 
 
 class EndOfChannel(Exception):
@@ -29,12 +31,9 @@ class EndOfChannel(Exception):
 
 
 def send(channel: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> bool:
-    data = [msgpack.packb(message)]
+    attached = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
-        if descriptors:
-            socket.send_fds(channel, data, descriptors, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        else:
-            channel.sendmsg(data, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        channel.sendmsg([msgpack.packb(message)], attached, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     except BlockingIOError:
         return False
     return True
@@ -42,12 +41,15 @@ def send(channel: socket.socket, message: dict[str, Any], descriptors: Sequence[
 
 def receive(channel: socket.socket, wait: bool = False) -> tuple[dict[str, Any], list[int]] | None:
     """The descriptors received are the caller's to close."""
-    try:
-        data, descriptors, _, _ = socket.recv_fds(
-            channel, MESSAGE_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
-        )
+    flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+    try:  # socket.recv_fds takes flags and forgets them
+        data, attached, _, _ = channel.recvmsg(MESSAGE_BYTES_MAX, socket.CMSG_SPACE(4 * DESCRIPTORS_MAX), flags)
     except BlockingIOError:
         return None
+    descriptors = array.array("i")
+    for level, kind, content in attached:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     if not data:
         close_all(descriptors)
         raise EndOfChannel

@@ -81,7 +81,7 @@ class Service:
     def begin(self) -> None:
         if self.stopping:
             self._begin_stop()
-        else:
+        elif not self.booted:
             self._boot_step()
 
     def may_start(self, life: Life) -> bool:
@@ -120,8 +120,8 @@ class Service:
             self._making_volumes = True
             self._make_volumes(list(self.world.config["volumes"]))
         if all(life.served for life in lives.values()) and self.volumes_ready:
+            self.tell_init({"booted": self.greeting()})  # told twice over a death here; init listens once
             self.set(ServiceWord.BOOTED, 1)
-            self.tell_init({"booted": self.greeting()})
             return
         for life in lives.values():
             self.supervisor.decide(life)

@@ -85,7 +85,8 @@ def _rights(world: World, role: table.Role) -> set[int]:
 def _close_all_but(kept: set[int]) -> None:
     last = -1
     for descriptor in sorted(kept):
-        os.closerange(last + 1, descriptor)
+        if descriptor > last + 1:  # Python 3.11 takes an empty range for an endless one
+            os.closerange(last + 1, descriptor)
         last = descriptor
     os.closerange(last + 1, 1 << 20)
 

@@ -311,7 +311,7 @@ class Supervisor:
             self._ended.pop(pid, None)
             return found.exit_status
         deadline = time.monotonic() + SIGNAL_WAIT_S
-        while pid not in self._ended and time.monotonic() < deadline and found is not None:
+        while pid not in self._ended and time.monotonic() < deadline:
             found = life.active.look() if life.active is not None else None
             if found is not None and (found.exit_status or found.gone):
                 return found.exit_status
