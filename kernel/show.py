@@ -3,6 +3,8 @@
 Takes the documents that `--json` prints, so both say the same. Values that a document lacks are shown as `-`.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,13 +19,16 @@ STATE_STYLE = {"serving": "green", "standby": "cyan", "failed": "red", "dying": 
 
 
 def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """As wide as the terminal; what goes to a file or a pipe is not cut."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 
 def table(*columns: str, right: Sequence[str] = ()) -> Table:
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        drawn.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        drawn.add_column(
+            column, justify="right" if column in right else "left", no_wrap=column in right, overflow="fold"
+        )
     return drawn
 
 
@@ -211,18 +216,21 @@ def audit(document: Mapping[str, Any]) -> None:
             escape(entry["name"].replace(f"atoll-{document['instance']}-", "")),
             size(entry["bytes"]) if entry["bytes"] else "-",
             people(entry["mapped_writable"]),
-            f"{len(entry['mapped_readable'])} processes",
+            count(entry["mapped_readable"]),
             people(entry["held_writable"]),
         )
     out.print(drawn)
     for finding in document["findings"]:
         out.print(f"[red]{escape(finding)}[/]")
     if document["unseen"]:
-        out.print(
-            f"{len(document['unseen'])} processes could not be looked into: run as root to see all", style="yellow"
-        )
+        hint = "" if os.geteuid() == 0 else ": run as root to see all"
+        out.print(f"{count(document['unseen'])} could not be looked into{hint}", style="yellow")
     if not document["findings"]:
         out.print("each object is writable in at most one process", style="green")
+
+
+def count(entries: Sequence[Any]) -> str:
+    return f"{len(entries)} process{'' if len(entries) == 1 else 'es'}"
 
 
 def people(entries: Sequence[Mapping[str, Any]]) -> str:
