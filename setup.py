@@ -22,6 +22,7 @@ BUILD_SCRIPTS = (
     "drivers/fault/build_fault.py",
     "services/nbd/build_nbd.py",
     "services/dedup/build_dedup.py",
+    "bench/build_bench.py",
 )
 
 # While the first release is being written a missing build script is named and passed over; then this becomes True.

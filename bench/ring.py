@@ -1,0 +1,462 @@
+"""`atoll bench ring`: Atoll's rings beside other ways for 64-byte messages between two processes.
+
+- `run(seconds, plot)` measures for about `seconds` and returns a document of plain values; `plot` names a PNG to draw.
+- `render(document)` is that document as tables.
+
+Two processes, made for each single measurement, use the functions that every domain uses, on arenas mapped as domains
+map them. All cases are measured in turn, round by round, so that what the machine does besides falls on all of them;
+ratios are medians over the rounds of the ratio within a round.
+
+After a crash: the arenas are memory files without a name; they end with the processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import socket
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import posix_ipc
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from atoll.bench._bench import ffi, lib
+from atoll.ipc import physmap
+from atoll.ipc.roles import Role
+
+BATCHES = (1, 8, 32, 256)
+ENTRIES = 4096
+ASKER, ANSWERER = Role.NIC, Role.NBD
+SAME, TWO = "same core", "two cores"
+RING, LINE, PIPE, SOCKET, QUEUE, PYTHON = (
+    "atoll ring",
+    "cache line",
+    "pipe",
+    "Unix socket",
+    "posix_ipc queue",
+    "multiprocessing.Queue",
+)
+
+
+class BenchError(Exception):
+    """A measurement failed, and which."""
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str  # "throughput" or "round trip"
+    transport: str
+    placement: str
+    waiting: str  # "spinning" or "sleeping"
+    batch: int = 1
+
+
+def cases(cpu_count: int) -> list[Case]:
+    placements = (SAME, TWO) if cpu_count > 1 else (SAME,)
+    found = []
+    for placement in placements:
+        waiting = "spinning" if placement == TWO else "sleeping"
+        found += [Case("throughput", RING, placement, waiting, batch) for batch in BATCHES]
+        for transport, batches in ((PIPE, (1, 32)), (SOCKET, (1, 32)), (QUEUE, (1,)), (PYTHON, (1,))):
+            found += [Case("throughput", transport, placement, "sleeping", batch) for batch in batches]
+        if placement == TWO:
+            found += [Case("round trip", LINE, TWO, "spinning"), Case("round trip", RING, TWO, "spinning")]
+        found += [
+            Case("round trip", transport, placement, "sleeping") for transport in (RING, PIPE, SOCKET, QUEUE, PYTHON)
+        ]
+    return found
+
+
+# --- One measurement ------------------------------------------------------------------------------------------------
+
+
+class Arenas:
+    """Kernel and two roles with a ring to each other; the same for all measurements, each a new incarnation."""
+
+    def __init__(self) -> None:
+        self.incarnation = 0
+        self.sizes: dict[Role, int] = {}
+        self.fds: dict[Role, int] = {}
+        counts = ffi.new("uint32_t[16]", [ENTRIES] * 16)
+        for role, peers in ((Role.KERNEL, ()), (ASKER, (ANSWERER,)), (ANSWERER, (ASKER,))):
+            mask = sum(1 << peer for peer in peers)
+            size = lib.atoll_arena_size(mask, counts, 0, 0)
+            fd = os.memfd_create(f"atoll-bench-{role.text}", os.MFD_CLOEXEC)
+            os.posix_fallocate(fd, 0, size)
+            with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
+                at = ffi.from_buffer(view)
+                lib.atoll_arena_format(at, role, 1, size, mask, counts, 0, 0, lib.ATOLL_WAKE_FUTEX, -1)
+                ffi.release(at)
+            self.sizes[role], self.fds[role] = size, fd
+
+    def open(self, own: Role) -> Any:
+        """This process becomes the active one of `own`: its arena writable, the others read-only."""
+        sizes = ffi.new("uint64_t[16]")
+        for role, size in self.sizes.items():
+            sizes[role] = size
+            fd = self.fds[role] if role == own else os.open(f"/proc/self/fd/{self.fds[role]}", os.O_RDONLY)
+            physmap.map_arena(role, fd, size, writable=role == own)
+            physmap.populate(role)
+        domain, error = ffi.new("struct atoll_domain *"), ffi.new("char[256]")
+        if lib.atoll_domain_open(domain, own, self.incarnation, os.getpid(), 0, sizes, error) < 0:
+            raise BenchError(ffi.string(error).decode())
+        return domain
+
+    def close(self) -> None:
+        for fd in self.fds.values():
+            os.close(fd)
+
+
+class Shared:
+    """Memory of both processes: the result, the cache lines, the word on which they meet."""
+
+    def __init__(self) -> None:
+        self.result_bytes = ffi.sizeof("struct bench_result")
+        self.memory = mmap.mmap(-1, self.result_bytes + 8192)
+        self.base = ffi.from_buffer(self.memory)
+        self.result = ffi.cast("struct bench_result *", self.base)
+        self.lines = ffi.cast("struct bench_lines *", self.base + self.result_bytes + 4096 - self.result_bytes % 4096)
+        self.arrived = ffi.cast("uint32_t *", self.base + self.result_bytes)
+
+    def clear(self) -> None:
+        ffi.memmove(self.base, bytes(32), 32)
+        ffi.memmove(self.lines, bytes(256), 256)
+        self.arrived[0] = 0
+
+
+def checked(result: int) -> None:
+    if result < 0:
+        raise BenchError(os.strerror(-result))
+
+
+@contextlib.contextmanager
+def ends(case: Case, arenas: Arenas, shared: Shared, duration_ns: int) -> Iterator[list[Callable[[], None]]]:
+    """What the two processes of a measurement do: the asking or producing end first."""
+    result, batch = shared.result, case.batch
+    produces = case.kind == "throughput"
+    if case.transport == LINE:
+        yield [
+            lambda: lib.bench_line_ask(shared.lines, duration_ns, result),
+            lambda: lib.bench_line_answer(shared.lines),
+        ]
+    elif case.transport == RING:
+        wait = lib.BENCH_SPIN if case.waiting == "spinning" else lib.BENCH_SLEEP
+        arenas.incarnation += 1
+
+        def first(domain: Any) -> None:
+            if produces:
+                lib.bench_ring_produce(domain, ANSWERER, batch, wait, duration_ns)
+            else:
+                lib.bench_ring_ask(domain, ANSWERER, wait, duration_ns, result)
+
+        def second(domain: Any) -> None:
+            if produces:
+                lib.bench_ring_consume(domain, ASKER, batch, wait, result)
+            else:
+                lib.bench_ring_answer(domain, ASKER, wait)
+
+        yield [lambda: first(arenas.open(ASKER)), lambda: second(arenas.open(ANSWERER))]
+    elif case.transport == PYTHON:
+        with python_ends(produces, shared, duration_ns) as functions:
+            yield functions
+    else:
+        with descriptors(case.transport) as (there, back):
+            kind = lib.BENCH_QUEUE if case.transport == QUEUE else lib.BENCH_STREAM
+            if produces:
+                yield [
+                    lambda: checked(lib.bench_fd_produce(there[1], kind, batch, duration_ns)),
+                    lambda: checked(lib.bench_fd_consume(there[0], kind, batch, result)),
+                ]
+            else:
+                yield [
+                    lambda: checked(lib.bench_fd_ask(there[1], back[0], kind, duration_ns, result)),
+                    lambda: checked(lib.bench_fd_answer(back[1], there[0], kind)),
+                ]
+
+
+@contextlib.contextmanager
+def descriptors(transport: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Two ways, each (read end, write end)."""
+    with contextlib.ExitStack() as stack:
+        if transport == SOCKET:
+            left, right = socket.socketpair()
+            stack.enter_context(left)
+            stack.enter_context(right)
+            yield (right.fileno(), left.fileno()), (left.fileno(), right.fileno())
+        elif transport == PIPE:
+            ways = []
+            for _ in range(2):
+                way = os.pipe()
+                ways.append(way)
+                for fd in way:
+                    stack.callback(os.close, fd)
+            yield ways[0], ways[1]
+        else:
+            queues = []
+            for _ in range(2):
+                queue = posix_ipc.MessageQueue(None, posix_ipc.O_CREX, max_message_size=lib.BENCH_MESSAGE_BYTES)
+                queue.unlink()
+                stack.callback(queue.close)
+                queues.append((queue.mqd, queue.mqd))
+            yield queues[0], queues[1]
+
+
+@contextlib.contextmanager
+def python_ends(produces: bool, shared: Shared, duration_ns: int) -> Iterator[list[Callable[[], None]]]:
+    context = multiprocessing.get_context("fork")
+    there, back = context.Queue(), context.Queue()
+    payload = bytes(lib.BENCH_MESSAGE_BYTES - 8)
+
+    def produce() -> None:
+        end, number = time.monotonic_ns() + duration_ns, 0
+        while time.monotonic_ns() < end:
+            for _ in range(16):
+                there.put(number.to_bytes(8, "little") + payload)
+                number += 1
+        there.put(None)
+        there.close()
+        there.join_thread()
+
+    def consume() -> None:
+        message, begin, count = there.get(), time.monotonic_ns(), 0
+        while message is not None:
+            shared.result.wrong += int.from_bytes(message[:8], "little") != count
+            count += 1
+            message = there.get()
+        shared.result.ns, shared.result.count = time.monotonic_ns() - begin, count
+
+    def ask() -> None:
+        result, begin = shared.result, time.monotonic_ns()
+        now, number = begin, 0
+        while now - begin < duration_ns:
+            there.put(number.to_bytes(8, "little") + payload)
+            result.wrong += int.from_bytes(back.get()[:8], "little") != number
+            then, now = now, time.monotonic_ns()
+            if number < lib.BENCH_SAMPLES:
+                result.samples_ns[number] = now - then
+                result.sample_count = number + 1
+            number += 1
+        result.count, result.ns = number, now - begin
+        there.put(None)
+        there.close()
+        there.join_thread()
+
+    def answer() -> None:
+        while (message := there.get()) is not None:
+            back.put(message)
+        back.close()
+        back.join_thread()
+
+    yield [produce, consume] if produces else [ask, answer]
+    for queue in (there, back):
+        queue.close()
+
+
+def measure(case: Case, arenas: Arenas, shared: Shared, cpus: list[int], duration_s: float) -> dict[str, float]:
+    """One measurement: {"messages_per_s"} or {"p50_ns", "p99_ns"}."""
+    shared.clear()
+    with ends(case, arenas, shared, round(duration_s * 1e9)) as functions:
+        pids = []
+        try:
+            for index, function in enumerate(functions):
+                pids.append(child(function, shared, cpus[0] if case.placement == SAME else cpus[index]))
+            wait_for(pids, case, duration_s * 20 + 30)
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+    result = shared.result
+    if result.wrong or not result.count:
+        raise BenchError(f"{case}: {result.count} messages, {result.wrong} of them wrong")
+    if case.kind == "throughput":
+        return {"messages_per_s": result.count / (result.ns / 1e9)}
+    samples = sorted(ffi.unpack(result.samples_ns, int(result.sample_count)))
+    return {"p50_ns": float(samples[len(samples) // 2]), "p99_ns": float(samples[len(samples) * 99 // 100])}
+
+
+def child(function: Callable[[], None], shared: Shared, cpu: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.sched_setaffinity(0, {cpu})
+        lib.bench_meet(shared.arrived)
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def wait_for(pids: list[int], case: Case, seconds: float) -> None:
+    """Until both have ended well; they are left for the caller to reap."""
+    end, left = time.monotonic() + seconds, list(pids)
+    while left:
+        for pid in list(left):
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is None:
+                continue
+            if ended.si_status != 0:
+                raise BenchError(f"{case}: a process ended with {ended.si_status}")
+            left.remove(pid)
+        if left and time.monotonic() > end:
+            raise BenchError(f"{case}: not done after {seconds:.0f} s")
+        time.sleep(0.001)
+
+
+# --- All of them ----------------------------------------------------------------------------------------------------
+
+
+def run(seconds: float, plot: str | None = None) -> dict[str, Any]:
+    """Measures for about `seconds`. BenchError if a message was lost or a process failed."""
+    cpus = sorted(os.sched_getaffinity(0))
+    todo = cases(len(cpus))
+    rounds = 5 if seconds >= 10 else 3 if seconds >= 3 else 1
+    duration_s = max(0.002, seconds / (len(todo) * rounds) - 0.012)  # making the processes takes some of it
+    arenas, shared = Arenas(), Shared()
+    found: dict[Case, list[dict[str, float]]] = {case: [] for case in todo}
+    try:
+        for number in range(rounds):
+            start = number * len(todo) // rounds  # each round begins elsewhere
+            for case in todo[start:] + todo[:start]:
+                found[case].append(measure(case, arenas, shared, cpus, duration_s))
+    finally:
+        arenas.close()
+    document = {
+        "message_bytes": int(lib.BENCH_MESSAGE_BYTES),
+        "cpus": len(cpus),
+        "seconds": seconds,
+        "rounds": rounds,
+        "clock_ns": round(lib.bench_clock_ns(), 1),
+        "throughput": [throughput_row(case, found) for case in todo if case.kind == "throughput"],
+        "round_trip": [round_trip_row(case, found) for case in todo if case.kind == "round trip"],
+    }
+    if plot is not None:
+        draw(document, plot)
+    return document
+
+
+Found = dict[Case, list[dict[str, float]]]
+
+
+def ratio(case: Case, reference: Case | None, found: Found, key: str) -> float | None:
+    """Median over the rounds of case / reference; None where there is no such case (one core)."""
+    if reference is None or reference not in found:
+        return None
+    return statistics.median(mine[key] / other[key] for mine, other in zip(found[case], found[reference], strict=True))
+
+
+def row(case: Case) -> dict[str, Any]:
+    return {"transport": case.transport, "placement": case.placement, "waiting": case.waiting}
+
+
+def throughput_row(case: Case, found: Found) -> dict[str, Any]:
+    rates = [measured["messages_per_s"] for measured in found[case]]
+    waiting = "spinning" if case.placement == TWO else "sleeping"
+    reference = Case("throughput", RING, case.placement, waiting, case.batch)
+    return {
+        **row(case),
+        "batch": case.batch,
+        "messages_per_s": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "ratio_to_ring": ratio(case, reference, found, "messages_per_s"),
+    }
+
+
+def round_trip_row(case: Case, found: Found) -> dict[str, Any]:
+    waiting = "sleeping" if case.transport != LINE else "spinning"
+    return {
+        **row(case),
+        "p50_ns": statistics.median(measured["p50_ns"] for measured in found[case]),
+        "p99_ns": statistics.median(measured["p99_ns"] for measured in found[case]),
+        "ratio_to_ring": ratio(case, Case("round trip", RING, case.placement, waiting), found, "p50_ns"),
+        "ratio_to_line": ratio(case, Case("round trip", LINE, TWO, "spinning"), found, "p50_ns"),
+    }
+
+
+# --- To be looked at ------------------------------------------------------------------------------------------------
+
+
+def render(document: dict[str, Any]) -> RenderableType:
+    rates = Table(title=f"Throughput, messages of {document['message_bytes']} bytes", title_justify="left")
+    for name in ("transport", "placement", "waiting"):
+        rates.add_column(name)
+    for name in ("batch", "million/s", "lowest", "highest", "of the ring's"):
+        rates.add_column(name, justify="right")
+    for entry in document["throughput"]:
+        rates.add_row(
+            entry["transport"],
+            entry["placement"],
+            entry["waiting"],
+            str(entry["batch"]),
+            *(f"{entry[key] / 1e6:.3f}" for key in ("messages_per_s", "lowest", "highest")),
+            times(entry["ratio_to_ring"], entry["transport"] == RING),
+        )
+    trips = Table(title="Round trips, one message at a time", title_justify="left")
+    for name in ("transport", "placement", "waiting"):
+        trips.add_column(name)
+    for name in ("p50 µs", "p99 µs", "of the ring's, asleep", "of a cache line's"):
+        trips.add_column(name, justify="right")
+    for entry in document["round_trip"]:
+        itself = entry["transport"] == RING and entry["waiting"] == "sleeping"
+        trips.add_row(
+            entry["transport"],
+            entry["placement"],
+            entry["waiting"],
+            f"{entry['p50_ns'] / 1e3:.2f}",
+            f"{entry['p99_ns'] / 1e3:.2f}",
+            "" if entry["transport"] == LINE else times(entry["ratio_to_ring"], itself),
+            times(entry["ratio_to_line"], entry["transport"] == LINE),
+        )
+    note = (
+        f"{document['rounds']} interleaved rounds on {document['cpus']} processors; a round trip includes one reading of"
+        f" the clock ({document['clock_ns']} ns). A cache line going there and back is the machine's own limit."
+    )
+    return Group(rates, trips, note)
+
+
+def times(value: float | None, itself: bool) -> str:
+    return "" if value is None or itself else f"{value:.3g} ×"
+
+
+def draw(document: dict[str, Any], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), layout="constrained")
+    colours = {SAME: "tab:blue", TWO: "tab:orange"}
+    entries = document["throughput"][::-1]
+    left.barh(
+        [f"{entry['transport']}, batch {entry['batch']}, {entry['placement']}" for entry in entries],
+        [entry["messages_per_s"] for entry in entries],
+        color=[colours[entry["placement"]] for entry in entries],
+    )
+    left.set(xscale="log", xlabel="messages per second", title="Throughput, 64-byte messages")
+    entries = document["round_trip"][::-1]
+    names = [f"{entry['transport']}, {entry['waiting']}, {entry['placement']}" for entry in entries]
+    right.barh(names, [entry["p99_ns"] / 1e3 for entry in entries], color="lightgray", label="p99")
+    right.barh(
+        names,
+        [entry["p50_ns"] / 1e3 for entry in entries],
+        height=0.5,
+        color=[colours[entry["placement"]] for entry in entries],
+        label="p50",
+    )
+    right.set(xscale="log", xlabel="µs, there and back: p50 (grey: p99)", title="Round trips")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
