@@ -177,4 +177,8 @@ def usage(pid: int | None) -> dict[str, Any]:
 
 
 def this_process(pid: int) -> Process | None:
-    return Process.open(pid, process.start_time(pid))
+    """For a row of `ps`; holds nothing open."""
+    found = Process.open(pid, process.start_time(pid))
+    if found is not None:
+        found.close()
+    return found
