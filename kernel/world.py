@@ -33,7 +33,6 @@ log = logging.getLogger("atoll")
 
 CONTROL_SOCKET = "control.sock"
 LAYOUT_VERSION = int(lib.ATOLL_LAYOUT_VERSION)
-ROLE_COUNT = int(lib.ATOLL_ROLE_COUNT)
 _SUSPECTS_OFFSET = 12288  # ipc/layout.h
 
 
@@ -170,7 +169,7 @@ def _adoptable(last: Record) -> bool:
         heads = {role: _read_head(name, last, role) for name, role in names.items()}
         if all(head is not None for head in heads.values()):
             # Nobody ever served: nothing can have been acknowledged, and the tables may be half made.
-            return all(head is not None and head[1] for head in heads.values())
+            return last.served or all(head is not None and head[1] for head in heads.values())
     if not last.served:
         return False
     if last.boot_id != boot_id():
@@ -357,37 +356,18 @@ def _adopt(world: World, role: table.Role) -> None:
     descriptor = objects.open_writable(objects.arena_name(world.instance, role.name))
     physmap.map_arena(role.number, descriptor, arena.arena_bytes, writable=True)
     header = physmap.header(role.number)
-    journal_end = header.journal_offset + 64 + 16 * int(lib.ATOLL_JOURNAL_ENTRIES)
-    if header.journal_offset % 4096 or journal_end > arena.arena_bytes:
-        raise ValueError(f"journal at {header.journal_offset} does not fit")
-    sizes = ffi.new("uint64_t[16]")
-    sizes[role.number] = arena.arena_bytes  # no peers: only the roll-back is wanted
-    domain = ffi.new("struct atoll_domain *")
-    text = ffi.new("char[256]")
-    if lib.atoll_domain_open(domain, role.number, header.incarnation, 0, 0, sizes, text) != 0:
-        raise ValueError(ffi.string(text).decode(errors="replace"))
-    for peer in range(ROLE_COUNT):
-        header.consumer[peer].head = 0
-        header.consumer[peer].head_committed = 0
-        offset = int(header.tx_offset[peer])
-        if offset == 0:
-            continue
-        if offset % 4096 or offset + 4096 > arena.arena_bytes:
-            raise ValueError(f"ring to role {peer} at {offset} does not fit")
-        producer = ffi.cast("struct atoll_ring_producer *", physmap.address(role.number) + offset)
-        producer.tail = 0
-        producer.tail_committed = 0
-    header.eventfd = world.eventfds.get(role.name, -1)
-    header.wake_kind = _wake_kind(role)
-    header.sleeping = 0
-    header.crash_seen = 0
-    # Calls are numbered by the kernel's arena, which is new: an old result must not answer a new call.
-    if header.control_offset % 4096 or header.control_offset + 4096 > arena.arena_bytes:
-        raise ValueError(f"control area at {header.control_offset} does not fit")
-    results = ffi.cast("struct atoll_control_results *", physmap.address(role.number) + header.control_offset)
-    results.number = results.length = 0
     # Requests of clients that are gone crash nobody any more, and their identities will be used again.
     ffi.memmove(ffi.cast("char *", header) + _SUSPECTS_OFFSET, bytes(4096), 4096)
-    header.current = 0
-    header.state = lib.ATOLL_STATE_NEW
-    header.pid = 0
+    result = lib.atoll_arena_adopt(
+        role.number,
+        world.instance,
+        arena.arena_bytes,
+        table.rings_mask(role),
+        table.ring_entries(role),
+        arena.role_bytes,
+        arena.buffer_bytes,
+        _wake_kind(role),
+        world.eventfds.get(role.name, -1),
+    )
+    if result != 0:
+        raise ValueError(f"its layout is not this program's: {os.strerror(-result)}")
