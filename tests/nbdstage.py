@@ -88,13 +88,13 @@ class Use:
     wire: Wire
     sequence: int
     request: Request | None = None
-    payload: bytes = b""
+    payload: bytes = field(default=b"", repr=False)
     sent_bytes: int = 0  # of the payload
     part: int = 0  # next part of the payload
     pages: list[int] = field(default_factory=list)  # of the part that nbd has
     reply_part: int = 0
     executed: set[int] = field(default_factory=set)  # parts that dedup has seen
-    expected: bytes = b""  # what dedup has read for it
+    expected: bytes = field(default=b"", repr=False)  # what dedup has read for it
     failed: int = 0  # first status with which dedup answered, if not OK
     silent: bool = False  # came after the client's last word: no answer is due
 

@@ -506,3 +506,18 @@ def test_bad_answers_of_dedup_are_eio(stage: Stage, wire: Wire) -> None:
     stage._apply = good  # type: ignore[method-assign]
     assert wire.call(Command.READ, 0, 100).error is None
     assert stage.counters()["peer_faults"] >= len(answers)
+
+
+def test_simple_replies_are_not_mixed(stage: Stage) -> None:
+    """Between the parts of a READ nothing may stand that the client would take for its data; all are answered."""
+    wire = stage.connect().negotiate(structured=False)
+    stage.volumes[0].data[:] = pattern(4 * MIB)
+    first = [wire.submit(Command.READ, 3, 3 * PART), wire.submit(Command.READ, 9, 2 * PART), wire.submit(Command.FLUSH)]
+    stage.settle(until=lambda: any(slot.state == nbd.lib.NBD_SLOT_SENDING for slot in stage.area().slots[0:48]))
+    late = [wire.submit(Command.WRITE, 0, payload=b"x"), wire.submit(Command.READ, 4 * MIB, 1), wire.submit(99)]
+    wire.submit(Command.DISC)
+    stage.settle()
+    assert [wire.results[cookie].error is None for cookie in first + late] == [True] * 4 + [False] * 2
+    assert wire.is_closed and stage.area().waiting == 0
+    wire.leave()
+    stage.check_quiet()

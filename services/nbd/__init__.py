@@ -33,7 +33,7 @@ COUNTERS: tuple[str, ...] = (
 )
 
 CONNECTION_STATES = ("free", "greeted", "options", "transmission", "draining", "closing")
-SLOT_STATES = ("free", "dedup", "payload", "sending", "listing")
+SLOT_STATES = ("free", "dedup", "payload", "sending", "listing", "waiting")
 
 
 def plan(config: dict[str, Any]) -> tuple[int, int]:

@@ -67,11 +67,12 @@ struct nbd_connection {
     struct nbd_negotiation negotiation;
     uint32_t volume;                 /* id; from TRANSMISSION on */
     uint32_t generation;
-    uint32_t in_flight;              /* requests accepted and not yet answered */
-    uint32_t reserved_a;
+    uint32_t in_flight;              /* requests whose last reply is still to be sent */
+    uint32_t streaming;              /* simple replies: slot + 1 of the READ whose parts nothing may come between, 0 none */
     uint64_t disc_identity;          /* DRAINING: the DISC that is answered last */
     uint64_t requests;               /* accepted since the connection was opened */
-    uint64_t reserved_b;
+    uint32_t waiting_first;          /* slot + 1 of the first of the replies that wait for `streaming` to end, 0 none */
+    uint32_t waiting_last;
 };
 
 /* Numbered by hand: arenas outlive processes. */
@@ -80,7 +81,8 @@ enum nbd_slot_state {
     NBD_SLOT_DEDUP = 1,              /* part `part` is with dedup */
     NBD_SLOT_PAYLOAD = 2,            /* a WRITE waits for its next part: NEXT was sent */
     NBD_SLOT_SENDING = 3,            /* a READ waits for SENT(part) */
-    NBD_SLOT_LISTING = 4             /* an option's reply goes on after SENT(part) */
+    NBD_SLOT_LISTING = 4,            /* an option's reply goes on after SENT(part) */
+    NBD_SLOT_WAITING = 5             /* its reply is ready and waits for another one's end (nbd_connection.streaming) */
 };
 
 struct nbd_slot {
@@ -98,8 +100,12 @@ struct nbd_slot {
     uint16_t flags;                  /* enum nbd_command_flag */
     uint32_t volume;
     uint32_t generation;
-    uint32_t reserved_a;
-    uint64_t reserved_b[6];
+    uint32_t waiting_next;           /* WAITING: slot + 1 of the next one, 0 none */
+    uint64_t reply_address;          /* WAITING: the reply's descriptor */
+    uint32_t reply_length;
+    uint16_t reply_segment_count;
+    uint16_t reply_flags;
+    uint64_t reserved[4];
 };
 
 struct nbd_reply {
@@ -109,6 +115,8 @@ struct nbd_reply {
 
 struct nbd_area {
     struct atoll_nbd_public public;
+    uint32_t waiting;                /* slots in state WAITING: places in the ring to nic are kept for them */
+    uint32_t reserved[15];
     struct nbd_connection connections[2048];
     struct nbd_slot slots[2048];
     struct nbd_reply replies[2048];

@@ -89,6 +89,7 @@ static void forget_all(struct nbd *nbd)
     for (uint32_t i = 0; i < ATOLL_SLOT_COUNT; i++)
         if (nbd->area->slots[i].state != NBD_SLOT_FREE)
             atoll_set32(journal, &nbd->area->slots[i].state, NBD_SLOT_FREE);
+    atoll_set32(journal, &nbd->area->waiting, 0);
     for (uint32_t i = 0; i < ATOLL_SUSPECT_COUNT; i++)
         if (nbd->suspects[i].crashes != 0)
             atoll_set32(journal, &nbd->suspects[i].crashes, 0);
@@ -139,10 +140,12 @@ static void accept(struct nbd *nbd, uint32_t role, const struct atoll_descriptor
     atoll_count(nbd->domain, NBD_COUNTER_MESSAGES, 1);
 }
 
-/* Messages for whose consequences there is room: each causes at most two to nic and one to dedup. */
+/* Messages for whose consequences there is room: each causes at most two to nic and one to dedup, and may let all go that
+ * wait. */
 static uint32_t affordable(struct nbd *nbd, uint32_t messages)
 {
-    uint32_t nic = atoll_ring_room(&nbd->domain->rings->tx[ATOLL_ROLE_NIC]) / 2;
+    uint32_t nic = atoll_ring_room(&nbd->domain->rings->tx[ATOLL_ROLE_NIC]);
+    nic = nic < nbd->area->waiting ? 0 : (nic - nbd->area->waiting) / 2;
     uint32_t dedup = atoll_ring_room(&nbd->domain->rings->tx[ATOLL_ROLE_DEDUP]);
     uint32_t room = nic < dedup ? nic : dedup;
     return messages < room ? messages : room;

@@ -8,6 +8,9 @@
  *
  * One part of a request is under way at a time. Parts are cut by nbd_part_bytes, as nic cuts payloads.
  *
+ * Chunks of several replies may be mixed in the stream, simple replies may not: while a READ of several parts is being sent
+ * on a connection with simple replies (`streaming`), other replies of that connection are WAITING in a list.
+ *
  * After a crash: all of this happens within a step's transaction; there is nothing to repair.
  */
 #include "services/nbd/transmission.h"
@@ -35,7 +38,7 @@ static void set_state(struct nbd *nbd, struct nbd_connection *connection, uint32
         atoll_set32(nbd->domain->journal, &connection->negotiation.state, state);
 }
 
-/* A reply without bytes, which ends the slot. */
+/* A reply without bytes to a message that has no slot's state; sent at once. */
 static void reply_empty(struct nbd *nbd, uint64_t identity, uint32_t part, uint32_t flags)
 {
     struct atoll_descriptor reply = {
@@ -82,13 +85,100 @@ static void release(struct nbd *nbd, struct nbd_slot *slot)
         close_connection(nbd, connection->disc_identity, 0, 0);
 }
 
+static bool uses_chunks(const struct nbd_slot *slot)
+{
+    return (slot->features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED)) != 0;
+}
+
+/* Sends a reply of `slot`, whose turn it is: the last one frees the slot, another one waits for SENT. */
+static void send_now(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
+{
+    struct atoll_journal *journal = nbd->domain->journal;
+    struct nbd_connection *connection = connection_of(nbd, slot->identity);
+    uint32_t place = atoll_identity_slot(slot->identity) + 1;
+    nbd_put(nbd, ATOLL_ROLE_NIC, reply);
+    if (reply->flags & ATOLL_FLAG_LAST) {
+        if (connection->streaming == place)
+            atoll_set32(journal, &connection->streaming, 0);
+        release(nbd, slot);
+    } else {
+        atoll_set32(journal, &slot->state, NBD_SLOT_SENDING);
+        if (!uses_chunks(slot) && connection->streaming != place)
+            atoll_set32(journal, &connection->streaming, place);
+    }
+}
+
+static void wait_for_turn(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
+{
+    struct atoll_journal *journal = nbd->domain->journal;
+    struct nbd_connection *connection = connection_of(nbd, slot->identity);
+    uint32_t place = atoll_identity_slot(slot->identity) + 1;
+    if (slot->state == NBD_SLOT_FREE) /* refused at once, so not yet counted */
+        atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
+    atoll_save(journal, slot, sizeof *slot);
+    slot->state = NBD_SLOT_WAITING;
+    slot->waiting_next = 0;
+    slot->reply_address = reply->address;
+    slot->reply_length = reply->length;
+    slot->reply_segment_count = reply->segment_count;
+    slot->reply_flags = reply->flags;
+    if (connection->waiting_last == 0)
+        atoll_set32(journal, &connection->waiting_first, place);
+    else
+        atoll_set32(journal, &nbd->area->slots[connection->waiting_last - 1].waiting_next, place);
+    atoll_set32(journal, &connection->waiting_last, place);
+    atoll_set32(journal, &nbd->area->waiting, nbd->area->waiting + 1);
+}
+
+static void send_waiting(struct nbd *nbd, struct nbd_connection *connection)
+{
+    struct atoll_journal *journal = nbd->domain->journal;
+    while (connection->streaming == 0 && connection->waiting_first != 0) {
+        struct nbd_slot *slot = &nbd->area->slots[connection->waiting_first - 1];
+        struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY,
+                                         .flags = (uint8_t)slot->reply_flags,
+                                         .identity = slot->identity,
+                                         .part = (uint16_t)slot->part,
+                                         .address = slot->reply_address,
+                                         .length = slot->reply_length,
+                                         .segment_count = slot->reply_segment_count};
+        atoll_set32(journal, &nbd->area->waiting, nbd->area->waiting - 1);
+        atoll_set32(journal, &connection->waiting_first, slot->waiting_next);
+        if (slot->waiting_next == 0)
+            atoll_set32(journal, &connection->waiting_last, 0);
+        send_now(nbd, slot, &reply);
+    }
+}
+
+/* Sends a reply of `slot`, now or when it may. The slot's state follows. */
+static void send_reply(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
+{
+    struct nbd_connection *connection = connection_of(nbd, slot->identity);
+    if (connection->streaming != 0 && connection->streaming != atoll_identity_slot(slot->identity) + 1) {
+        wait_for_turn(nbd, slot, reply);
+        return;
+    }
+    send_now(nbd, slot, reply);
+    send_waiting(nbd, connection);
+}
+
+/* Ends a slot without another byte; `flags` beside LAST. */
+static void finish_empty(struct nbd *nbd, struct nbd_slot *slot, uint32_t part, uint32_t flags)
+{
+    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY,
+                                     .identity = slot->identity,
+                                     .part = (uint16_t)part,
+                                     .flags = (uint8_t)(ATOLL_FLAG_LAST | flags)};
+    send_now(nbd, slot, &reply);
+    send_waiting(nbd, connection_of(nbd, slot->identity));
+}
+
 static void finish_success(struct nbd *nbd, struct nbd_slot *slot)
 {
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
     nbd_reply_success(slot, reply_of(nbd, slot->identity), &reply);
     reply.flags = ATOLL_FLAG_LAST | (slot->type == NBD_CMD_WRITE ? ATOLL_FLAG_TAKEN : 0);
-    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-    release(nbd, slot);
+    send_reply(nbd, slot, &reply);
 }
 
 /* `taken`: dedup has the payload of the current part. */
@@ -96,21 +186,20 @@ static void finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status
 {
     uint32_t flags = slot->type == NBD_CMD_WRITE ? ATOLL_FLAG_DISCARD | (taken ? ATOLL_FLAG_TAKEN : 0) : 0;
     count_error(nbd, status);
-    if (slot->type == NBD_CMD_READ && slot->part != 0 &&
-        !(slot->features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED))) {
+    if (slot->type == NBD_CMD_READ && slot->part != 0 && !uses_chunks(slot)) {
         /* A simple reply has said "no error" already: only closing is left (section "NBD_CMD_READ", simple replies). */
-        close_connection(nbd, slot->identity, slot->part, 0);
-    } else {
-        char text[NBD_TEXT_BYTES];
-        struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
-        nbd_explain(slot, status, place, nbd_volume_name(nbd, slot->volume, slot->generation), text);
-        nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text,
-                        has_parts(slot->type) && (nbd_code(status) == NBD_EIO || nbd_code(status) == NBD_ENOSPC),
-                        slot->offset + slot->done_bytes, &reply);
-        reply.flags = (uint8_t)(ATOLL_FLAG_LAST | flags);
-        nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
+        set_state(nbd, connection_of(nbd, slot->identity), NBD_CONNECTION_CLOSING);
+        finish_empty(nbd, slot, slot->part, ATOLL_FLAG_CLOSE);
+        return;
     }
-    release(nbd, slot);
+    char text[NBD_TEXT_BYTES];
+    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
+    nbd_explain(slot, status, place, nbd_volume_name(nbd, slot->volume, slot->generation), text);
+    nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text,
+                    has_parts(slot->type) && (nbd_code(status) == NBD_EIO || nbd_code(status) == NBD_ENOSPC),
+                    slot->offset + slot->done_bytes, &reply);
+    reply.flags = (uint8_t)(ATOLL_FLAG_LAST | flags);
+    send_reply(nbd, slot, &reply);
 }
 
 /* Asks dedup for the current part. `payload`: the message that brought it, for WRITE. */
@@ -162,20 +251,23 @@ static bool payload_fits(struct nbd *nbd, const struct atoll_descriptor *message
 
 /* --- From nic ---------------------------------------------------------------------------------------------------- */
 
-/* A request that is refused before it has a slot's state. */
-static void refuse(struct nbd *nbd, const struct atoll_descriptor *message, const struct nbd_slot *header, int has_payload,
-                   uint32_t status, const char *text)
+/* A request that is refused at once; the slot holds what was received, its state is FREE. */
+static void refuse(struct nbd *nbd, struct nbd_slot *slot, int has_payload, uint32_t status, const char *text)
 {
-    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = message->identity, .part = message->part};
+    struct nbd_connection *connection = connection_of(nbd, slot->identity);
+    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity};
     count_error(nbd, status);
-    nbd_reply_error(header, reply_of(nbd, message->identity), status, text, 0, 0, &reply);
+    nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text, 0, 0, &reply);
     reply.flags = (uint8_t)(ATOLL_FLAG_LAST | (has_payload ? ATOLL_FLAG_DISCARD : 0));
-    if (has_payload && (header->features & NBD_FEATURE_EXTENDED) && header->length > ATOLL_REQUEST_BYTES) {
+    if (has_payload && (slot->features & NBD_FEATURE_EXTENDED) && slot->length > ATOLL_REQUEST_BYTES) {
         /* Section "Request message" of the extension: such a payload is not waited for. */
         reply.flags |= ATOLL_FLAG_CLOSE;
-        set_state(nbd, connection_of(nbd, message->identity), NBD_CONNECTION_CLOSING);
+        set_state(nbd, connection, NBD_CONNECTION_CLOSING);
     }
-    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
+    if (connection->streaming != 0)
+        wait_for_turn(nbd, slot, &reply);
+    else
+        nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
 }
 
 static void take_disc(struct nbd *nbd, const struct atoll_descriptor *message)
@@ -222,10 +314,10 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
         take_disc(nbd, message);
         return NBD_OUTCOME_TAKEN;
     }
-    if (slot->state != NBD_SLOT_FREE) { /* nic uses it again before it was answered */
+    if (slot->state != NBD_SLOT_FREE) { /* nic uses it again before it was answered: what is under way goes on */
         peer_fault(nbd);
-        atoll_save(journal, slot, sizeof *slot);
-        release(nbd, slot);
+        close_connection(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
+        return NBD_OUTCOME_TAKEN;
     }
 
     /* To be kept; nothing committed refers to it while the state is FREE. */
@@ -256,7 +348,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
         return NBD_OUTCOME_TAKEN;
     }
     if (status != ATOLL_OK) {
-        refuse(nbd, message, slot, (int)request.has_payload, status, text);
+        refuse(nbd, slot, (int)request.has_payload, status, text);
         return NBD_OUTCOME_TAKEN;
     }
 
@@ -267,7 +359,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     if (request.type == NBD_CMD_WRITE && !payload_fits(nbd, message, slot->part_bytes)) {
         peer_fault(nbd);
         nbd_explain(slot, ATOLL_EIO, 0, nbd_volume_name(nbd, slot->volume, slot->generation), text);
-        refuse(nbd, message, slot, 1, ATOLL_EIO, text);
+        refuse(nbd, slot, 1, ATOLL_EIO, text);
         return NBD_OUTCOME_TAKEN;
     }
     if (request.type == NBD_CMD_READ)
@@ -297,8 +389,7 @@ static void take_payload(struct nbd *nbd, const struct atoll_descriptor *message
     if (slot == 0)
         return;
     if (message->status != ATOLL_OK || message->length == 0) { /* the connection is gone, the rest will not come */
-        reply_empty(nbd, slot->identity, slot->part + 1, ATOLL_FLAG_DISCARD);
-        release(nbd, slot);
+        finish_empty(nbd, slot, slot->part + 1, ATOLL_FLAG_DISCARD);
         return;
     }
     uint64_t expected = nbd_part_bytes(slot->offset, slot->work_bytes, slot->done_bytes, slot->part + 1ull, ATOLL_PART_BYTES);
@@ -321,8 +412,7 @@ static void take_sent(struct nbd *nbd, const struct atoll_descriptor *message)
     if (slot == 0)
         return;
     if (message->status != ATOLL_OK || connection_of(nbd, slot->identity)->negotiation.state == NBD_CONNECTION_CLOSING) {
-        reply_empty(nbd, slot->identity, slot->part + 1, 0);
-        release(nbd, slot);
+        finish_empty(nbd, slot, slot->part + 1, 0);
     } else if (nbd_poisoned(nbd, slot->identity)) {
         atoll_set32(nbd->domain->journal, &slot->part, slot->part + 1);
         finish_error(nbd, slot, ATOLL_EPOISON, 0, 0);
@@ -331,13 +421,27 @@ static void take_sent(struct nbd *nbd, const struct atoll_descriptor *message)
     }
 }
 
+static void forget_requests(struct nbd *nbd, struct nbd_connection *connection)
+{
+    struct atoll_journal *journal = nbd->domain->journal;
+    while (connection->waiting_first != 0) {
+        struct nbd_slot *slot = &nbd->area->slots[connection->waiting_first - 1];
+        atoll_set32(journal, &slot->state, NBD_SLOT_FREE);
+        atoll_set32(journal, &connection->waiting_first, slot->waiting_next);
+        atoll_set32(journal, &nbd->area->waiting, nbd->area->waiting - 1);
+    }
+    atoll_set32(journal, &connection->waiting_last, 0);
+    atoll_set32(journal, &connection->streaming, 0);
+    atoll_set32(journal, &connection->in_flight, 0);
+}
+
 static void take_closed(struct nbd *nbd, const struct atoll_descriptor *message)
 {
     struct nbd_connection *connection = connection_of(nbd, message->identity);
     uint32_t *volume = &nbd->area->public.volume[atoll_identity_connection(message->identity)];
-    if (connection->in_flight != 0) {
+    if (connection->in_flight != 0) { /* nic should have awaited them */
         peer_fault(nbd);
-        atoll_set32(nbd->domain->journal, &connection->in_flight, 0);
+        forget_requests(nbd, connection);
     }
     set_state(nbd, connection, NBD_CONNECTION_FREE);
     if (*volume != 0)
@@ -448,14 +552,8 @@ static void finish_read(struct nbd *nbd, struct nbd_slot *slot, const struct ato
     int last = slot->done_bytes + slot->part_bytes == slot->work_bytes;
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
     nbd_reply_read(slot, reply_of(nbd, slot->identity), data, count, last, &reply);
-    if (last) {
-        reply.flags = ATOLL_FLAG_LAST;
-        nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-        release(nbd, slot);
-    } else {
-        nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-        atoll_set32(nbd->domain->journal, &slot->state, NBD_SLOT_SENDING);
-    }
+    reply.flags = last ? ATOLL_FLAG_LAST : 0;
+    send_reply(nbd, slot, &reply);
 }
 
 static void finish_write_part(struct nbd *nbd, struct nbd_slot *slot)
@@ -491,8 +589,7 @@ static void finish_extents(struct nbd *nbd, struct nbd_slot *slot, const struct 
     }
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .flags = ATOLL_FLAG_LAST};
     nbd_reply_extents(slot, reply_of(nbd, slot->identity), extents, count, &reply);
-    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-    release(nbd, slot);
+    send_reply(nbd, slot, &reply);
 }
 
 void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
