@@ -421,9 +421,9 @@ def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None
     if as_json:
         emit(result)
         return
-    from rich.console import Console
+    from atoll.kernel import show
 
-    Console().print(ring.render(result))
+    show.console().print(ring.render(result))
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
