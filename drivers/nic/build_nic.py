@@ -1,0 +1,18 @@
+"""Builds atoll.drivers.nic._nic. Run by setup.py."""
+
+import importlib.util
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("atoll_cbuild", HERE.parent.parent / "ipc" / "cbuild.py")
+cbuild = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cbuild)
+
+ffi = cbuild.make_ffi(
+    "atoll.drivers.nic._nic",
+    headers=["framing.h", "nic.h"],
+    sources=[*sorted(path.name for path in HERE.glob("*.c")), "ipc/domain.c", "ipc/uring.c"],
+    here=HERE,
+    libraries=["uring"],
+    include=["ipc/build_ipc.py"],
+)

@@ -1,0 +1,81 @@
+/* See framing.h. Layouts: NBD protocol, "Newstyle negotiation", "Transmission", "Extended headers". */
+#include "drivers/nic/nic.h"
+
+#include <endian.h>
+#include <string.h>
+
+#define MAGIC_OPTION 0x49484156454F5054u /* IHAVEOPT */
+#define MAGIC_REQUEST 0x25609513u
+#define MAGIC_EXTENDED 0x21e41c71u
+#define TYPE_WRITE 1
+#define FLAG_PAYLOAD_LEN 32
+
+static uint16_t read16(const uint8_t *bytes)
+{
+    uint16_t value;
+    memcpy(&value, bytes, sizeof value);
+    return be16toh(value);
+}
+
+static uint32_t read32(const uint8_t *bytes)
+{
+    uint32_t value;
+    memcpy(&value, bytes, sizeof value);
+    return be32toh(value);
+}
+
+static uint64_t read64(const uint8_t *bytes)
+{
+    uint64_t value;
+    memcpy(&value, bytes, sizeof value);
+    return be64toh(value);
+}
+
+uint32_t nic_frame_header_bytes(uint32_t framing)
+{
+    switch (framing) {
+    case ATOLL_FRAMING_CLIENT_FLAGS: return 4;
+    case ATOLL_FRAMING_OPTION: return 16;
+    case ATOLL_FRAMING_REQUEST: return 28;
+    case ATOLL_FRAMING_EXTENDED: return 32;
+    }
+    return 0;
+}
+
+void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *frame)
+{
+    memset(frame, 0, sizeof *frame);
+    frame->header_bytes = nic_frame_header_bytes(framing);
+    frame->opcode = framing == ATOLL_FRAMING_CLIENT_FLAGS || framing == ATOLL_FRAMING_OPTION ? ATOLL_OP_OPTION : ATOLL_OP_REQUEST;
+    frame->hold = frame->opcode == ATOLL_OP_OPTION; /* negotiation: one frame at a time */
+    frame->deliver_payload = true;
+    bool header = true;
+    uint64_t longest = NIC_OPTION_BYTES;
+    switch (framing) {
+    case ATOLL_FRAMING_OPTION:
+        header = read64(bytes) == MAGIC_OPTION;
+        frame->payload_bytes = read32(bytes + 12);
+        break;
+    case ATOLL_FRAMING_REQUEST:
+        longest = ATOLL_REQUEST_BYTES;
+        header = read32(bytes) == MAGIC_REQUEST;
+        frame->volume_offset = read64(bytes + 16);
+        if (read16(bytes + 6) == TYPE_WRITE)
+            frame->payload_bytes = read32(bytes + 24);
+        break;
+    case ATOLL_FRAMING_EXTENDED:
+        longest = ATOLL_REQUEST_BYTES;
+        header = read32(bytes) == MAGIC_EXTENDED;
+        frame->volume_offset = read64(bytes + 16);
+        if (read16(bytes + 4) & FLAG_PAYLOAD_LEN)
+            frame->payload_bytes = read64(bytes + 24);
+        break;
+    }
+    if (!header) {
+        frame->payload_bytes = 0;
+        frame->hold = true;
+    } else if (frame->payload_bytes > longest) {
+        frame->deliver_payload = false;
+        frame->hold = true;
+    }
+}

@@ -1,0 +1,35 @@
+/*
+ * The few lines that nic knows of a protocol: how long a header is, and how many bytes follow it.
+ *
+ *   nic_frame_header_bytes(framing)     bytes of a header
+ *   nic_frame_read(framing, bytes, &frame)
+ *
+ * What the bytes mean is nbd's business. A header that is not one (wrong magic) is passed on without payload and
+ * nothing behind it is parsed before nbd has answered.
+ */
+#ifndef ATOLL_NIC_FRAMING_H
+#define ATOLL_NIC_FRAMING_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ipc/layout.h"
+
+/* cffi:begin */
+struct nic_frame {
+    uint32_t header_bytes;
+    uint32_t opcode;         /* ATOLL_OP_OPTION or ATOLL_OP_REQUEST */
+    uint64_t payload_bytes;  /* as the client says */
+    uint64_t volume_offset;  /* bytes of a request; 0 for an option */
+    bool hold;               /* nothing behind it is parsed before nbd's answer */
+    bool deliver_payload;    /* false: too long, or not a header; delivered alone */
+    uint8_t reserved[6];
+};
+
+/* 0: the framing awaits no header. */
+uint32_t nic_frame_header_bytes(uint32_t framing);
+/* `bytes` holds a whole header. */
+void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *frame);
+/* cffi:end */
+
+#endif

@@ -1,0 +1,301 @@
+/*
+ * The main loop. A turn:
+ *
+ *   1. messages of nbd and dedup; timeouts; accepts
+ *   2. each connection on the work list: parse what is there, intend a send, intend a receive, go on with its life
+ *   3. commit; take the outcomes applied last time out of the completion queue
+ *   4. perform what was intended, all in one system call
+ *   5. apply the outcomes (in the transaction that step 3 of the next turn commits)
+ *
+ * epoll is asked when there is nothing to do, and now and then otherwise. Nothing here takes time in proportion to
+ * the number of connections.
+ *
+ * After a crash: between 3 and the next 3 all is rolled back and found again: messages in the rings, outcomes in the
+ * completion queue.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "drivers/nic/engine.h"
+
+/* Words of the journal that a turn leaves to what it has begun. */
+#define JOURNAL_LIMIT (ATOLL_JOURNAL_ENTRIES / 2)
+#define TURN_CONNECTIONS 64
+#define TURN_NBD_MESSAGES 64
+#define ACCEPT_BATCH 16
+#define EVENTS 64
+
+/* --- Steps ------------------------------------------------------------------------------------------------------- */
+
+void nic_commit(struct nic *nic)
+{
+    if (nic->journal->count == 0 && nic->freed_slot_count == 0)
+        return;
+    ATOLL_CRASH_POINT(nic->domain, "nic.commit.before");
+    atoll_domain_commit(nic->domain);
+    ATOLL_CRASH_POINT(nic->domain, "nic.commit.after");
+    /* Only now is what was freed free: a rolled back step finds it as it was. */
+    for (uint32_t index = 0; index < nic->freed_slot_count; index++) {
+        uint32_t slot = nic->freed_slots[index];
+        atoll_store_release(&nic->public->done[slot], nic->area->slots[slot].sequence); /* SP-DONE */
+        nic->free_slots[nic->free_slot_count++] = (uint16_t)slot;
+    }
+    ATOLL_CRASH_POINT(nic->domain, "nic.done.after");
+    for (uint32_t index = 0; index < nic->freed_connection_count; index++)
+        nic->free_connections[nic->free_connection_count++] = nic->freed_connections[index];
+    for (uint32_t index = 0; index < nic->freed_stream_count; index++)
+        nic->free_streams[nic->free_stream_count++] = nic->freed_streams[index];
+    nic->freed_slot_count = nic->freed_connection_count = nic->freed_stream_count = 0;
+    nic_pages_committed(nic);
+    if (!nic_queue_empty(&nic->page_waiters))
+        nic_schedule(nic, nic_queue_first(&nic->page_waiters));
+    for (uint32_t count = nic->free_slot_count; count > 0 && !nic_queue_empty(&nic->slot_waiters); count--)
+        nic_schedule(nic, nic_queue_take(&nic->slot_waiters));
+}
+
+uint64_t nic_intent(struct nic *nic, struct nic_connection *connection, enum nic_operation kind)
+{
+    uint32_t sequence = (connection->operation[kind] >> 1) + 1;
+    assert(!(connection->operation[kind] & 1));
+    atoll_set32(nic->journal, &connection->operation[kind], sequence << 1 | 1);
+    return nic_user_data(kind, nic_index(nic, connection), sequence & 0x7fffffff);
+}
+
+static void accept_seen(struct nic *nic, struct nic_connection *connection, int32_t result)
+{
+    uint32_t listener = connection->listener;
+    if (result >= 0) {
+        nic_accepted(nic, connection);
+        if (listener < NIC_LISTENER_COUNT && nic->accept_batch[listener] < ACCEPT_BATCH)
+            nic->accept_batch[listener] *= 2;
+        return;
+    }
+    nic_connection_freed(nic, connection);
+    if (listener >= NIC_LISTENER_COUNT || result == -EINTR || result == -ECONNABORTED)
+        return;
+    nic->accept_batch[listener] = 1;
+    if (result == -EAGAIN) {
+        nic->listener_ready[listener] = false;
+    } else {
+        atoll_count(nic->domain, NIC_ACCEPT_FAILURES, 1);
+        nic->accept_retry_ns = nic->now_ns + NIC_RETRY_NS;
+        nic_deadline(nic, nic->accept_retry_ns);
+    }
+}
+
+void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
+{
+    uint32_t kind = (uint32_t)(outcome->user_data >> 56), index = (uint32_t)(outcome->user_data >> 40) & 0xffff;
+    uint32_t sequence = (uint32_t)outcome->user_data;
+    if (index >= ATOLL_CONNECTION_COUNT)
+        return;
+    struct nic_connection *connection = &nic->area->connections[index];
+    struct nic_hint *hint = &nic->hints[index];
+
+    if (kind < NIC_OPERATION_KINDS) {
+        if (connection->operation[kind] != (sequence << 1 | 1))
+            return; /* applied before */
+        atoll_set32(nic->journal, &connection->operation[kind], sequence << 1);
+    } else if (nic->recovering) {
+        return; /* a descriptor of the dead process, a poll of its own */
+    }
+    switch (kind) {
+    case NIC_RECEIVE:
+        nic_received(nic, connection, outcome->result);
+        break;
+    case NIC_SEND:
+        nic_sent(nic, connection, outcome->result);
+        break;
+    case NIC_LIFE:
+        if (connection->phase == NIC_ACCEPTING) {
+            accept_seen(nic, connection, outcome->result);
+        } else {
+            nic_set32(nic, &connection->socket_open, 0);
+            nic_schedule(nic, index);
+        }
+        break;
+    case NIC_DESCRIPTOR:
+        hint->descriptor_pending = false;
+        if (outcome->result >= 0) {
+            nic_watch_descriptor(nic, index, outcome->result);
+            close(outcome->result);
+        } else if (connection->phase == NIC_OPEN || connection->phase == NIC_ENDING) {
+            atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
+            nic_gone(nic, connection); /* cannot be watched */
+        } else {
+            hint->want_shutdown = false;
+        }
+        break;
+    case NIC_DRAIN:
+        hint->drain_pending = false;
+        if (connection->phase != NIC_LINGER)
+            break;
+        if (outcome->result == -EAGAIN)
+            hint->readable = false;
+        else if (outcome->result <= 0 && outcome->result != -EINTR)
+            nic_gone(nic, connection);
+        nic_schedule(nic, index);
+        break;
+    case NIC_POLL:
+        if (sequence == UINT32_MAX || sequence != (uint32_t)hint->poll)
+            break;
+        if (!(outcome->flags & IORING_CQE_F_MORE))
+            hint->registered = false;
+        hint->readable = hint->writable = true;
+        nic_schedule(nic, index);
+        break;
+    }
+}
+
+void nic_watch_descriptor(struct nic *nic, uint32_t connection, int fd)
+{
+    struct nic_hint *hint = &nic->hints[connection];
+    if (!hint->registered) {
+        int on = 1;
+        struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.u64 = connection};
+        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a Unix socket has no such option */
+        if (epoll_ctl(nic->epoll, EPOLL_CTL_ADD, fd, &event) < 0 && errno != EEXIST) {
+            atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
+            nic_gone(nic, &nic->area->connections[connection]);
+            return;
+        }
+        hint->registered = true;
+    }
+    if (hint->want_shutdown) {
+        hint->want_shutdown = false;
+        shutdown(fd, SHUT_WR);
+    }
+}
+
+/* --- Turns ------------------------------------------------------------------------------------------------------- */
+
+static void accept_connections(struct nic *nic)
+{
+    if (nic->area->stopping || nic->now_ns < nic->accept_retry_ns)
+        return;
+    for (uint32_t listener = 0; listener < nic->options.listener_count; listener++) {
+        if (!nic->listener_ready[listener])
+            continue;
+        for (uint32_t count = nic->accept_batch[listener]; count > 0; count--) {
+            uint32_t used = ATOLL_CONNECTION_COUNT - nic->free_connection_count - nic->freed_connection_count;
+            if (nic->free_connection_count == 0 || used >= nic->limits.max_connections || nic->engine->room(nic) == 0)
+                return;
+            struct nic_connection *connection = &nic->area->connections[nic->free_connections[--nic->free_connection_count]];
+            nic_set32(nic, &connection->phase, NIC_ACCEPTING);
+            nic_set32(nic, &connection->listener, listener);
+            nic->engine->accept(nic, nic_index(nic, connection), nic->options.listeners[listener], nic_intent(nic, connection, NIC_LIFE));
+        }
+    }
+}
+
+static uint32_t work(struct nic *nic)
+{
+    uint32_t count = nic_queue_count(&nic->work), done = 0;
+    if (count > TURN_CONNECTIONS)
+        count = TURN_CONNECTIONS;
+    for (; done < count && nic->journal->count < JOURNAL_LIMIT; done++) {
+        struct nic_connection *connection = &nic->area->connections[nic_queue_take(&nic->work)];
+        nic_send(nic, connection);
+        nic_receive(nic, connection);
+        nic_connection_life(nic, connection);
+    }
+    return done;
+}
+
+static void look(struct nic *nic, int timeout_ms)
+{
+    struct epoll_event events[EVENTS];
+    int count = epoll_wait(nic->epoll, events, EVENTS, timeout_ms);
+    nic->turns_since_look = 0;
+    for (int index = 0; index < count; index++) {
+        uint64_t what = events[index].data.u64;
+        uint32_t mask = events[index].events;
+        if (what < ATOLL_CONNECTION_COUNT) {
+            struct nic_hint *hint = &nic->hints[what];
+            if (mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+                hint->readable = true;
+            if (mask & (EPOLLOUT | EPOLLHUP | EPOLLERR))
+                hint->writable = true;
+            nic_schedule(nic, (uint32_t)what);
+        } else if (what == NIC_READY_RING) {
+            nic->ring_ready = true;
+        } else if (what >= NIC_READY_LISTENER && what < NIC_READY_LISTENER + NIC_LISTENER_COUNT) {
+            nic->listener_ready[what - NIC_READY_LISTENER] = true;
+        }
+    }
+}
+
+static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
+{
+    uint64_t at = nic->next_deadline_ns;
+    if (until_ns != 0 && until_ns < at)
+        at = until_ns;
+    if (blocked && nic->now_ns + NIC_RETRY_NS < at)
+        at = nic->now_ns + NIC_RETRY_NS;
+    if (at == UINT64_MAX)
+        return -1;
+    if (at <= nic->now_ns)
+        return 0;
+    uint64_t milliseconds = (at - nic->now_ns + 999999) / 1000000;
+    return milliseconds > 60000 ? 60000 : (int)milliseconds;
+}
+
+int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
+{
+    struct atoll_domain *domain = nic->domain;
+    for (;;) {
+        domain->self->progress++;
+        atoll_count(domain, NIC_TURNS, 1);
+        nic->now_ns = atoll_now_ns();
+        bool control = !ignore_control && atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0;
+        if (control || (until_ns != 0 && nic->now_ns >= until_ns)) {
+            nic_commit(nic);
+            nic->engine->retire(nic);
+            return control ? ATOLL_REASON_CONTROL : 0;
+        }
+        struct atoll_tx_ring *to_nbd = &domain->rings->tx[ATOLL_ROLE_NBD];
+        uint32_t room = to_nbd->producer == 0 ? 0 : atoll_ring_room(to_nbd);
+        bool blocked = room < NIC_TURN_MESSAGES; /* never, with as many entries as the contract says */
+        nic->message_budget = blocked ? 0 : NIC_TURN_MESSAGES;
+
+        uint32_t done = nic_messages(nic, TURN_NBD_MESSAGES);
+        if (nic->now_ns >= nic->next_deadline_ns)
+            nic_timeouts(nic);
+        accept_connections(nic);
+        done += work(nic);
+
+        nic_commit(nic);
+        nic->engine->retire(nic);
+
+        if (nic->operation_count > 0 || nic->ring_ready || nic->submission_needed) {
+            nic->ring_ready = nic->submission_needed = false;
+            atoll_count(domain, NIC_SUBMITS, 1);
+            uint32_t count = nic->engine->flush(nic);
+            nic->now_ns = atoll_now_ns();
+            for (uint32_t index = 0; index < count; index++) {
+                if (nic->outcomes[index].user_data >> 56 != NIC_POLL)
+                    nic->operation_count--;
+                nic_apply(nic, &nic->outcomes[index]);
+            }
+            if (nic->operation_count == 0)
+                nic->vector_count = nic->message_count = 0;
+            done++;
+        }
+        if (done > 0 || !nic_queue_empty(&nic->work)) {
+            if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK)
+                look(nic, 0);
+            continue;
+        }
+        uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
+        if (!atoll_domain_may_sleep(domain, ignored))
+            continue;
+        atoll_count(domain, NIC_WAITS, 1);
+        look(nic, timeout_ms(nic, until_ns, blocked));
+        atoll_domain_awake(domain);
+    }
+}
