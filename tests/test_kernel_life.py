@@ -1,0 +1,236 @@
+"""The supervisor with stand-in domains: who dies is replaced, nobody plays a role twice, no message is lost or repeated."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kernelkit import ROLES, Service, alive, wait_for, writable_maps
+
+from atoll.kernel.client import NoAnswer, Refused
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    made = Service(tmp_path)
+    try:
+        yield made.start()
+        left = made.end()
+        assert not left
+    finally:
+        made.end()
+
+
+def test_each_role_in_turn(service: Service) -> None:
+    service.ping(100)
+    for role in ROLES:
+        service.ping(2000)
+        before = service.whole()[role]
+        answer = service.call("kill", role=role, signal="KILL")
+        assert (answer["pid"], answer["new_pid"]) == (before["pid"], before["standby_pid"])
+        assert 0 < answer["detect_ms"] < answer["serving_ms"] < 2000
+        after = service.whole()[role]
+        assert after["incarnation"] == before["incarnation"] + 1
+        assert after["restarts"] == before["restarts"] + 1
+        assert service.ask(role, "report")["previous_signal"] == signal.SIGKILL
+    assert service.round_trip()["answered"] == 8100
+    print({role: service.rows()[role]["restarts"] for role in ROLES})
+
+
+def test_the_successor_is_told_what_ended_its_predecessor(service: Service) -> None:
+    for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, signal.SIGTERM):
+        service.whole()
+        service.call("kill", role="nbd", signal=number.name)
+        assert service.ask("nbd", "report")["previous_signal"] == number
+
+
+def test_arenas_are_writable_in_one_process(service: Service) -> None:
+    rows = service.whole()
+    service.ping(5000)
+    for _ in range(5):
+        rows = service.replaced("dedup", service.signal_role("dedup"))
+        found = writable_maps(service)
+        for role in (*ROLES, "kernel"):
+            assert found[role] == [rows[role]["pid"]], (role, found)
+            assert found[f"lock-{role}"] == [rows[role]["pid"]], (role, found)
+    service.round_trip()
+
+
+def test_a_domain_holds_only_what_it_may(service: Service) -> None:
+    """No domain holds a descriptor of shared memory, nbd and dedup neither sockets nor the device."""
+    rows = service.whole()
+    for role in ROLES:
+        for field in ("pid", "standby_pid"):
+            folder = Path(f"/proc/{rows[role][field]}/fd")
+            links = [os.readlink(each) for each in folder.iterdir()]
+            assert not [link for link in links if "/dev/shm" in link or "control.sock" in link], links
+            assert any(link.endswith("device.img") for link in links) == (role == "disk")
+            assert any("io_uring" in link for link in links) == (role in ("disk", "nic"))
+            # Its promotion channel, and for nic two listeners.
+            sockets = sum(link.startswith("socket:") for link in links)
+            assert sockets == (3 if role == "nic" else 1), (role, links)
+
+
+def test_kill_the_kernel(service: Service) -> None:
+    rows = service.whole()
+    service.ping(3000)
+    after = service.replaced("kernel", service.signal_role("kernel"))
+    assert after["kernel"]["incarnation"] == 2
+    for role in ROLES:  # adopted, not replaced
+        assert (after[role]["pid"], after[role]["standby_pid"]) == (rows[role]["pid"], rows[role]["standby_pid"])
+    service.round_trip()
+    assert service.call("kill", role="disk", signal="KILL")["new_pid"] == rows["disk"]["standby_pid"]
+
+
+def test_kill_kernel_and_domain_at_once(service: Service) -> None:
+    service.ping(3000)
+    for role in ROLES:
+        rows = service.whole()
+        os.kill(rows["kernel"]["pid"], signal.SIGKILL)
+        os.kill(rows[role]["pid"], signal.SIGKILL)
+        after = service.replaced(role, rows[role]["pid"])
+        assert after[role]["pid"] == rows[role]["standby_pid"]
+    service.round_trip()
+
+
+def test_kill_the_zygote_and_standbys(service: Service) -> None:
+    rows = service.whole()
+    service.signal_role("zygote")
+    for role in ROLES:
+        os.kill(rows[role]["standby_pid"], signal.SIGKILL)
+    after = wait_for(
+        "other standbys",
+        lambda: next((r for r in [service.whole()] if all(r[x]["standby_pid"] != rows[x]["standby_pid"] for x in ROLES)), None),
+    )
+    assert all(after[role]["pid"] == rows[role]["pid"] for role in ROLES)
+    assert after["zygote"]["pid"] != rows["zygote"]["pid"]
+
+
+def test_all_but_init_at_once(service: Service) -> None:
+    service.ping(3000)
+    for _ in range(3):
+        assert service.process is not None
+        rows = service.whole()
+        init = service.process.pid
+        for pid in Path(f"/proc/{init}/task/{init}/children").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        for role in ROLES:
+            after = service.replaced(role, rows[role]["pid"])
+        assert all(after[role]["pid"] != rows[role]["pid"] for role in ROLES)
+    service.round_trip()
+
+
+def test_a_successor_killed_again_and_again(service: Service) -> None:
+    service.ping(3000)
+    for _ in range(10):
+        pid = service.rows()["nbd"]["pid"]
+        if pid:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    after = service.whole()
+    assert after["nbd"]["restarts"] >= 1
+    service.round_trip()
+
+
+def test_a_stopped_domain_is_missed_when_there_is_work(service: Service) -> None:
+    rows = service.whole()
+    os.kill(rows["dedup"]["pid"], signal.SIGSTOP)
+    with pytest.raises(Refused):  # the call is answered by the successor, after the hang was noticed; or refused
+        service.ask("dedup", "no such call")
+    after = service.whole()
+    assert after["dedup"]["pid"] == rows["dedup"]["standby_pid"]
+    assert service.ask("dedup", "report")["previous_signal"] == signal.SIGSTOP
+
+
+def test_without_work_nobody_is_missed(service: Service) -> None:
+    rows = service.whole()
+    time.sleep(1.2)  # four times hang_s: this is the case in which nothing must happen
+    assert service.rows()["nbd"]["pid"] == rows["nbd"]["pid"]
+
+
+def test_a_stopped_standby_is_not_promoted(service: Service) -> None:
+    rows = service.whole()
+    os.kill(rows["nbd"]["standby_pid"], signal.SIGSTOP)
+    service.call("kill", role="nbd", signal="KILL")
+    after = service.whole()
+    assert after["nbd"]["pid"] not in (rows["nbd"]["pid"], rows["nbd"]["standby_pid"])
+    assert not alive(rows["nbd"]["standby_pid"])
+
+
+def test_a_hanging_kernel_is_replaced(service: Service) -> None:
+    rows = service.whole()
+    after = service.replaced("kernel", service.signal_role("kernel", signal.SIGSTOP))
+    assert all(after[role]["pid"] == rows[role]["pid"] for role in ROLES)
+
+
+def test_back_off_is_for_those_who_die_by_themselves(service: Service) -> None:
+    for _ in range(4):
+        service.whole()
+        service.call("kill", role="nbd", signal="SEGV")
+    row = service.rows()["nbd"]
+    assert row["restarts"] == 4
+    times = []
+    for _ in range(4):
+        service.whole()
+        times.append(service.call("kill", role="dedup", signal="KILL")["serving_ms"])
+    assert min(times) < 100, times  # from outside: no waiting
+
+
+def test_wherever_the_kernel_dies_one_process_is_active(service: Service) -> None:
+    """The kernel dies at its crash points, in the middle of a promotion."""
+    for point in ("kernel.promote.before", "kernel.promote.after", "kernel.call.before", "kernel.receive.before"):
+        rows = service.whole()
+        service.call("crash-point", name=point)
+        os.kill(rows["nbd"]["pid"], signal.SIGKILL)
+        after = service.replaced("nbd", rows["nbd"]["pid"])
+        assert after["kernel"]["pid"] != rows["kernel"]["pid"] or not point.startswith("kernel.promote"), point
+        found = writable_maps(service)
+        assert found["nbd"] == [after["nbd"]["pid"]]
+        with contextlib.suppress(NoAnswer):  # the last two points lie on the way of a call
+            service.ping(100)
+        service.round_trip()
+
+
+def test_random_kills(service: Service) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    end = time.monotonic() + 6
+    service.ping(2000)
+    while time.monotonic() < end:
+        try:
+            rows = service.rows()
+        except Exception:
+            continue
+        victims = chance.sample([*ROLES, "kernel", "zygote"], chance.choice((1, 1, 2, 3)))
+        for role in victims:
+            pid = rows[role][chance.choice(("pid", "pid", "standby_pid"))]
+            if pid:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        time.sleep(chance.random() * 0.05)
+    rows = service.whole()
+    report = service.round_trip()
+    found = writable_maps(service)
+    for role in ROLES:
+        assert found[role] == [rows[role]["pid"]]
+    print(report, {role: rows[role]["restarts"] for role in ROLES})
+
+
+def test_idle_costs_nothing(service: Service) -> None:
+    service.whole()
+
+    def used() -> float:
+        return sum(row["cpu_s"] for row in service.rows().values())
+
+    before = used()
+    time.sleep(2)
+    assert used() - before < 0.1  # of 2 s, ps itself included
