@@ -34,6 +34,7 @@ from atoll.ipc._ipc import ffi, lib
 from atoll.ipc.calls import CallClient
 from atoll.ipc.runtime import Context
 from atoll.services import nbd
+from atoll.services.nbd._nbd import ffi as nbd_ffi
 from atoll.services.nbd.negotiation import Framing, Option
 
 KERNEL, NIC, NBD, DEDUP = lib.ATOLL_ROLE_KERNEL, lib.ATOLL_ROLE_NIC, lib.ATOLL_ROLE_NBD, lib.ATOLL_ROLE_DEDUP
@@ -193,7 +194,7 @@ class Stage:
     def area(self) -> Any:
         """struct nbd_area, read-only."""
         address = physmap.address(NBD) + int(physmap.header(NBD).role_offset)
-        return nbd.ffi.cast("struct nbd_area *", address)
+        return nbd_ffi.cast("struct nbd_area *", address)
 
     def counters(self) -> dict[str, int]:
         words = ffi.cast("uint64_t *", physmap.address(NBD) + 8192)
@@ -221,9 +222,9 @@ class Stage:
                 self._map(role, writable=False)
             self._map(NBD, writable=True)
             if self.service is not None:
-                nbd.ffi, nbd.lib = self.service
+                vars(nbd).update(ffi=self.service[0], lib=self.service[1])
             if self.before is not None:
-                self.before(nbd.lib)
+                self.before(vars(nbd)["lib"])
             context = self._open(NBD, self.incarnation, previous_signal)
             nbd.main(context)
             context.stopped()
@@ -268,7 +269,7 @@ class Stage:
         assert lib.atoll_domain_put(self.peers[sender].domain, to, message)
 
     def take(self, role: int) -> list[Any]:
-        found = []
+        found: list[Any] = []
         while True:
             message = ffi.new("struct atoll_descriptor *")
             if not lib.atoll_domain_take(self.peers[role].domain, NBD, message):

@@ -240,6 +240,11 @@ struct nbd {
 
 enum nbd_look { NBD_LOOK_READY = 0, NBD_LOOK_GONE = 1, NBD_LOOK_UNSTABLE = 2 };
 
+static inline bool nbd_uses_chunks(const struct nbd_slot *slot)
+{
+    return (slot->features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED)) != 0;
+}
+
 /* --- request.c --- */
 const char *nbd_command_name(uint32_t type);
 /* Why part of an accepted request failed; `place` is words[0] of dedup's answer. */

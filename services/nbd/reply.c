@@ -62,11 +62,6 @@ static void finish(struct writer *writer, struct atoll_descriptor *message)
     }
 }
 
-static bool uses_chunks(const struct nbd_slot *slot)
-{
-    return (slot->features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED)) != 0;
-}
-
 static void put_simple(struct writer *writer, const struct nbd_slot *slot, uint32_t error)
 {
     uint8_t *at = take_bytes(writer, 16);
@@ -109,7 +104,7 @@ void nbd_reply_error(const struct nbd_slot *slot, struct nbd_reply *reply, uint3
     struct writer writer = {.reply = reply};
     uint32_t text_bytes = (uint32_t)strnlen(text, NBD_TEXT_BYTES - 1);
 
-    if (uses_chunks(slot)) {
+    if (nbd_uses_chunks(slot)) {
         put_chunk(&writer, slot, with_offset ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR, 1,
                   6 + text_bytes + (with_offset ? 8 : 0));
         uint8_t *at = take_bytes(&writer, 6 + text_bytes);
@@ -131,7 +126,7 @@ void nbd_reply_read(const struct nbd_slot *slot, struct nbd_reply *reply, const 
     uint64_t at = slot->offset + slot->done_bytes;
     uint32_t index = 0;
 
-    if (!uses_chunks(slot)) {
+    if (!nbd_uses_chunks(slot)) {
         if (slot->part == 0)
             put_simple(&writer, slot, 0);
         for (; index < count; index++)

@@ -8,237 +8,9 @@
  *
  * One part of a request is under way at a time. Parts are cut by nbd_part_bytes, as nic cuts payloads.
  *
- * Chunks of several replies may be mixed in the stream, simple replies may not: while a READ of several parts is being sent
- * on a connection with simple replies (`streaming`), other replies of that connection are WAITING in a list.
- *
  * After a crash: all of this happens within a step's transaction; there is nothing to repair.
  */
 #include "services/nbd/transmission.h"
-
-void nbd_put(struct nbd *nbd, uint32_t role, const struct atoll_descriptor *message)
-{
-    bool there_was_room = atoll_domain_put(nbd->domain, role, message);
-    assert(there_was_room); /* nbd_step takes no message whose consequences have no place */
-}
-
-static struct nbd_connection *connection_of(struct nbd *nbd, uint64_t identity)
-{
-    return &nbd->area->connections[atoll_identity_connection(identity)];
-}
-
-static struct nbd_slot *slot_of(struct nbd *nbd, uint64_t identity) { return &nbd->area->slots[atoll_identity_slot(identity)]; }
-
-static struct nbd_reply *reply_of(struct nbd *nbd, uint64_t identity) { return &nbd->area->replies[atoll_identity_slot(identity)]; }
-
-static void peer_fault(struct nbd *nbd) { atoll_count(nbd->domain, NBD_COUNTER_PEER_FAULTS, 1); }
-
-static void set_state(struct nbd *nbd, struct nbd_connection *connection, uint32_t state)
-{
-    if (connection->negotiation.state != state)
-        atoll_set32(nbd->domain->journal, &connection->negotiation.state, state);
-}
-
-/* A reply without bytes to a message that has no slot's state; sent at once. */
-static void reply_empty(struct nbd *nbd, uint64_t identity, uint32_t part, uint32_t flags)
-{
-    struct atoll_descriptor reply = {
-        .opcode = ATOLL_OP_REPLY, .identity = identity, .part = (uint16_t)part, .flags = (uint8_t)(ATOLL_FLAG_LAST | flags)};
-    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-}
-
-static void close_connection(struct nbd *nbd, uint64_t identity, uint32_t part, uint32_t flags)
-{
-    set_state(nbd, connection_of(nbd, identity), NBD_CONNECTION_CLOSING);
-    reply_empty(nbd, identity, part, ATOLL_FLAG_CLOSE | flags);
-}
-
-static void count_error(struct nbd *nbd, uint32_t status)
-{
-    static const uint8_t COUNTERS[] = {[NBD_EPERM] = NBD_COUNTER_EPERM,         [NBD_EIO] = NBD_COUNTER_EIO,
-                                       [NBD_ENOMEM] = NBD_COUNTER_ENOMEM,       [NBD_EINVAL] = NBD_COUNTER_EINVAL,
-                                       [NBD_ENOSPC] = NBD_COUNTER_ENOSPC,       [NBD_EOVERFLOW] = NBD_COUNTER_EOVERFLOW,
-                                       [NBD_ENOTSUP] = NBD_COUNTER_ENOTSUP,     [NBD_ESHUTDOWN] = NBD_COUNTER_ESHUTDOWN};
-    atoll_count(nbd->domain, COUNTERS[nbd_code(status)], 1);
-    if (status == ATOLL_EPOISON)
-        atoll_count(nbd->domain, NBD_COUNTER_POISONED, 1);
-}
-
-/* --- A slot's parts ---------------------------------------------------------------------------------------------- */
-
-static uint64_t unit_of(uint32_t type)
-{
-    return type == NBD_CMD_TRIM || type == NBD_CMD_WRITE_ZEROES ? ATOLL_RANGE_PART_BYTES : ATOLL_PART_BYTES;
-}
-
-static bool has_parts(uint32_t type) { return type != NBD_CMD_FLUSH && type != NBD_CMD_BLOCK_STATUS; }
-
-/* The slot is free again; a DISC that waited for it is answered. */
-static void release(struct nbd *nbd, struct nbd_slot *slot)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    struct nbd_connection *connection = connection_of(nbd, slot->identity);
-    atoll_set32(journal, &slot->state, NBD_SLOT_FREE);
-    if (connection->in_flight == 0)
-        return; /* forgotten by CLOSED, which came too early */
-    atoll_set32(journal, &connection->in_flight, connection->in_flight - 1);
-    if (connection->in_flight == 0 && connection->negotiation.state == NBD_CONNECTION_DRAINING)
-        close_connection(nbd, connection->disc_identity, 0, 0);
-}
-
-static bool uses_chunks(const struct nbd_slot *slot)
-{
-    return (slot->features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED)) != 0;
-}
-
-/* Sends a reply of `slot`, whose turn it is: the last one frees the slot, another one waits for SENT. */
-static void send_now(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    struct nbd_connection *connection = connection_of(nbd, slot->identity);
-    uint32_t place = atoll_identity_slot(slot->identity) + 1;
-    nbd_put(nbd, ATOLL_ROLE_NIC, reply);
-    if (reply->flags & ATOLL_FLAG_LAST) {
-        if (connection->streaming == place)
-            atoll_set32(journal, &connection->streaming, 0);
-        release(nbd, slot);
-    } else {
-        atoll_set32(journal, &slot->state, NBD_SLOT_SENDING);
-        if (!uses_chunks(slot) && connection->streaming != place)
-            atoll_set32(journal, &connection->streaming, place);
-    }
-}
-
-static void wait_for_turn(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    struct nbd_connection *connection = connection_of(nbd, slot->identity);
-    uint32_t place = atoll_identity_slot(slot->identity) + 1;
-    if (slot->state == NBD_SLOT_FREE) /* refused at once, so not yet counted */
-        atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
-    atoll_save(journal, slot, sizeof *slot);
-    slot->state = NBD_SLOT_WAITING;
-    slot->waiting_next = 0;
-    slot->reply_address = reply->address;
-    slot->reply_length = reply->length;
-    slot->reply_segment_count = reply->segment_count;
-    slot->reply_flags = reply->flags;
-    if (connection->waiting_last == 0)
-        atoll_set32(journal, &connection->waiting_first, place);
-    else
-        atoll_set32(journal, &nbd->area->slots[connection->waiting_last - 1].waiting_next, place);
-    atoll_set32(journal, &connection->waiting_last, place);
-    atoll_set32(journal, &nbd->area->waiting, nbd->area->waiting + 1);
-}
-
-static void send_waiting(struct nbd *nbd, struct nbd_connection *connection)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    while (connection->streaming == 0 && connection->waiting_first != 0) {
-        struct nbd_slot *slot = &nbd->area->slots[connection->waiting_first - 1];
-        struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY,
-                                         .flags = (uint8_t)slot->reply_flags,
-                                         .identity = slot->identity,
-                                         .part = (uint16_t)slot->part,
-                                         .address = slot->reply_address,
-                                         .length = slot->reply_length,
-                                         .segment_count = slot->reply_segment_count};
-        atoll_set32(journal, &nbd->area->waiting, nbd->area->waiting - 1);
-        atoll_set32(journal, &connection->waiting_first, slot->waiting_next);
-        if (slot->waiting_next == 0)
-            atoll_set32(journal, &connection->waiting_last, 0);
-        send_now(nbd, slot, &reply);
-    }
-}
-
-/* Sends a reply of `slot`, now or when it may. The slot's state follows. */
-static void send_reply(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *reply)
-{
-    struct nbd_connection *connection = connection_of(nbd, slot->identity);
-    if (connection->streaming != 0 && connection->streaming != atoll_identity_slot(slot->identity) + 1) {
-        wait_for_turn(nbd, slot, reply);
-        return;
-    }
-    send_now(nbd, slot, reply);
-    send_waiting(nbd, connection);
-}
-
-/* Ends a slot without another byte; `flags` beside LAST. */
-static void finish_empty(struct nbd *nbd, struct nbd_slot *slot, uint32_t part, uint32_t flags)
-{
-    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY,
-                                     .identity = slot->identity,
-                                     .part = (uint16_t)part,
-                                     .flags = (uint8_t)(ATOLL_FLAG_LAST | flags)};
-    send_now(nbd, slot, &reply);
-    send_waiting(nbd, connection_of(nbd, slot->identity));
-}
-
-static void finish_success(struct nbd *nbd, struct nbd_slot *slot)
-{
-    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
-    nbd_reply_success(slot, reply_of(nbd, slot->identity), &reply);
-    reply.flags = ATOLL_FLAG_LAST | (slot->type == NBD_CMD_WRITE ? ATOLL_FLAG_TAKEN : 0);
-    send_reply(nbd, slot, &reply);
-}
-
-/* `taken`: dedup has the payload of the current part. */
-static void finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, int taken)
-{
-    uint32_t flags = slot->type == NBD_CMD_WRITE ? ATOLL_FLAG_DISCARD | (taken ? ATOLL_FLAG_TAKEN : 0) : 0;
-    count_error(nbd, status);
-    if (slot->type == NBD_CMD_READ && slot->part != 0 && !uses_chunks(slot)) {
-        /* A simple reply has said "no error" already: only closing is left (section "NBD_CMD_READ", simple replies). */
-        set_state(nbd, connection_of(nbd, slot->identity), NBD_CONNECTION_CLOSING);
-        finish_empty(nbd, slot, slot->part, ATOLL_FLAG_CLOSE);
-        return;
-    }
-    char text[NBD_TEXT_BYTES];
-    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
-    nbd_explain(slot, status, place, nbd_volume_name(nbd, slot->volume, slot->generation), text);
-    nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text,
-                    has_parts(slot->type) && (nbd_code(status) == NBD_EIO || nbd_code(status) == NBD_ENOSPC),
-                    slot->offset + slot->done_bytes, &reply);
-    reply.flags = (uint8_t)(ATOLL_FLAG_LAST | flags);
-    send_reply(nbd, slot, &reply);
-}
-
-/* Asks dedup for the current part. `payload`: the message that brought it, for WRITE. */
-static void send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *payload)
-{
-    static const uint8_t OPCODES[] = {[NBD_CMD_READ] = ATOLL_OP_READ,         [NBD_CMD_WRITE] = ATOLL_OP_WRITE,
-                                      [NBD_CMD_FLUSH] = ATOLL_OP_FLUSH,       [NBD_CMD_TRIM] = ATOLL_OP_TRIM,
-                                      [NBD_CMD_CACHE] = ATOLL_OP_CACHE,       [NBD_CMD_WRITE_ZEROES] = ATOLL_OP_ZERO,
-                                      [NBD_CMD_BLOCK_STATUS] = ATOLL_OP_EXTENTS};
-    struct atoll_descriptor message = {.opcode = OPCODES[slot->type], .identity = slot->identity, .part = (uint16_t)slot->part};
-    message.flags = (uint8_t)((slot->flags & NBD_CMD_FLAG_FUA ? ATOLL_FLAG_FUA : 0) |
-                              (slot->flags & NBD_CMD_FLAG_NO_HOLE ? ATOLL_FLAG_NO_HOLE : 0) |
-                              (slot->flags & NBD_CMD_FLAG_FAST_ZERO ? ATOLL_FLAG_FAST : 0) |
-                              (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0));
-    message.words[0] = slot->offset + slot->done_bytes;
-    message.words[1] = has_parts(slot->type) ? slot->part_bytes : slot->length;
-    message.halves[4] = slot->volume;
-    message.halves[5] = slot->generation;
-    if (payload != 0) {
-        message.address = payload->address;
-        message.length = payload->length;
-        message.segment_count = payload->segment_count;
-    }
-    nbd_put(nbd, ATOLL_ROLE_DEDUP, &message);
-}
-
-/* The parts before it are done; the state becomes DEDUP. */
-static void next_part(struct nbd *nbd, struct nbd_slot *slot, uint64_t done_bytes, const struct atoll_descriptor *payload)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    atoll_set32(journal, &slot->part, slot->part + 1);
-    if (slot->done_bytes != done_bytes)
-        atoll_set64(journal, &slot->done_bytes, done_bytes);
-    atoll_set32(journal, &slot->part_bytes,
-                (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, done_bytes, slot->part, unit_of(slot->type)));
-    if (slot->state != NBD_SLOT_DEDUP)
-        atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
-    send_part(nbd, slot, payload);
-}
 
 /* The payload of a part as nic claims it: the whole part, within nic's arena. dedup checks each segment that it uses. */
 static bool payload_fits(struct nbd *nbd, const struct atoll_descriptor *message, uint64_t part_bytes)
@@ -256,16 +28,16 @@ static void refuse(struct nbd *nbd, struct nbd_slot *slot, int has_payload, uint
 {
     struct nbd_connection *connection = connection_of(nbd, slot->identity);
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity};
-    count_error(nbd, status);
+    nbd_count_error(nbd, status);
     nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text, 0, 0, &reply);
     reply.flags = (uint8_t)(ATOLL_FLAG_LAST | (has_payload ? ATOLL_FLAG_DISCARD : 0));
     if (has_payload && (slot->features & NBD_FEATURE_EXTENDED) && slot->length > ATOLL_REQUEST_BYTES) {
         /* Section "Request message" of the extension: such a payload is not waited for. */
         reply.flags |= ATOLL_FLAG_CLOSE;
-        set_state(nbd, connection, NBD_CONNECTION_CLOSING);
+        nbd_set_state(nbd, connection, NBD_CONNECTION_CLOSING);
     }
     if (connection->streaming != 0)
-        wait_for_turn(nbd, slot, &reply);
+        nbd_wait_for_turn(nbd, slot, &reply);
     else
         nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
 }
@@ -274,11 +46,11 @@ static void take_disc(struct nbd *nbd, const struct atoll_descriptor *message)
 {
     struct nbd_connection *connection = connection_of(nbd, message->identity);
     if (connection->in_flight == 0) {
-        close_connection(nbd, message->identity, message->part, 0);
+        nbd_close(nbd, message->identity, message->part, 0);
         return;
     }
     atoll_set64(nbd->domain->journal, &connection->disc_identity, message->identity);
-    set_state(nbd, connection, NBD_CONNECTION_DRAINING);
+    nbd_set_state(nbd, connection, NBD_CONNECTION_DRAINING);
 }
 
 static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descriptor *message)
@@ -290,17 +62,17 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     uint32_t features = connection->negotiation.features;
 
     if (connection->negotiation.state == NBD_CONNECTION_DRAINING || connection->negotiation.state == NBD_CONNECTION_CLOSING) {
-        reply_empty(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD); /* nothing may follow a DISC */
+        nbd_end_message(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD); /* nothing may follow a DISC */
         return NBD_OUTCOME_TAKEN;
     }
     if (connection->negotiation.state != NBD_CONNECTION_TRANSMISSION) {
         peer_fault(nbd);
-        close_connection(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
+        nbd_close(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
         return NBD_OUTCOME_TAKEN;
     }
     if (nbd_parse(message->bytes, features, &request) != 0) {
         atoll_count(nbd->domain, NBD_COUNTER_BAD_MAGIC, 1);
-        close_connection(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
+        nbd_close(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
         return NBD_OUTCOME_TAKEN;
     }
 
@@ -316,7 +88,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     }
     if (slot->state != NBD_SLOT_FREE) { /* nic uses it again before it was answered: what is under way goes on */
         peer_fault(nbd);
-        close_connection(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
+        nbd_close(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
         return NBD_OUTCOME_TAKEN;
     }
 
@@ -344,7 +116,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
                                         nbd_volume_name(nbd, slot->volume, slot->generation), text);
     }
     if (status == ATOLL_OK && request.type == NBD_CMD_DISC) { /* with a payload, which it may not have */
-        close_connection(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
+        nbd_close(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);
         return NBD_OUTCOME_TAKEN;
     }
     if (status != ATOLL_OK) {
@@ -354,8 +126,8 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
 
     if (request.type == NBD_CMD_CACHE && slot->work_bytes > NBD_CACHE_BYTES)
         slot->work_bytes = NBD_CACHE_BYTES;
-    if (has_parts(request.type))
-        slot->part_bytes = (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, 0, 0, unit_of(request.type));
+    if (nbd_has_parts(request.type))
+        slot->part_bytes = (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, 0, 0, nbd_unit(request.type));
     if (request.type == NBD_CMD_WRITE && !payload_fits(nbd, message, slot->part_bytes)) {
         peer_fault(nbd);
         nbd_explain(slot, ATOLL_EIO, 0, nbd_volume_name(nbd, slot->volume, slot->generation), text);
@@ -369,7 +141,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
     atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
     atoll_set64(journal, &connection->requests, connection->requests + 1);
-    send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
+    nbd_send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
     return NBD_OUTCOME_TAKEN;
 }
 
@@ -389,7 +161,7 @@ static void take_payload(struct nbd *nbd, const struct atoll_descriptor *message
     if (slot == 0)
         return;
     if (message->status != ATOLL_OK || message->length == 0) { /* the connection is gone, the rest will not come */
-        finish_empty(nbd, slot, slot->part + 1, ATOLL_FLAG_DISCARD);
+        nbd_finish_empty(nbd, slot, slot->part + 1, ATOLL_FLAG_DISCARD);
         return;
     }
     uint64_t expected = nbd_part_bytes(slot->offset, slot->work_bytes, slot->done_bytes, slot->part + 1ull, ATOLL_PART_BYTES);
@@ -399,10 +171,10 @@ static void take_payload(struct nbd *nbd, const struct atoll_descriptor *message
         status = ATOLL_EIO;
     }
     if (status == ATOLL_OK) {
-        next_part(nbd, slot, slot->done_bytes, message);
+        nbd_next_part(nbd, slot, slot->done_bytes, message);
     } else {
         atoll_set32(nbd->domain->journal, &slot->part, slot->part + 1);
-        finish_error(nbd, slot, status, 0, 0);
+        nbd_finish_error(nbd, slot, status, 0, 0);
     }
 }
 
@@ -412,12 +184,12 @@ static void take_sent(struct nbd *nbd, const struct atoll_descriptor *message)
     if (slot == 0)
         return;
     if (message->status != ATOLL_OK || connection_of(nbd, slot->identity)->negotiation.state == NBD_CONNECTION_CLOSING) {
-        finish_empty(nbd, slot, slot->part + 1, 0);
+        nbd_finish_empty(nbd, slot, slot->part + 1, 0);
     } else if (nbd_poisoned(nbd, slot->identity)) {
         atoll_set32(nbd->domain->journal, &slot->part, slot->part + 1);
-        finish_error(nbd, slot, ATOLL_EPOISON, 0, 0);
+        nbd_finish_error(nbd, slot, ATOLL_EPOISON, 0, 0);
     } else {
-        next_part(nbd, slot, slot->done_bytes + slot->part_bytes, 0);
+        nbd_next_part(nbd, slot, slot->done_bytes + slot->part_bytes, 0);
     }
 }
 
@@ -443,11 +215,11 @@ static void take_closed(struct nbd *nbd, const struct atoll_descriptor *message)
         peer_fault(nbd);
         forget_requests(nbd, connection);
     }
-    set_state(nbd, connection, NBD_CONNECTION_FREE);
+    nbd_set_state(nbd, connection, NBD_CONNECTION_FREE);
     if (*volume != 0)
         atoll_set32(nbd->domain->journal, volume, 0);
     atoll_count(nbd->domain, NBD_COUNTER_CLOSED, 1);
-    reply_empty(nbd, message->identity, message->part, 0);
+    nbd_end_message(nbd, message->identity, message->part, 0);
 }
 
 /* A frame for Python. Only what negotiation.py cannot see is checked here. */
@@ -458,7 +230,7 @@ static enum nbd_outcome take_frame(struct nbd *nbd, const struct atoll_descripto
     bool fits = true;
     if (message->opcode == ATOLL_OP_OPTION) {
         if (state == NBD_CONNECTION_CLOSING) {
-            reply_empty(nbd, message->identity, message->part, 0);
+            nbd_end_message(nbd, message->identity, message->part, 0);
             return NBD_OUTCOME_TAKEN;
         }
         fits = (state == NBD_CONNECTION_GREETED && header_bytes == 4) || (state == NBD_CONNECTION_OPTIONS && header_bytes == 16);
@@ -469,12 +241,12 @@ static enum nbd_outcome take_frame(struct nbd *nbd, const struct atoll_descripto
         peer_fault(nbd);
     bool poisoned = nbd_poisoned(nbd, message->identity);
     if (poisoned)
-        count_error(nbd, ATOLL_EPOISON);
+        nbd_count_error(nbd, ATOLL_EPOISON);
     if (!fits || poisoned) {
         struct nbd_slot *slot = slot_of(nbd, message->identity);
         if (slot->state == NBD_SLOT_LISTING)
             atoll_set32(nbd->domain->journal, &slot->state, NBD_SLOT_FREE);
-        close_connection(nbd, message->identity, message->part, 0);
+        nbd_close(nbd, message->identity, message->part, 0);
         return NBD_OUTCOME_TAKEN;
     }
     nbd->frame = (struct nbd_frame){.connection = atoll_identity_connection(message->identity),
@@ -546,20 +318,20 @@ static void finish_read(struct nbd *nbd, struct nbd_slot *slot, const struct ato
     uint32_t count = copy_data(nbd, slot, message, data);
     if (count == 0) {
         peer_fault(nbd);
-        finish_error(nbd, slot, ATOLL_EIO, message->words[0], 0);
+        nbd_finish_error(nbd, slot, ATOLL_EIO, message->words[0], 0);
         return;
     }
     int last = slot->done_bytes + slot->part_bytes == slot->work_bytes;
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
     nbd_reply_read(slot, reply_of(nbd, slot->identity), data, count, last, &reply);
     reply.flags = last ? ATOLL_FLAG_LAST : 0;
-    send_reply(nbd, slot, &reply);
+    nbd_send_reply(nbd, slot, &reply);
 }
 
 static void finish_write_part(struct nbd *nbd, struct nbd_slot *slot)
 {
     if (slot->done_bytes + slot->part_bytes == slot->work_bytes) {
-        finish_success(nbd, slot);
+        nbd_finish_success(nbd, slot);
         return;
     }
     struct atoll_descriptor next = {
@@ -584,12 +356,12 @@ static void finish_extents(struct nbd *nbd, struct nbd_slot *slot, const struct 
     }
     if (!any) {
         peer_fault(nbd);
-        finish_error(nbd, slot, ATOLL_EIO, message->words[0], 0);
+        nbd_finish_error(nbd, slot, ATOLL_EIO, message->words[0], 0);
         return;
     }
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .flags = ATOLL_FLAG_LAST};
     nbd_reply_extents(slot, reply_of(nbd, slot->identity), extents, count, &reply);
-    send_reply(nbd, slot, &reply);
+    nbd_send_reply(nbd, slot, &reply);
 }
 
 void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
@@ -604,7 +376,7 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
         return;
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : message->status;
     if (status != ATOLL_OK) {
-        finish_error(nbd, slot, status, message->words[0], 1);
+        nbd_finish_error(nbd, slot, status, message->words[0], 1);
         return;
     }
     switch (slot->type) {
@@ -612,9 +384,9 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
     case NBD_CMD_WRITE: finish_write_part(nbd, slot); break;
     case NBD_CMD_BLOCK_STATUS: finish_extents(nbd, slot, message); break;
     default:
-        if (has_parts(slot->type) && slot->done_bytes + slot->part_bytes < slot->work_bytes)
-            next_part(nbd, slot, slot->done_bytes + slot->part_bytes, 0);
+        if (nbd_has_parts(slot->type) && slot->done_bytes + slot->part_bytes < slot->work_bytes)
+            nbd_next_part(nbd, slot, slot->done_bytes + slot->part_bytes, 0);
         else
-            finish_success(nbd, slot);
+            nbd_finish_success(nbd, slot);
     }
 }
