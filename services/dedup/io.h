@@ -52,6 +52,14 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
  * A completion that names no request in flight is counted and dropped (I8). */
 void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
 
+/* Prepares the table of a fresh (zeroed) arena. */
+void io_format(struct io_table *table);
+/* Requests of `kind` that can be submitted now. */
+uint32_t io_room(const struct dedup *dedup, enum io_kind kind);
+/* After the death of all (rings and drivers started anew, nothing is in flight): IO_STORE requests are sent again, the
+ * datapath's are released; it does its own again. In the running transaction. */
+void io_adopt(struct dedup *dedup);
+
 /* Owners' handlers. `slot` is valid during the call; submitting new requests from within is allowed. */
 void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);

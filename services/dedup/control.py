@@ -1,0 +1,210 @@
+"""Control calls of dedup, as the kernel passes them on.
+
+    status                                      figures: logical and stored bytes, space, write log, read cache
+    volume-list                                 {"volumes": [...]}
+    volume-create   name, size_bytes, read_only
+    volume-resize   name, size_bytes            up only
+    volume-delete   name, force                 refused while a connection uses it, unless forced
+    flush                                       all that is logged goes to stable storage
+    check                                       recounts everything: {"inconsistencies": [...], "count": n}
+    stop                                        destages all, closes the store
+
+A volume call is answered when its change is on stable storage.
+
+After a crash: the change and the number of the call that made it are one transaction. A repeat of that number only waits for
+stable storage again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from atoll.ipc.runtime import CallError, Context
+from atoll.services.dedup._dedup import ffi, lib
+
+BLOCK_BYTES = 4096
+TEXT_BYTES = 65536
+STATES = {0: "free", 1: "ready", 2: "deleting"}  # enum atoll_volume_state
+FLUSH_S = 30.0
+STOP_S = 120.0
+
+
+class Control:
+    """The handlers of one incarnation."""
+
+    def __init__(self, context: Context, state: Any) -> None:
+        self._context, self._state = context, state
+        self.handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "status": self.status,
+            "volume-list": self.volume_list,
+            "volume-create": self.volume_create,
+            "volume-resize": self.volume_resize,
+            "volume-delete": self.volume_delete,
+            "flush": self.flush,
+            "check": self.check,
+            "stop": self.stop,
+        }
+
+    # --- Looking ---
+
+    def status(self, call: dict[str, Any]) -> dict[str, Any]:
+        figures = ffi.new("struct dedup_figures *")
+        lib.dedup_figures(self._state, figures)
+        logical = sum(volume["mapped_bytes"] for volume in self._volumes())
+        references, stored = int(figures.references), int(figures.stored_blocks)
+        return {
+            "logical_bytes": logical,
+            "stored_bytes": stored * BLOCK_BYTES,
+            "shared_bytes": max(references - stored, 0) * BLOCK_BYTES,
+            "ratio": round(references / stored, 4) if stored and references else 1.0,
+            "space": {
+                "device_bytes": int(figures.device_blocks) * BLOCK_BYTES,
+                "metadata_bytes": int(figures.metadata_blocks) * BLOCK_BYTES,
+                "free_bytes": int(figures.free_blocks) * BLOCK_BYTES,
+                "pending_free_bytes": int(figures.pending_free_blocks) * BLOCK_BYTES,
+                "reserved_bytes": int(figures.reserved_blocks) * BLOCK_BYTES,
+                "available_bytes": int(figures.available_blocks) * BLOCK_BYTES,
+                "zero_promise_bytes": int(figures.zero_promises) * BLOCK_BYTES,
+                "quarantined_bytes": int(figures.quarantined_blocks) * BLOCK_BYTES,
+            },
+            "log": {
+                "used_bytes": int(figures.log_records) * BLOCK_BYTES,
+                "capacity_bytes": int(figures.nic_pages + figures.merge_pages) * BLOCK_BYTES,
+                "merge_free_bytes": int(figures.merge_free) * BLOCK_BYTES,
+                "failed_blocks": int(figures.failed_records),
+                "pinned_blocks": int(figures.pinned_records),
+                "runs": int(figures.active_runs),
+                "sync_failures": int(figures.sync_failures),
+            },
+            "cache": {
+                "capacity_bytes": int(figures.cache_pages) * BLOCK_BYTES,
+                "valid_bytes": int(figures.cache_valid) * BLOCK_BYTES,
+                "loading_blocks": int(figures.cache_loading),
+                "pinned_blocks": int(figures.cache_pinned),
+            },
+            "requests": {
+                "accepted": int(figures.accepted),
+                "waiting": int(figures.waiting),
+                "flushing": int(figures.flushing),
+            },
+        }
+
+    def volume_list(self, call: dict[str, Any]) -> dict[str, Any]:
+        return {"volumes": self._volumes()}
+
+    def check(self, call: dict[str, Any]) -> dict[str, Any]:
+        text = ffi.new("char[]", TEXT_BYTES)
+        count = int(lib.dedup_check(self._state, text, TEXT_BYTES))
+        lines = ffi.string(text).decode(errors="replace").splitlines()
+        return {"inconsistencies": lines, "count": count}
+
+    def _volumes(self) -> list[dict[str, Any]]:
+        found = []
+        for number in range(lib.ATOLL_VOLUME_COUNT):
+            volume = lib.dedup_volume(self._state, number)
+            if volume.state == lib.ATOLL_VOLUME_FREE:
+                continue
+            found.append(
+                {
+                    "id": number,
+                    "generation": int(volume.generation),
+                    "name": bytes(ffi.buffer(volume.name, volume.name_bytes)).decode(errors="replace"),
+                    "state": STATES.get(volume.state, str(volume.state)),
+                    "size_bytes": int(volume.size_bytes),
+                    "mapped_bytes": int(volume.mapped_blocks) * BLOCK_BYTES,
+                    "read_only": bool(volume.flags & lib.ATOLL_VOLUME_READONLY),
+                    "created_s": int(volume.created_s),
+                }
+            )
+        return found
+
+    # --- Changing ---
+
+    def volume_create(self, call: dict[str, Any]) -> dict[str, Any]:
+        name, size_bytes = _text(call, "name"), _number(call, "size_bytes")
+        flags = lib.ATOLL_VOLUME_READONLY if call.get("read_only") else 0
+        data = name.encode()
+        return self._change(
+            lambda number, reason: lib.dedup_volume_create(
+                self._state, data, len(data), size_bytes, flags, number, reason
+            ),
+            f"volume {name!r} cannot be made",
+        )
+
+    def volume_resize(self, call: dict[str, Any]) -> dict[str, Any]:
+        name, size_bytes = _text(call, "name"), _number(call, "size_bytes")
+        if self._repeated():
+            return self._durable()
+        volume = self._find(name)
+        return self._change(
+            lambda number, reason: lib.dedup_volume_resize(self._state, volume, size_bytes, number, reason),
+            f"volume {name!r} cannot be resized",
+        )
+
+    def volume_delete(self, call: dict[str, Any]) -> dict[str, Any]:
+        name = _text(call, "name")
+        if self._repeated():
+            return self._durable()
+        volume = self._find(name)
+        users = int(lib.dedup_volume_users(self._state, volume))
+        if users and not call.get("force"):
+            raise CallError(f"volume {name!r} is in use by {users} connection{'s' if users > 1 else ''}")
+        return self._change(
+            lambda number, reason: lib.dedup_volume_delete(self._state, volume, number, reason),
+            f"volume {name!r} cannot be deleted",
+        )
+
+    def _find(self, name: str) -> int:
+        for volume in self._volumes():
+            if volume["name"] == name and volume["state"] == "ready":
+                return int(volume["id"])
+        raise CallError(f"there is no volume {name!r}")
+
+    def _repeated(self) -> bool:
+        """The call that is being answered has been carried out by a predecessor that died before it could say so."""
+        return self._context.call_number != 0 and int(lib.dedup_last_call(self._state)) == self._context.call_number
+
+    def _change(self, change: Callable[[int, Any], int], what: str) -> dict[str, Any]:
+        if not self._repeated():
+            reason = ffi.new("char[256]")
+            status = change(self._context.call_number, reason)
+            if status != lib.ATOLL_OK:
+                raise CallError(f"{what}: {ffi.string(reason).decode(errors='replace')}")
+        return self._durable()
+
+    def _durable(self) -> dict[str, Any]:
+        """From here on the call's change is committed: no exception may say that it was not."""
+        return self._until(lib.DEDUP_GOAL_SYNC, FLUSH_S, "the change is made but not on stable storage yet")
+
+    def _until(self, goal: int, seconds: float, text: str) -> dict[str, Any]:
+        """Requests go on being served meanwhile."""
+        deadline_ns = time.monotonic_ns() + int(seconds * 1e9)
+        reached = lib.dedup_run(self._state, goal, deadline_ns)
+        if reached == lib.DEDUP_REASON_REACHED:
+            return {}
+        if reached == lib.DEDUP_REASON_UNFLUSHED:
+            text += ": a page in the write log is not what was acknowledged"
+        return {"ok": False, "error": text}
+
+    def flush(self, call: dict[str, Any]) -> dict[str, Any]:
+        return self._until(lib.DEDUP_GOAL_DRAIN, float(call.get("timeout_s", FLUSH_S)), "not all could be written")
+
+    def stop(self, call: dict[str, Any]) -> dict[str, Any]:
+        seconds = float(call.get("timeout_s", STOP_S))
+        return self._until(lib.DEDUP_GOAL_CLOSE, seconds, "not all that was acknowledged could be written out")
+
+
+def _text(call: dict[str, Any], key: str) -> str:
+    value = call.get(key)
+    if not isinstance(value, str) or not value:
+        raise CallError(f"{key} is missing or no text")
+    return value
+
+
+def _number(call: dict[str, Any], key: str) -> int:
+    value = call.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
+        raise CallError(f"{key} is missing or no positive number")
+    return value

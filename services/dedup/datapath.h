@@ -1,0 +1,358 @@
+/*
+ * The datapath: dedup's volatile half. Requests, write log, destage, read cache. All of it lies in dedup's arena, but
+ * for indices that can be made again (struct datapath).
+ *
+ *   role area:    struct dp_arena          lists, counts, runs, request slots
+ *                 struct dp_record[]       write log; record i is page i of nic's buffers, then of dedup's merge pages
+ *                 struct dp_page[]         read cache; page i of the disk driver's buffers
+ *                 uint8_t held[]           published: which of nic's pages the log refers to
+ *   buffer area:  merge pages, then 64 KiB of zeros (what holes are read from)
+ *
+ * Life of a logged block:
+ *
+ *   FREE -> LOGGED -> MATCHING -> WRITING -> (place or share it) -> let go
+ *             |           |          |
+ *             +-----------+----------+--- overwritten or trimmed: LOGGED is let go at once, the others are DROPPED
+ *                                         and let go by their run
+ *   let go: PINNED while a reader sends from the page, then FREE (nic's page is given back; RETURNING while the ring
+ *   to nic is full)
+ *
+ * Each LOGGED or MATCHING record holds one reservation of space; WRITING has turned it into a place (run's pba + index).
+ * A new write to a logged block takes over the old record's base value, its reservation and its place in the order
+ * of destage, so that a flush never waits behind writes that came after it.
+ *
+ * A request is applied in one transaction at some moment between its acceptance and its completion, or not at all; the order of
+ * outstanding requests among each other is free (NBD). So a request that must wait (for a page to be read, for
+ * space) is simply executed again from its beginning, and nothing waits behind it. Only READs that were resolved keep
+ * their pins and segments, and large TRIM and ZERO requests go on where they were.
+ *
+ * After a crash: the journal is rolled back; datapath_attach makes the private indices again (hash of the cache, free
+ * pages, queues of waiting requests in the order of acceptance). I/O in flight completes to the successor.
+ */
+#ifndef ATOLL_DEDUP_DATAPATH_H
+#define ATOLL_DEDUP_DATAPATH_H
+
+#include "services/dedup/counters.h"
+#include "services/dedup/dedup.h"
+#include "services/dedup/dedup_api.h"
+
+#define DP_NONE 0xffffffffu
+#define DP_BLOCK ATOLL_BLOCK_BYTES
+
+/* Segments of a result: each block one, and holes between. */
+#define DP_SEGMENTS (2 * ATOLL_PART_BLOCKS)
+/* Zeros that holes refer to. */
+#define DP_ZERO_BYTES 65536
+/* Gather writes and comparisons under way; with ATOLL_IO_BLOCKS each this is 16 MiB in flight. */
+#define DP_RUNS 32
+/* Records of a run: those written and those found equal to one of them (followers). */
+#define DP_RUN_RECORDS (2 * ATOLL_IO_BLOCKS)
+/* A step takes no more work when its journal holds this many entries: the largest single piece of work (completion of a
+ * run with followers, a slice of a TRIM) stays below the rest. */
+#define DP_STEP_JOURNAL (ATOLL_JOURNAL_ENTRIES / 3)
+/* Messages of one ring taken in a step. */
+#define DP_STEP_MESSAGES 64
+/* Blocks of a TRIM or ZERO done in one step of it. */
+#define DP_RANGE_BLOCKS 256
+/* Map entries looked at by one EXTENTS request. */
+#define DP_EXTENTS_LEAVES 64
+/* Blocks that one CACHE request reads ahead. */
+#define DP_PREFETCH_BLOCKS 256
+/* Smallest read cache: two parts of reads at once. */
+#define DP_CACHE_MINIMUM 256
+
+enum record_state {
+    RECORD_FREE = 0,
+    RECORD_LOGGED = 1,
+    RECORD_MATCHING = 2,
+    RECORD_WRITING = 3,
+    RECORD_DROPPED = 4,
+    RECORD_PINNED = 5,
+    RECORD_RETURNING = 6
+};
+
+enum record_flag {
+    RECORD_FAILED = 1,  /* its last write failed */
+    RECORD_CORRUPT = 2  /* page is not what was acknowledged: kept, never destaged, not in the list */
+};
+
+struct dp_record {
+    uint64_t lba;
+    uint64_t base;              /* persistent map value underneath */
+    struct fingerprint print;   /* of the block as acknowledged */
+    uint64_t order;
+    uint16_t volume;
+    uint16_t flags;             /* enum record_flag */
+    uint32_t logged_ms;         /* when, modulo 2^32 */
+    uint32_t previous, next;    /* LOGGED: list in the order of destage; RETURNING: next */
+    uint32_t state;             /* enum record_state */
+    uint32_t pins;              /* of readers */
+};
+_Static_assert(sizeof(struct dp_record) == 64, "a record is one cache line");
+
+enum run_state { RUN_FREE = 0, RUN_MATCHING = 1, RUN_WRITING = 2, RUN_WRITTEN = 3 };
+
+struct dp_run {
+    uint32_t state;
+    uint32_t status;            /* RUN_WRITTEN: of the write */
+    uint64_t pba;               /* of the first of the written */
+    uint32_t writer_count;      /* records[0..writer_count) go to pba + index */
+    uint32_t record_count;      /* the rest are followers: equal to records[link[i]] */
+    uint64_t min_order;
+    uint32_t records[DP_RUN_RECORDS];
+    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, or DP_NONE */
+};
+
+enum page_state {
+    PAGE_FREE = 0,
+    PAGE_LOADING = 1,
+    PAGE_VALID = 2,
+    PAGE_FAILED = 3,  /* could not be read, `status` says why; free when the last waiter has seen it */
+    PAGE_STALE = 4    /* its place was rewritten while it was read: who waits executes again */
+};
+
+struct dp_page {
+    uint64_t pba;
+    struct fingerprint print;   /* what was stored there when the read began */
+    uint32_t state;             /* enum page_state */
+    uint32_t pins;
+    uint32_t attached;          /* 1: found by pba */
+    uint32_t status;
+};
+
+enum slot_state { SLOT_FREE = 0, SLOT_ACCEPTED = 1, SLOT_DONE = 2 };
+enum slot_phase {
+    PHASE_START = 0,    /* to be executed (again) from the beginning */
+    PHASE_LOADING = 1,  /* READ: resolved, some pages are being read */
+    PHASE_RANGE = 2,    /* TRIM, ZERO: goes on at `progress` */
+    PHASE_DESTAGE = 3,  /* FLUSH, FUA: until all up to `target` is on the device */
+    PHASE_SYNC = 4      /* FLUSH, FUA: until sync `ticket` */
+};
+
+struct dp_slot {
+    struct atoll_descriptor request; /* ACCEPTED: copied from the ring */
+    /* From here to `segments` saved as a whole before a change. */
+    uint64_t identity;               /* last accepted */
+    uint64_t acceptance;             /* order number */
+    uint64_t target;                 /* flush: log order covered; write waiting for space: likewise, 0 none */
+    uint64_t ticket;
+    uint64_t sync_failures;          /* when the ticket was drawn */
+    uint64_t progress;               /* next LBA */
+    uint64_t failed_address;
+    uint32_t state, phase;
+    uint32_t part, status;
+    uint32_t result_bytes;
+    uint32_t extent_count;           /* EXTENTS: entries in `segments` */
+    uint32_t segment_count;          /* in `segments`; their pages are pinned */
+    uint32_t pinned_place;           /* in dp_arena.pinned, or DP_NONE */
+    struct atoll_segment segments[DP_SEGMENTS];
+};
+#define DP_SLOT_HOT_BYTES (offsetof(struct dp_slot, segments) - offsetof(struct dp_slot, identity))
+_Static_assert(DP_SLOT_HOT_BYTES % 8 == 0, "saved by words");
+_Static_assert(sizeof(struct atoll_extent) == sizeof(struct atoll_segment), "extents lie where segments do");
+
+struct dp_arena {
+    uint64_t nic_pages, merge_pages, cache_pages; /* sizes of the tables (cache: of which dp.cache_pages are used) */
+    uint64_t next_order, next_acceptance;
+    uint64_t log_records;        /* not FREE and not RETURNING */
+    uint64_t failed_records;     /* FAILED or CORRUPT */
+    uint64_t pinned_records;     /* RECORD_PINNED */
+    uint64_t control_number;     /* last control call that changed something */
+    uint64_t adopting;           /* 1: adoption has begun and is to be begun again */
+    uint64_t give_after_ns;      /* pages are given back to a nic that serves since later than this */
+    uint32_t log_head, log_tail; /* LOGGED, in the order of destage */
+    uint32_t returning;          /* head of the RETURNING list */
+    uint32_t pinned_count;
+    uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
+    uint32_t current_part;       /* with header.current: not transactional */
+    uint32_t reserved;
+    struct dp_run runs[DP_RUNS];
+    struct dp_slot slots[ATOLL_SLOT_COUNT];
+};
+
+/* Private to the process: pointers, and indices that datapath_attach makes again. */
+struct datapath {
+    struct dedup *dedup;
+    struct atoll_domain *domain;
+    struct atoll_journal *journal;
+    struct dp_arena *arena;
+    struct dp_record *records;
+    struct dp_page *pages;
+    uint8_t *held;
+    uint64_t record_count;
+    uint64_t cache_pages;
+    uint64_t nic_buffer, merge_buffer, zero_buffer, cache_buffer; /* addresses */
+    const uint32_t *nic_done;   /* atoll_nic_public.done */
+    uint64_t destage_delay_ms;
+
+    /* queues of waiting slots: singly linked through slot_next */
+    uint16_t slot_next[ATOLL_SLOT_COUNT];
+    uint32_t retry_head, retry_tail, retry_count;
+    uint32_t flush_head, flush_tail, flush_count;
+    uint16_t *page_waiters;     /* per cache page: head of the READs that wait for it, DP_NO_SLOT none */
+    bool retry;                 /* something happened for which waiting requests may have waited */
+    bool ranges;                /* a TRIM or ZERO goes on in the next step */
+    uint64_t retry_ms;          /* when waiting requests were last tried */
+    uint32_t blocked;           /* bit mask of enum dp_resource that an earlier waiter lacks */
+
+    uint32_t *merge_free;
+    uint32_t merge_free_count;
+    uint32_t *merge_freed;      /* freed in this step: the last commit still refers to them, so they are free after the next */
+    uint32_t merge_freed_count;
+
+    uint32_t *cache_heads, *cache_next;  /* hash of attached pages by pba */
+    uint32_t cache_mask;
+    uint32_t *cache_free;
+    uint32_t cache_free_count;
+    uint32_t clock_hand;
+    uint8_t *page_used;
+
+    uint32_t *inflight_heads;   /* hash of the records being written, by fingerprint: node = run * DP_RUN_RECORDS + index */
+    uint32_t inflight_next[DP_RUNS * DP_RUN_RECORDS];
+
+    uint32_t give[8];
+    uint32_t give_count;
+    bool swept;                 /* in this step */
+    uint64_t sweep_age;         /* steps since the last sweep */
+    bool loaded;                /* a page has been loaded: batches that compare may go on */
+    bool drain;                 /* destage everything */
+    uint64_t flush_target;      /* largest of waiting flushes */
+    uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
+    uint64_t retry_ns;          /* after a failed write: no destage before */
+    uint64_t backoff_ns;
+    uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
+    uint64_t space_failures;    /* of syncs, when it was drawn */
+    bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
+    uint64_t now_ms;
+};
+
+#define DP_NO_SLOT 0xffff
+#define DP_INFLIGHT_HEADS 16384
+
+enum dp_resource { RESOURCE_CACHE = 1, RESOURCE_MERGE = 2, RESOURCE_LOG_ROOM = 4, RESOURCE_RUN = 8, RESOURCE_SPACE = 16 };
+
+/* What executing a request ended in. */
+enum dp_outcome {
+    OUTCOME_DONE = 0,     /* slot's status and result are set */
+    OUTCOME_RETRY = 1,    /* to be executed again when something has changed; nothing was applied */
+    OUTCOME_LOADING = 2,  /* READ: resolved */
+    OUTCOME_RANGE = 3,    /* progress was made and noted; go on soon */
+    OUTCOME_FLUSH = 4     /* applied; completion waits for the device */
+};
+
+static inline uint64_t record_address(const struct datapath *dp, uint32_t record)
+{
+    return record < dp->arena->nic_pages ? dp->nic_buffer + (uint64_t)record * DP_BLOCK
+                                         : dp->merge_buffer + (record - dp->arena->nic_pages) * DP_BLOCK;
+}
+static inline const void *record_page(const struct datapath *dp, uint32_t record)
+{
+    return (const void *)(uintptr_t)record_address(dp, record);
+}
+static inline uint64_t page_address(const struct datapath *dp, uint32_t page)
+{
+    return dp->cache_buffer + (uint64_t)page * DP_BLOCK;
+}
+static inline const void *page_memory(const struct datapath *dp, uint32_t page)
+{
+    return (const void *)(uintptr_t)page_address(dp, page);
+}
+static inline bool print_equal(struct fingerprint a, struct fingerprint b) { return a.low == b.low && a.high == b.high; }
+static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value) { atoll_set32(dp->journal, word, value); }
+static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
+
+struct fingerprint dp_fingerprint(const void *block);
+
+/* --- datapath.c: slots, acceptance, completion, waiting ------------------------------------------------------------ */
+void slot_save(struct datapath *dp, struct dp_slot *slot);            /* before changing its hot part */
+/* Gives the slot these segments; each page of DATA segments has been pinned by the caller. */
+void slot_set_segments(struct datapath *dp, struct dp_slot *slot, const struct atoll_segment *segments, uint32_t count);
+void slot_unpin(struct datapath *dp, struct dp_slot *slot);           /* releases the pages of its segments */
+void slot_wait_page(struct datapath *dp, uint32_t number);            /* READ in PHASE_LOADING: queue at its next page, or finish */
+void dp_sweep(struct datapath *dp);                                   /* pins whose replies nic has sent */
+/* The volume that a request names, or NULL with *status set. Checks offset and length against its size. */
+struct atoll_volume *dp_volume(struct datapath *dp, const struct atoll_descriptor *request, uint32_t *status);
+
+/* --- datapath_log.c: records, list, pages given back ---------------------------------------------------------------- */
+/* The record `value` (a MAP_LOG map value) names; checked. */
+uint32_t log_record_of(const struct datapath *dp, uint64_t value);
+/* True if a write over map value `value` can use a reservation that is there already. */
+bool log_has_reservation(const struct datapath *dp, uint64_t value);
+/* Enters page `record` (FREE, filled with the block) as the newest content of the block; returns a status (ENOSPC: no map
+ * leaf; nothing changed). The caller has reserved space unless log_has_reservation. */
+uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint64_t lba, struct fingerprint print);
+/* The record is not the block's content any more (trimmed); its reservation, if it has one, is the caller's.
+ * Returns true if it had one. */
+bool log_drop(struct datapath *dp, uint32_t record);
+void log_unlink(struct datapath *dp, uint32_t record);
+void log_requeue(struct datapath *dp, uint32_t record);  /* back into the list, by its order; state LOGGED */
+void log_release(struct datapath *dp, uint32_t record);  /* nobody but readers needs it */
+void log_unpin(struct datapath *dp, uint32_t record);
+void log_clear_flags(struct datapath *dp, uint32_t record);
+void log_set_flag(struct datapath *dp, uint32_t record, uint16_t flag);
+void give_back(struct datapath *dp, uint32_t page);      /* nic's page, not in the log */
+void give_flush(struct datapath *dp);                    /* end of step */
+void log_attach(struct datapath *dp);
+void log_committed(struct datapath *dp);                 /* after each commit: pages freed before it can be used */
+uint32_t merge_take(struct datapath *dp);                /* record number of a free merge page, or DP_NONE */
+void merge_put(struct datapath *dp, uint32_t record);    /* back, unused */
+
+/* --- datapath_cache.c ------------------------------------------------------------------------------------------------ */
+void cache_attach(struct datapath *dp);
+uint32_t cache_find(const struct datapath *dp, uint64_t pba);
+void cache_pin(struct datapath *dp, uint32_t page);
+void cache_unpin(struct datapath *dp, uint32_t page);
+/* Finds or begins to load `count` blocks and pins their pages. All or none: false if pages or I/O slots are short or a place holds
+ * no stored block (*failed = its PBA, else 0). */
+bool cache_load(struct datapath *dp, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
+void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about to be rewritten */
+void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
+uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NONE */
+
+/* --- datapath_read.c, datapath_write.c: executing requests ------------------------------------------------------------ */
+enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+enum dp_outcome exec_extents(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+enum dp_outcome exec_cache(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+enum dp_outcome exec_range(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request); /* TRIM, ZERO */
+enum dp_outcome exec_flush(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+/* Map values of the blocks [first, first + count). */
+void map_values(struct datapath *dp, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values);
+/* Gives the payload pages of a WRITE that is refused back to nic. */
+void write_refuse_payload(struct datapath *dp, const struct atoll_descriptor *request);
+
+/* --- datapath_destage.c ------------------------------------------------------------------------------------------------- */
+void destage_attach(struct datapath *dp);
+/* One bounded step; true if it did something. *wake_ms: when to look again at the latest (0: no timer). */
+bool destage_step(struct datapath *dp, uint64_t *wake_ms);
+/* Lowest order that is not on the device yet (UINT64_MAX: all is). */
+uint64_t destage_pending_order(const struct datapath *dp);
+/* True while a waiting FLUSH covers `record`, which is in a run: then it must not be superseded (the flush would have to
+ * wait for its successor, and for that one's). */
+bool destage_protected(const struct datapath *dp, uint32_t record);
+void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
+void destage_adopt(struct datapath *dp, bool quarantine);
+
+/* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
+struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages; };
+uint64_t datapath_arena_bytes(const struct dp_geometry *geometry);
+uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry);
+/* Returns NULL with a reason in `error` (256 bytes). Outside of transactions. */
+struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct dp_geometry *geometry, bool fresh, char *error);
+/* All processes died: what was in flight is not any more. In the running transaction, committed by the callee as needed. */
+void datapath_adopt(struct datapath *dp, bool quarantine);
+/* Any takeover but adoption: queues of waiting requests. In a transaction. */
+void datapath_recover(struct datapath *dp);
+void datapath_resume(struct datapath *dp, uint32_t number); /* one of them */
+/* The predecessor crashed by itself: notes the request it was executing, if any (I8). Outside of transactions. */
+void datapath_note_suspect(struct datapath *dp);
+/* Recounts everything and compares; writes a line per inconsistency to `text` (`bytes`, always ended by 0) and returns how
+ * many there are. Takes time in proportion to the device; between steps only. */
+uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes);
+/* One message from nbd. */
+void datapath_message(struct datapath *dp, const struct atoll_descriptor *message);
+/* Waiting requests, flushes, destage, pages to give back: end of a step before its commit. True if something was done.
+ * *wake_ms as destage_step. */
+bool datapath_step(struct datapath *dp, uint64_t *wake_ms);
+
+#endif

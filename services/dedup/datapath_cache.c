@@ -1,0 +1,282 @@
+/*
+ * The read cache: an index over the disk driver's buffers, minus the store's bounce pages at their end.
+ *
+ *   cache_load           find or begin to read blocks, all or none; pages come back pinned
+ *   cache_unpin          a page without pins may be used for another block
+ *   cache_drop           the place is about to be rewritten
+ *   cache_io_done        check what was read against the fingerprint stored for it
+ *
+ * A page belongs to its place (PBA) by its committed entry; the hash and the stack of free pages are private. A page
+ * that is being read is never used for anything else. Content of a place changes only when the place is allocated again,
+ * and then cache_drop detaches its page: readers pinned to it keep it, nobody finds it any more.
+ *
+ * After a crash: cache_attach makes hash and stack again; reads in flight complete to the successor.
+ */
+#include <stdlib.h>
+
+#include "services/dedup/datapath.h"
+
+static uint32_t hash_of(const struct datapath *dp, uint64_t pba)
+{
+    return (uint32_t)(pba * 0x9e3779b97f4a7c15u >> 32) & dp->cache_mask;
+}
+
+static void hash_insert(struct datapath *dp, uint32_t page)
+{
+    uint32_t bucket = hash_of(dp, dp->pages[page].pba);
+    dp->cache_next[page] = dp->cache_heads[bucket];
+    dp->cache_heads[bucket] = page;
+}
+
+static void hash_remove(struct datapath *dp, uint32_t page)
+{
+    uint32_t *link = &dp->cache_heads[hash_of(dp, dp->pages[page].pba)];
+    while (*link != page) {
+        assert(*link != DP_NONE);
+        link = &dp->cache_next[*link];
+    }
+    *link = dp->cache_next[page];
+}
+
+uint32_t cache_find(const struct datapath *dp, uint64_t pba)
+{
+    uint32_t page = dp->cache_heads[hash_of(dp, pba)];
+    while (page != DP_NONE && dp->pages[page].pba != pba)
+        page = dp->cache_next[page];
+    return page;
+}
+
+uint32_t cache_page_of(const struct datapath *dp, uint64_t address)
+{
+    uint64_t offset = address - dp->cache_buffer;
+    return address >= dp->cache_buffer && offset < dp->cache_pages * DP_BLOCK ? (uint32_t)(offset / DP_BLOCK) : DP_NONE;
+}
+
+void cache_attach(struct datapath *dp)
+{
+    uint32_t count = (uint32_t)dp->cache_pages;
+    for (uint32_t bucket = 0; bucket <= dp->cache_mask; bucket++)
+        dp->cache_heads[bucket] = DP_NONE;
+    dp->cache_free_count = 0;
+    for (uint32_t page = count; page-- > 0;) {
+        if (dp->pages[page].state == PAGE_FREE)
+            dp->cache_free[dp->cache_free_count++] = page;
+        else if (dp->pages[page].attached)
+            hash_insert(dp, page);
+    }
+}
+
+void cache_pin(struct datapath *dp, uint32_t page)
+{
+    dp->page_used[page] = 1;
+    dp_set32(dp, &dp->pages[page].pins, dp->pages[page].pins + 1);
+}
+
+static void detach(struct datapath *dp, uint32_t page)
+{
+    hash_remove(dp, page);
+    dp_set32(dp, &dp->pages[page].attached, 0);
+}
+
+static void free_page(struct datapath *dp, uint32_t page)
+{
+    dp_set32(dp, &dp->pages[page].state, PAGE_FREE);
+    dp->cache_free[dp->cache_free_count++] = page;
+    dp->retry = true;
+}
+
+void cache_unpin(struct datapath *dp, uint32_t page)
+{
+    struct dp_page *p = &dp->pages[page];
+    assert(p->pins != 0);
+    dp_set32(dp, &p->pins, p->pins - 1);
+    if (p->pins == 0 && p->state != PAGE_LOADING) {
+        dp->retry = dp->retry || dp->blocked != 0;
+        if (!p->attached)
+            free_page(dp, page);
+    }
+}
+
+void cache_drop(struct datapath *dp, uint64_t pba)
+{
+    uint32_t page = cache_find(dp, pba);
+    if (page == DP_NONE)
+        return;
+    detach(dp, page);
+    if (dp->pages[page].pins == 0 && dp->pages[page].state != PAGE_LOADING)
+        free_page(dp, page);
+}
+
+/* A page for a new block, not attached, or DP_NONE: two turns of the clock find none without pins. */
+static uint32_t take_page(struct datapath *dp)
+{
+    uint32_t count = (uint32_t)dp->cache_pages;
+    if (dp->cache_free_count != 0)
+        return dp->cache_free[--dp->cache_free_count];
+    for (uint32_t turn = 0; turn < 2 * count; turn++) {
+        uint32_t page = dp->clock_hand;
+        struct dp_page *p = &dp->pages[page];
+        dp->clock_hand = page + 1 == count ? 0 : page + 1;
+        if (p->pins != 0 || p->state != PAGE_VALID)
+            continue;
+        if (dp->page_used[page]) {
+            dp->page_used[page] = 0;
+            continue;
+        }
+        assert(p->attached);
+        detach(dp, page);
+        dp_set32(dp, &p->state, PAGE_FREE);
+        atoll_count(dp->domain, DEDUP_COUNTER_CACHE_EVICTIONS, 1);
+        return page;
+    }
+    return DP_NONE;
+}
+
+/* Sends the reads of pages[from..to), whose blocks stand in sequence. */
+static void submit(struct datapath *dp, const uint64_t *pbas, const uint32_t *pages, uint32_t from, uint32_t to)
+{
+    struct atoll_segment segments[ATOLL_IO_BLOCKS];
+    uint32_t count = 0;
+    for (uint32_t index = from; index < to; index++) {
+        uint64_t address = page_address(dp, pages[index]);
+        if (count != 0 && segments[count - 1].address + segments[count - 1].length == address)
+            segments[count - 1].length += DP_BLOCK;
+        else
+            segments[count++] = (struct atoll_segment){.address = address, .length = DP_BLOCK};
+    }
+    int slot = io_submit(dp->dedup, IO_FILL, pbas[from], ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, pbas[from] * DP_BLOCK, segments, count);
+    assert(slot >= 0); /* cache_load counted the room */
+}
+
+bool cache_load(struct datapath *dp, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed)
+{
+    bool missing[ATOLL_IO_BLOCKS];
+    uint32_t missing_count = 0, reads = 0, done;
+    struct fingerprint print;
+    assert(count <= ATOLL_IO_BLOCKS);
+    *failed = 0;
+
+    /* Look first: nothing is changed until it is known that all can be had. */
+    for (uint32_t index = 0; index < count; index++) {
+        pages[index] = cache_find(dp, pbas[index]);
+        missing[index] = pages[index] == DP_NONE;
+        for (uint32_t earlier = 0; missing[index] && earlier < index; earlier++)
+            if (pbas[earlier] == pbas[index])
+                missing[index] = false; /* the same block twice in one request: loaded once */
+        if (!missing[index])
+            continue;
+        if (!store_pba_valid(dp->dedup, pbas[index]) || !store_fingerprint(dp->dedup, pbas[index], &print)) {
+            *failed = pbas[index];
+            return false;
+        }
+        missing_count++;
+        if (index == 0 || !missing[index - 1] || pbas[index - 1] + 1 != pbas[index])
+            reads++;
+    }
+    if (reads > io_room(dp->dedup, IO_FILL))
+        return false;
+
+    /* Pages that are there must not be evicted for the missing ones. */
+    for (uint32_t index = 0; index < count; index++)
+        if (pages[index] != DP_NONE)
+            cache_pin(dp, pages[index]);
+    for (done = 0; done < count; done++) {
+        if (!missing[done])
+            continue;
+        pages[done] = take_page(dp);
+        if (pages[done] == DP_NONE)
+            break;
+        cache_pin(dp, pages[done]); /* keeps the clock away */
+    }
+    if (done < count) {
+        for (uint32_t index = 0; index < count; index++) {
+            if (pages[index] == DP_NONE)
+                continue;
+            if (missing[index]) {
+                if (index >= done)
+                    continue;
+                dp_set32(dp, &dp->pages[pages[index]].pins, 0);
+                dp->cache_free[dp->cache_free_count++] = pages[index];
+            } else {
+                cache_unpin(dp, pages[index]);
+            }
+        }
+        return false;
+    }
+
+    for (uint32_t index = 0; index < count; index++) {
+        if (!missing[index]) {
+            if (pages[index] == DP_NONE) {
+                pages[index] = cache_find(dp, pbas[index]);
+                cache_pin(dp, pages[index]);
+            }
+            continue;
+        }
+        struct dp_page *p = &dp->pages[pages[index]];
+        atoll_save(dp->journal, p, sizeof *p);
+        p->pba = pbas[index];
+        store_fingerprint(dp->dedup, pbas[index], &p->print);
+        p->state = PAGE_LOADING;
+        p->attached = 1;
+        p->status = ATOLL_OK;
+        hash_insert(dp, pages[index]);
+    }
+    for (uint32_t from = 0, to; from < count; from = to) {
+        to = from + 1;
+        if (!missing[from])
+            continue;
+        while (to < count && missing[to] && pbas[to] == pbas[to - 1] + 1)
+            to++;
+        submit(dp, pbas, pages, from, to);
+    }
+    atoll_count(dp->domain, DEDUP_COUNTER_CACHE_HITS, count - missing_count);
+    atoll_count(dp->domain, DEDUP_COUNTER_CACHE_MISSES, missing_count);
+    return true;
+}
+_Static_assert(sizeof(struct dp_page) % 8 == 0, "saved by words");
+
+static void loaded(struct datapath *dp, uint32_t page, uint32_t status)
+{
+    struct dp_page *p = &dp->pages[page];
+    if (p->state != PAGE_LOADING) { /* only a driver that answers for pages it was not asked for gets here */
+        atoll_count(dp->domain, DEDUP_COUNTER_BAD_COMPLETIONS, 1);
+        return;
+    }
+    uint32_t state = PAGE_VALID;
+    if (status != ATOLL_OK) {
+        state = PAGE_FAILED;
+    } else if (!print_equal(dp_fingerprint(page_memory(dp, page)), p->print)) {
+        /* Was the place rewritten meanwhile? Then this was read too late and says nothing about the device. */
+        state = p->attached ? PAGE_FAILED : PAGE_STALE;
+        status = ATOLL_ECORRUPT;
+        if (p->attached)
+            atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
+    }
+    dp_set32(dp, &p->status, status);
+    dp_set32(dp, &p->state, state);
+    if (state != PAGE_VALID && p->attached)
+        detach(dp, page);
+    if (p->pins == 0 && !p->attached)
+        free_page(dp, page);
+
+    uint16_t waiter = dp->page_waiters[page];
+    dp->page_waiters[page] = DP_NO_SLOT;
+    while (waiter != DP_NO_SLOT) {
+        uint16_t next = dp->slot_next[waiter];
+        dp->slot_next[waiter] = DP_NO_SLOT;
+        slot_wait_page(dp, waiter);
+        waiter = next;
+    }
+}
+
+void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status)
+{
+    for (uint32_t index = 0; index < slot->segment_count; index++) {
+        uint32_t page = cache_page_of(dp, slot->segments[index].address);
+        uint32_t count = slot->segments[index].length / DP_BLOCK;
+        for (uint32_t each = 0; page != DP_NONE && each < count; each++)
+            loaded(dp, page + each, status);
+    }
+    dp->loaded = true;
+    dp->retry = true;
+}

@@ -1,0 +1,236 @@
+/*
+ * The live checker: recounts what lists, counts and flags say, from the map, the records, the slots and the runs.
+ *
+ *   datapath_check     between steps; reads only
+ *
+ * After a crash: it is what the tests call after each.
+ */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "services/dedup/datapath.h"
+
+struct findings {
+    char *text;
+    uint64_t bytes, used;
+    uint32_t count;
+};
+
+static void __attribute__((format(printf, 2, 3))) found(struct findings *findings, const char *format, ...)
+{
+    va_list arguments;
+    findings->count++;
+    if (findings->used + 1 >= findings->bytes)
+        return;
+    va_start(arguments, format);
+    int length = vsnprintf(findings->text + findings->used, findings->bytes - findings->used, format, arguments);
+    va_end(arguments);
+    findings->used += length < 0 ? 0 : (uint64_t)length;
+    if (findings->used + 1 >= findings->bytes) {
+        findings->used = findings->bytes - 1;
+        return;
+    }
+    findings->text[findings->used++] = '\n';
+    findings->text[findings->used] = 0;
+}
+
+#define U(value) ((unsigned long long)(value))
+
+/* The map: references per place, and each logged block's record. `named` counts how often the map names a record. */
+static void check_map(struct datapath *dp, struct findings *findings, uint32_t *references, uint8_t *named)
+{
+    struct dedup *dedup = dp->dedup;
+    for (uint32_t id = 0; id < ATOLL_VOLUME_COUNT; id++) {
+        const struct atoll_volume *volume = &dedup->public->volumes[id];
+        if (volume->state == ATOLL_VOLUME_FREE)
+            continue;
+        uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK), mapped = 0;
+        for (uint64_t leaf = 0; (leaf = store_map_next_leaf(dedup, id, leaf, leaves)) < leaves; leaf++) {
+            const uint64_t *entries = store_map_leaf(dedup, id, leaf);
+            for (uint32_t index = 0; entries != 0 && index < 512; index++) {
+                uint64_t value = entries[index], lba = leaf * 512 + index;
+                mapped += MAP_KIND(value) == MAP_PBA || MAP_KIND(value) == MAP_LOG;
+                if (MAP_KIND(value) == MAP_PBA && store_pba_valid(dedup, MAP_NUMBER(value))) {
+                    references[MAP_NUMBER(value)]++;
+                } else if (MAP_KIND(value) == MAP_PBA) {
+                    found(findings, "volume %u block %llu: place %llu is not on the device", id, U(lba), U(MAP_NUMBER(value)));
+                } else if (MAP_KIND(value) == MAP_LOG) {
+                    uint64_t record = MAP_NUMBER(value);
+                    if (record >= dp->record_count) {
+                        found(findings, "volume %u block %llu: no log record %llu", id, U(lba), U(record));
+                        continue;
+                    }
+                    const struct dp_record *r = &dp->records[record];
+                    if (r->volume != id || r->lba != lba || r->state < RECORD_LOGGED || r->state > RECORD_WRITING)
+                        found(findings, "volume %u block %llu: log record %llu is of volume %u block %llu, state %u", id, U(lba),
+                              U(record), r->volume, U(r->lba), r->state);
+                    if (named[record] != 255)
+                        named[record]++;
+                }
+            }
+        }
+        if (volume->state == ATOLL_VOLUME_READY && mapped != volume->mapped_blocks)
+            found(findings, "volume %u: %llu blocks are mapped, its entry says %llu", id, U(mapped), U(volume->mapped_blocks));
+    }
+}
+
+static void check_records(struct datapath *dp, struct findings *findings, uint32_t *references, const uint8_t *named,
+                          uint64_t *reservations)
+{
+    const struct dp_arena *arena = dp->arena;
+    uint64_t live = 0, failed = 0, pinned = 0, listed = 0, logged = 0, in_runs = 0, members = 0;
+    for (uint64_t record = 0; record < dp->record_count; record++) {
+        const struct dp_record *r = &dp->records[record];
+        bool current = r->state >= RECORD_LOGGED && r->state <= RECORD_WRITING;
+        live += r->state != RECORD_FREE && r->state != RECORD_RETURNING;
+        failed += current && r->flags != 0;
+        pinned += r->state == RECORD_PINNED;
+        logged += r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT);
+        in_runs += r->state == RECORD_MATCHING || r->state == RECORD_WRITING || r->state == RECORD_DROPPED;
+        *reservations += r->state == RECORD_LOGGED || r->state == RECORD_MATCHING;
+        if (named[record] != (current ? 1 : 0) &&
+            !(current && dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY))
+            found(findings, "log record %llu (state %u) is named %u times by the map", U(record), r->state, named[record]);
+        if (current && MAP_KIND(r->base) == MAP_PBA && store_pba_valid(dp->dedup, MAP_NUMBER(r->base)))
+            references[MAP_NUMBER(r->base)]++;
+        if (record < arena->nic_pages && (dp->held[record] != 0) != (r->state != RECORD_FREE))
+            found(findings, "page %llu: held says %u, its record's state is %u", U(record), dp->held[record], r->state);
+        if (current && !(r->flags & RECORD_CORRUPT) &&
+            !print_equal(dp_fingerprint(record_page(dp, (uint32_t)record)), r->print))
+            found(findings, "log record %llu: page is not what was acknowledged", U(record));
+    }
+    if (live != arena->log_records || failed != arena->failed_records || pinned != arena->pinned_records)
+        found(findings, "records: %llu live, %llu failed, %llu pinned; counts say %llu, %llu, %llu", U(live), U(failed),
+              U(pinned), U(arena->log_records), U(arena->failed_records), U(arena->pinned_records));
+    uint32_t before = DP_NONE;
+    for (uint32_t record = arena->log_head; record != DP_NONE && listed <= dp->record_count; record = dp->records[record].next) {
+        const struct dp_record *r = &dp->records[record];
+        if (r->state != RECORD_LOGGED || r->previous != before ||
+            (before != DP_NONE && dp->records[before].order >= r->order))
+            found(findings, "list of the log: record %u (state %u, order %llu) after %u", record, r->state, U(r->order), before);
+        before = record;
+        listed++;
+    }
+    if (listed != logged || arena->log_tail != before)
+        found(findings, "list of the log: %llu records, %llu are logged; tail %u, last %u", U(listed), U(logged), arena->log_tail,
+              before);
+    for (uint32_t number = 0; number < DP_RUNS; number++) {
+        const struct dp_run *run = &arena->runs[number];
+        for (uint32_t index = 0; run->state != RUN_FREE && index < run->record_count; index++) {
+            const struct dp_record *r = &dp->records[run->records[index]];
+            bool writer = run->state >= RUN_WRITING && index < run->writer_count;
+            members++;
+            if (r->state != RECORD_DROPPED && r->state != (writer ? RECORD_WRITING : RECORD_MATCHING))
+                found(findings, "run %u, record %u: state %u", number, run->records[index], r->state);
+            if (r->state != RECORD_DROPPED && r->order < run->min_order)
+                found(findings, "run %u, record %u: order %llu is below the run's", number, run->records[index], U(r->order));
+        }
+    }
+    if (members != in_runs)
+        found(findings, "runs have %llu records, %llu records are in runs", U(members), U(in_runs));
+}
+
+static void check_pins(struct datapath *dp, struct findings *findings)
+{
+    const struct dp_arena *arena = dp->arena;
+    uint32_t *records = calloc(dp->record_count, sizeof *records), *pages = calloc(dp->cache_pages, sizeof *pages);
+    uint64_t slots_with_pins = 0;
+    if (records == 0 || pages == 0) {
+        found(findings, "out of memory");
+        free(records);
+        free(pages);
+        return;
+    }
+    for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++) {
+        const struct dp_slot *slot = &arena->slots[number];
+        bool pins = false;
+        for (uint32_t index = 0; index < slot->segment_count; index++) {
+            const struct atoll_segment *segment = &slot->segments[index];
+            if (segment->kind != ATOLL_SEGMENT_DATA)
+                continue;
+            pins = true;
+            for (uint64_t at = segment->address & ~(uint64_t)(DP_BLOCK - 1); at < segment->address + segment->length; at += DP_BLOCK) {
+                uint32_t page = cache_page_of(dp, at);
+                if (page != DP_NONE)
+                    pages[page]++;
+                else if (at - dp->nic_buffer < arena->nic_pages * DP_BLOCK)
+                    records[(at - dp->nic_buffer) / DP_BLOCK]++;
+                else if (at - dp->merge_buffer < arena->merge_pages * DP_BLOCK)
+                    records[arena->nic_pages + (at - dp->merge_buffer) / DP_BLOCK]++;
+                else
+                    found(findings, "slot %u pins %llx, which is no page", number, U(at));
+            }
+        }
+        slots_with_pins += pins;
+        if (pins != (slot->pinned_place != DP_NONE) ||
+            (pins && (slot->pinned_place >= arena->pinned_count || arena->pinned[slot->pinned_place] != number)))
+            found(findings, "slot %u: pins %u, place %u in the list", number, pins, slot->pinned_place);
+    }
+    if (slots_with_pins != arena->pinned_count)
+        found(findings, "%llu slots have pins, the list has %u", U(slots_with_pins), arena->pinned_count);
+    for (uint32_t number = 0; number < DP_RUNS; number++)
+        for (uint32_t index = 0; arena->runs[number].state == RUN_MATCHING && index < arena->runs[number].record_count; index++)
+            if (arena->runs[number].link[index] != DP_NONE)
+                pages[arena->runs[number].link[index]]++;
+    for (uint64_t record = 0; record < dp->record_count; record++)
+        if (records[record] != dp->records[record].pins)
+            found(findings, "log record %llu: %u pins, slots have %u", U(record), dp->records[record].pins, records[record]);
+    for (uint64_t page = 0; page < dp->cache_pages; page++) {
+        const struct dp_page *p = &dp->pages[page];
+        if (pages[page] != p->pins)
+            found(findings, "cache page %llu: %u pins, slots and runs have %u", U(page), p->pins, pages[page]);
+        if (p->attached != (p->state != PAGE_FREE && cache_find(dp, p->pba) == page))
+            found(findings, "cache page %llu: state %u, attached %u, place %llu is found at %u", U(page), p->state, p->attached,
+                  U(p->pba), cache_find(dp, p->pba));
+        struct fingerprint print;
+        if (p->state == PAGE_VALID && p->attached && store_fingerprint(dp->dedup, p->pba, &print) && !print_equal(print, p->print))
+            found(findings, "cache page %llu holds an old content of place %llu", U(page), U(p->pba));
+    }
+    free(records);
+    free(pages);
+}
+
+uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
+{
+    struct findings findings = {.text = text, .bytes = bytes};
+    struct store_space space;
+    uint64_t reservations = 0, stored = 0, total = 0;
+    text[0] = 0;
+    if (store_state(dp->dedup) != STORE_READY) {
+        found(&findings, "the store is not loaded");
+        return findings.count;
+    }
+    store_space(dp->dedup, &space);
+    uint32_t *references = calloc(space.device_blocks, sizeof *references);
+    uint8_t *named = calloc(dp->record_count, 1);
+    if (references == 0 || named == 0) {
+        found(&findings, "out of memory");
+    } else {
+        check_map(dp, &findings, references, named);
+        check_records(dp, &findings, references, named, &reservations);
+        check_pins(dp, &findings);
+        for (uint64_t pba = 0; pba < space.device_blocks; pba++) {
+            uint32_t counted = store_references(dp->dedup, pba);
+            stored += counted != 0;
+            total += counted;
+            if (references[pba] != counted)
+                found(&findings, "place %llu: %u references, map and log have %u", U(pba), counted, references[pba]);
+        }
+        if (total != space.references)
+            found(&findings, "%llu references, the sum says %llu", U(total), U(space.references));
+        uint64_t writing = 0;
+        for (uint32_t number = 0; number < DP_RUNS; number++)
+            if (dp->arena->runs[number].state >= RUN_WRITING)
+                writing += dp->arena->runs[number].writer_count;
+        if (stored + writing != space.stored_blocks)
+            found(&findings, "%llu places are referred to, %llu are being written, the store has %llu", U(stored), U(writing),
+                  U(space.stored_blocks));
+        if (reservations + space.zero_promises != space.reserved_blocks)
+            found(&findings, "%llu logged blocks and %llu promises, %llu reservations", U(reservations), U(space.zero_promises),
+                  U(space.reserved_blocks));
+    }
+    free(references);
+    free(named);
+    return findings.count;
+}

@@ -1,0 +1,350 @@
+/*
+ * The dedup domain: its arena, its main loop, what its Python calls.
+ *
+ *   role area:   struct atoll_dedup_public    volumes; published
+ *                struct dedup_root            sizes the rest was made with
+ *                struct io_table
+ *                datapath (datapath.h), store (store.h)
+ *
+ * A turn: completions from the disk first (they free what others wait for), up to 64 requests, waiting requests and
+ * destage, commit; then one step of the store with transactions of its own. No system call but to sleep and to wake.
+ *
+ * After a crash: dedup_open of the successor. The common part has rolled the journal back; the arena is as at the last
+ * commit, and the rings hold what was not taken yet.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "ipc/crashpoint.h"
+#include "services/dedup/datapath.h"
+
+#define ROOT_MAGIC 0x746f6f7270756465u
+
+struct dedup_root {
+    uint64_t magic;
+    struct dedup_config config;
+};
+
+struct layout { uint64_t root, io, datapath, store, end; };
+
+static uint64_t page_up(uint64_t bytes) { return (bytes + ATOLL_PAGE_BYTES - 1) & ~(uint64_t)(ATOLL_PAGE_BYTES - 1); }
+
+static struct dp_geometry datapath_geometry(const struct dedup_config *config)
+{
+    return (struct dp_geometry){.nic_pages = config->nic_pages,
+                                .merge_pages = config->merge_pages,
+                                .cache_pages = config->cache_pages - STORE_BOUNCE_PAGES};
+}
+
+static struct store_geometry store_geometry(const struct dedup_config *config)
+{
+    return (struct store_geometry){.device_blocks = config->device_blocks,
+                                   .map_frames = config->map_frames != 0 ? config->map_frames
+                                                                         : store_default_map_frames(config->device_blocks),
+                                   .fingerprint_slots = config->fingerprint_slots,
+                                   .log_blocks = config->log_blocks};
+}
+
+static struct layout layout_of(const struct dedup_config *config)
+{
+    struct dp_geometry datapath = datapath_geometry(config);
+    struct store_geometry store = store_geometry(config);
+    struct layout layout;
+    layout.root = page_up(sizeof(struct atoll_dedup_public));
+    layout.io = page_up(layout.root + sizeof(struct dedup_root));
+    layout.datapath = page_up(layout.io + sizeof(struct io_table));
+    layout.store = page_up(layout.datapath + datapath_arena_bytes(&datapath));
+    layout.end = page_up(layout.store + store_arena_bytes(&store));
+    return layout;
+}
+
+uint64_t dedup_role_bytes(const struct dedup_config *config) { return layout_of(config).end; }
+
+uint64_t dedup_buffer_bytes(const struct dedup_config *config)
+{
+    struct dp_geometry geometry = datapath_geometry(config);
+    return datapath_buffer_bytes(&geometry);
+}
+
+struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted,
+                         bool crashed, bool quarantine, char *error)
+{
+    char *area = (char *)domain->self + domain->self->role_offset;
+    struct dedup_root *root = (void *)(area + page_up(sizeof(struct atoll_dedup_public)));
+    struct dedup_config sizes = *config;
+    bool made = root->magic != ROOT_MAGIC;
+    if (fresh && !made) {
+        snprintf(error, 256, "arena is said to be fresh but holds a dedup's state");
+        return 0;
+    }
+    if (!made)
+        sizes = root->config;
+    struct layout layout = layout_of(&sizes);
+    if (layout.end > domain->self->role_bytes) {
+        snprintf(error, 256, "role area has %llu bytes, %llu are needed", (unsigned long long)domain->self->role_bytes,
+                 (unsigned long long)layout.end);
+        return 0;
+    }
+    struct dedup *dedup = calloc(1, sizeof *dedup);
+    if (dedup == 0) {
+        snprintf(error, 256, "out of memory");
+        return 0;
+    }
+    dedup->domain = domain;
+    dedup->public = (void *)area;
+    dedup->io = (void *)(area + layout.io);
+    struct dp_geometry geometry = datapath_geometry(&sizes);
+    struct store_geometry store = store_geometry(&sizes);
+    if (made) /* done again from the beginning if it is cut short: the magic comes last */
+        io_format(dedup->io);
+    struct datapath *dp = datapath_attach(dedup, area + layout.datapath, &geometry, made, error);
+    if (dp == 0) {
+        free(dedup);
+        return 0;
+    }
+    store_attach(dedup, area + layout.store, &store, made);
+    dp->destage_delay_ms = config->destage_delay_ms;
+    if (made) {
+        root->config = sizes;
+        atoll_compiler_barrier();
+        *(volatile uint64_t *)&root->magic = ROOT_MAGIC;
+    }
+    if (crashed)
+        datapath_note_suspect(dp);
+    domain->self->current = 0;
+    if (!made && (adopted || dp->arena->adopting)) {
+        datapath_adopt(dp, quarantine);
+        io_adopt(dedup);
+    } else {
+        datapath_recover(dp);
+    }
+    atoll_domain_commit(domain);
+    log_committed(dp);
+    return dedup;
+}
+
+/* --- The loop ------------------------------------------------------------------------------------------------------------ */
+
+/* `serve`: requests are taken. *wake_ms: look again then at the latest, 0 no timer. True if there may be more to do. */
+static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
+{
+    struct datapath *dp = dedup->datapath;
+    struct atoll_domain *domain = dedup->domain;
+    struct atoll_journal *journal = domain->journal;
+    struct atoll_descriptor message;
+    bool did = false;
+    domain->self->progress++;
+    atoll_count(domain, DEDUP_COUNTER_STEPS, 1);
+    dp->now_ms = atoll_now_ns() / 1000000;
+    for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
+        if (!atoll_domain_take(domain, ATOLL_ROLE_DISK, &message))
+            break;
+        io_complete(dedup, ATOLL_ROLE_DISK, &message);
+        did = true;
+    }
+    if (serve) {
+        for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
+            if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
+                break;
+            datapath_message(dp, &message);
+            did = true;
+        }
+        did |= datapath_step(dp, wake_ms);
+    }
+    atoll_domain_commit(domain);
+    log_committed(dp);
+    ATOLL_CRASH_POINT(domain, "dedup.step.committed");
+    if (store_step(dedup)) {
+        dp->retry = true;
+        did = true;
+    }
+    return did;
+}
+
+bool dedup_turn(struct dedup *dedup)
+{
+    uint64_t wake_ms = 0;
+    return turn(dedup, true, &wake_ms);
+}
+
+/* Progress of a goal beyond serving. Returns 0 while it is not reached. */
+struct goal {
+    uint32_t kind, phase;
+    uint64_t ticket, failures;
+};
+
+static int look_at_goal(struct dedup *dedup, struct goal *goal)
+{
+    struct datapath *dp = dedup->datapath;
+    uint32_t status;
+    if (goal->kind == DEDUP_GOAL_SERVE)
+        return atoll_domain_pending(dedup->domain, ATOLL_ROLE_KERNEL) != 0 ? ATOLL_REASON_CONTROL : 0;
+    if (goal->kind == DEDUP_GOAL_LOAD) {
+        enum store_state state = store_state(dedup);
+        return state == STORE_NEW || state == STORE_LOADING ? 0 : DEDUP_REASON_REACHED;
+    }
+    if (goal->phase == 0) {
+        dp->drain = goal->kind != DEDUP_GOAL_SYNC;
+        if (dp->drain && destage_pending_order(dp) != UINT64_MAX)
+            return 0;
+        goal->ticket = store_sync(dedup);
+        goal->failures = store_sync_failures(dedup, &status);
+        goal->phase = 1;
+        atoll_domain_commit(dedup->domain);
+    }
+    if (goal->phase == 1) {
+        if (store_synced(dedup) < goal->ticket) {
+            if (store_sync_failures(dedup, &status) != goal->failures)
+                goal->phase = 0; /* again, until the deadline */
+            return 0;
+        }
+        if (dp->arena->failed_records != 0 && goal->kind != DEDUP_GOAL_SYNC)
+            return DEDUP_REASON_UNFLUSHED;
+        if (goal->kind != DEDUP_GOAL_CLOSE)
+            return DEDUP_REASON_REACHED;
+        store_close(dedup);
+        atoll_domain_commit(dedup->domain);
+        goal->phase = 2;
+    }
+    return store_closed(dedup) ? DEDUP_REASON_REACHED : 0;
+}
+
+int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
+{
+    struct goal goal = {.kind = (uint32_t)kind};
+    bool serve = kind != DEDUP_GOAL_LOAD;
+    /* Control messages wait while a control call is being answered; requests wait while the store is being loaded. */
+    uint32_t ignored = kind == DEDUP_GOAL_SERVE ? 0 : 1u << ATOLL_ROLE_KERNEL;
+    if (!serve)
+        ignored |= 1u << ATOLL_ROLE_NBD | 1u << ATOLL_ROLE_NIC;
+    for (;;) {
+        uint64_t wake_ms = 0, now = 0;
+        int reason = look_at_goal(dedup, &goal);
+        if (reason != 0) {
+            dedup->datapath->drain = false;
+            return reason;
+        }
+        if (turn(dedup, serve, &wake_ms))
+            continue;
+        if (kind != DEDUP_GOAL_SERVE && (wake_ms == 0 || wake_ms > 100))
+            wake_ms = 100; /* messages are ignored: show that this is no hang */
+        if (kind != DEDUP_GOAL_SERVE && (reason = look_at_goal(dedup, &goal)) != 0) {
+            dedup->datapath->drain = false;
+            return reason;
+        }
+        if (deadline_ns != 0) {
+            now = atoll_now_ns();
+            if (now >= deadline_ns) {
+                dedup->datapath->drain = false;
+                return DEDUP_REASON_TIMEOUT;
+            }
+        }
+        atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
+    }
+}
+
+/* --- Volumes and figures --------------------------------------------------------------------------------------------------- */
+
+void dedup_format(struct dedup *dedup, uint64_t uuid_low, uint64_t uuid_high)
+{
+    store_format(dedup, uuid_low, uuid_high);
+    atoll_domain_commit(dedup->domain);
+}
+
+int dedup_store_state(struct dedup *dedup)
+{
+    if (store_state(dedup) == STORE_NEW) {
+        store_load(dedup);
+        atoll_domain_commit(dedup->domain);
+    }
+    return (int)store_state(dedup);
+}
+
+const char *dedup_store_reason(struct dedup *dedup) { return store_reason(dedup); }
+
+static int note_call(struct dedup *dedup, int status, uint64_t call)
+{
+    if (status == ATOLL_OK)
+        atoll_set64(dedup->domain->journal, &dedup->datapath->arena->control_number, call);
+    return status;
+}
+
+int dedup_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
+                        uint64_t call, char *reason)
+{
+    return note_call(dedup, store_volume_create(dedup, name, name_bytes, size_bytes, flags, reason), call);
+}
+
+int dedup_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, uint64_t call, char *reason)
+{
+    return note_call(dedup, store_volume_resize(dedup, volume, size_bytes, reason), call);
+}
+
+int dedup_volume_delete(struct dedup *dedup, uint32_t volume, uint64_t call, char *reason)
+{
+    return note_call(dedup, store_volume_delete(dedup, volume, reason), call);
+}
+
+uint64_t dedup_last_call(struct dedup *dedup) { return dedup->datapath->arena->control_number; }
+
+const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume)
+{
+    return volume < ATOLL_VOLUME_COUNT ? &dedup->public->volumes[volume] : 0;
+}
+
+uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume)
+{
+    const struct atoll_arena_header *nbd = dedup->domain->peers[ATOLL_ROLE_NBD];
+    uint64_t address = nbd == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NBD) + nbd->role_offset;
+    uint32_t users = 0;
+    if (nbd == 0 || address % 4 != 0 ||
+        !atoll_reference_in(dedup->domain, ATOLL_ROLE_NBD, address, sizeof(struct atoll_nbd_public)))
+        return 0;
+    const struct atoll_nbd_public *public = (const void *)(uintptr_t)address;
+    for (uint32_t connection = 0; connection < ATOLL_CONNECTION_COUNT; connection++)
+        users += atoll_load_relaxed(&public->volume[connection]) == volume + 1;
+    return users;
+}
+
+void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
+{
+    struct datapath *dp = dedup->datapath;
+    struct store_space space;
+    uint32_t status;
+    memset(figures, 0, sizeof *figures);
+    figures->store_state = (uint64_t)store_state(dedup);
+    if (store_state(dedup) == STORE_READY) {
+        store_space(dedup, &space);
+        figures->device_blocks = space.device_blocks;
+        figures->metadata_blocks = space.metadata_blocks;
+        figures->stored_blocks = space.stored_blocks;
+        figures->free_blocks = space.free_blocks;
+        figures->pending_free_blocks = space.pending_free_blocks;
+        figures->reserved_blocks = space.reserved_blocks;
+        figures->references = space.references;
+        figures->zero_promises = space.zero_promises;
+        figures->quarantined_blocks = space.quarantined_blocks;
+        figures->available_blocks = space.available_blocks;
+        figures->sync_failures = store_sync_failures(dedup, &status);
+    }
+    figures->nic_pages = dp->arena->nic_pages;
+    figures->merge_pages = dp->arena->merge_pages;
+    figures->cache_pages = dp->cache_pages;
+    figures->log_records = dp->arena->log_records;
+    figures->failed_records = dp->arena->failed_records;
+    figures->pinned_records = dp->arena->pinned_records;
+    figures->merge_free = dp->merge_free_count + dp->merge_freed_count;
+    for (uint64_t page = 0; page < dp->cache_pages; page++) {
+        figures->cache_valid += dp->pages[page].state == PAGE_VALID;
+        figures->cache_loading += dp->pages[page].state == PAGE_LOADING;
+        figures->cache_pinned += dp->pages[page].pins != 0;
+    }
+    figures->waiting = dp->retry_count;
+    figures->flushing = dp->flush_count;
+    for (uint32_t slot = 0; slot < ATOLL_SLOT_COUNT; slot++)
+        figures->accepted += dp->arena->slots[slot].state == SLOT_ACCEPTED;
+    for (uint32_t run = 0; run < DP_RUNS; run++)
+        figures->active_runs += dp->arena->runs[run].state != RUN_FREE;
+}
+
+uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }

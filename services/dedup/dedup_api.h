@@ -1,0 +1,74 @@
+/* What dedup's C offers to its Python: opening, the main loop, volumes, figures. */
+#ifndef ATOLL_DEDUP_API_H
+#define ATOLL_DEDUP_API_H
+
+#include "ipc/domain.h"
+
+/* cffi:begin */
+struct dedup;
+
+/* Sizes. Kept in the arena when it is made; an arena that is there keeps those it was made with. */
+struct dedup_config {
+    uint64_t nic_pages;
+    uint64_t merge_pages;
+    uint64_t cache_pages;       /* of the disk driver's buffers, all of them */
+    uint64_t device_blocks;
+    uint64_t map_frames;        /* 0: as the device suggests */
+    uint64_t fingerprint_slots; /* a power of two */
+    uint64_t log_blocks;
+    uint64_t destage_delay_ms;
+};
+
+/* Until when dedup_run runs. */
+enum dedup_goal {
+    DEDUP_GOAL_SERVE = 0,   /* until a control message waits */
+    DEDUP_GOAL_LOAD = 1,    /* until the store is loaded, blank or refused; serves nobody */
+    DEDUP_GOAL_DRAIN = 2,   /* until all that is logged now and before is on stable storage */
+    DEDUP_GOAL_CLOSE = 3,   /* and the store is closed cleanly */
+    DEDUP_GOAL_SYNC = 4     /* until all persistent changes made before are on stable storage */
+};
+enum dedup_reason {
+    DEDUP_REASON_REACHED = 16,
+    DEDUP_REASON_TIMEOUT = 17,
+    DEDUP_REASON_UNFLUSHED = 18  /* an acknowledged write cannot be placed */
+};
+
+struct dedup_figures {
+    uint64_t store_state;
+    uint64_t device_blocks, metadata_blocks, stored_blocks, free_blocks, pending_free_blocks, reserved_blocks, references,
+        zero_promises, quarantined_blocks, available_blocks;
+    uint64_t nic_pages, merge_pages, cache_pages;
+    uint64_t log_records, failed_records, pinned_records, merge_free;
+    uint64_t cache_valid, cache_loading, cache_pinned;
+    uint64_t waiting, flushing, accepted, active_runs;
+    uint64_t sync_failures;
+};
+
+uint64_t dedup_role_bytes(const struct dedup_config *config);
+uint64_t dedup_buffer_bytes(const struct dedup_config *config);
+/* Attaches to the arena and recovers from what the predecessor left. NULL with a reason in `error` (256 bytes).
+ * `crashed`: the predecessor ended by a signal of its own making (I8). */
+struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted,
+                         bool crashed, bool quarantine, char *error);
+/* Runs until `goal` or until `deadline_ns` (atoll_now_ns; 0 none). Returns enum atoll_reason or dedup_reason. */
+int dedup_run(struct dedup *dedup, int goal, uint64_t deadline_ns);
+/* One turn of the loop without sleeping, for tests; true if there may be more to do. */
+bool dedup_turn(struct dedup *dedup);
+void dedup_format(struct dedup *dedup, uint64_t uuid_low, uint64_t uuid_high);
+int dedup_store_state(struct dedup *dedup);
+const char *dedup_store_reason(struct dedup *dedup);
+void dedup_figures(struct dedup *dedup, struct dedup_figures *figures);
+/* enum atoll_status; `reason` 256 bytes. In the running transaction; also notes `call` (dedup_last_call). */
+int dedup_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
+                        uint64_t call, char *reason);
+int dedup_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, uint64_t call, char *reason);
+int dedup_volume_delete(struct dedup *dedup, uint32_t volume, uint64_t call, char *reason);
+uint64_t dedup_last_call(struct dedup *dedup);
+const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume);
+/* Connections that use the volume, by nbd's public table. */
+uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
+/* Recounts and compares everything (between steps); lines of text, number of inconsistencies. */
+uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
+/* cffi:end */
+
+#endif
