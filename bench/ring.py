@@ -422,8 +422,8 @@ def render(document: dict[str, Any]) -> RenderableType:
             times(entry["ratio_to_line"], entry["transport"] == LINE),
         )
     note = (
-        f"{document['rounds']} interleaved rounds on {document['cpus']} processors; a round trip includes one reading of"
-        f" the clock ({document['clock_ns']} ns). A cache line going there and back is the machine's own limit."
+        f"{document['rounds']} interleaved rounds on {document['cpus']} processors; a round trip includes one reading"
+        f" of the clock ({document['clock_ns']} ns). A cache line going there and back is the machine's own limit."
     )
     return Group(rates, trips, note)
 

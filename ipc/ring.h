@@ -102,9 +102,13 @@ static inline void atoll_ring_pop(struct atoll_journal *journal, struct atoll_rx
     atoll_set32(journal, &ring->consumer->head_committed, ring->consumer->head_committed + count);
 }
 
+/* Stores only what has changed: the producer keeps a copy of the line. */
 static inline void atoll_ring_publish_head(struct atoll_rx_ring *ring)
 {
-    atoll_store_release(&ring->consumer->head, ring->consumer->head_committed); /* SP-HEAD */
+    uint32_t head = ring->consumer->head_committed;
+    if (atoll_load_relaxed(&ring->consumer->head) == head)
+        return;
+    atoll_store_release(&ring->consumer->head, head); /* SP-HEAD */
     ATOLL_STORED();
 }
 
