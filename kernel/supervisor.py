@@ -360,7 +360,8 @@ class Supervisor:
                 self.zygote.close()
             self.zygote = Process.open(message.get("hello") or message["pid"], message["start_time"])
             if "hello" in message and not self.synced:
-                continue  # the answer to `sync` comes behind it
+                self._ask_zygote({"sync": self.loop.turns})  # the first may have died with another zygote
+                continue
             self.synced = True
             self._end_strays()
             for life in self.lives.values():  # what an earlier zygote was asked for will not come
