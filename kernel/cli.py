@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
+from atoll.kernel import cli_chaos
 from atoll.kernel import config as configuration
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
 
@@ -174,6 +175,9 @@ def config() -> None:
 def config_show(**options: Any) -> None:
     """Print, as JSON, what serve would run with: the file, the options and the defaults, checked."""
     emit(read_configuration(options))
+
+
+cli.add_command(cli_chaos.chaos)
 
 
 # --- Looking --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""`atoll chaos`: its options; the work is chaos.py's."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.kernel import config as configuration
+
+ROLES = ("nic", "nbd", "dedup", "disk", "kernel")
+
+
+def _signals(context: click.Context, parameter: click.Parameter, text: str) -> tuple[signal.Signals, ...]:
+    try:
+        return tuple(signal.Signals["SIG" + name.strip().upper().removeprefix("SIG")] for name in text.split(","))
+    except KeyError as error:
+        raise click.BadParameter(f"no such signal: {error.args[0]}") from None
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    try:
+        return int(configuration.parse_size(text))
+    except configuration.ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@click.command()
+@click.option(
+    "--data", metavar="DIR", envvar="ATOLL_DATA", default=f"./{configuration.DEFAULT_DATA}", show_default=True,
+    show_envvar=True, type=click.Path(path_type=Path), help="Data directory of the server.",
+)  # fmt: skip
+@click.option(
+    "--target", type=click.Choice([*ROLES, "any", "pairs"]), default="any", show_default=True,
+    help="Who is killed: one role, each in turn, or two at once.",
+)  # fmt: skip
+@click.option(
+    "--signal", "signals", metavar="NAMES", default="KILL", show_default=True, callback=_signals,
+    help="KILL, SEGV, STOP, ...; one of them is drawn for each kill.",
+)  # fmt: skip
+@click.option(
+    "--interval", "interval_s", metavar="SECONDS", type=click.FloatRange(0.02), default=1.0, show_default=True,
+    help="From one kill to the next.",
+)  # fmt: skip
+@click.option(
+    "--duration", "duration_s", metavar="SECONDS", type=click.FloatRange(1), default=60.0, show_default=True,
+    help="How long the load runs.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=1, show_default=True, help="The same seed does the same.")
+@click.option("--connections", type=click.IntRange(1, 512), default=8, show_default=True, help="Of the load.")
+@click.option("--depth", type=click.IntRange(1, 64), default=8, show_default=True, help="Requests per connection.")
+@click.option("--transport", type=click.Choice(["tcp", "unix", "both"]), default="both", show_default=True)
+@click.option("--read-percent", type=click.FloatRange(0, 100), default=50.0, show_default=True)
+@click.option(
+    "--duplicates", "duplicate_percent", metavar="PERCENT", type=click.FloatRange(0, 100), default=50.0,
+    show_default=True, help="Writes whose blocks occur elsewhere too.",
+)  # fmt: skip
+@click.option(
+    "--size", "size_bytes", metavar="SIZE", default="256MiB", show_default=True, callback=_size,
+    help="Of the volume, which is made for the run.",
+)  # fmt: skip
+@click.option("--volume", metavar="NAME", help="Use this volume: WHAT IT HOLDS IS LOST.")
+@click.option("--workers", type=click.IntRange(1, 64), help="Processes of the load.  [default: by the processors]")
+@click.option("--churn/--no-churn", default=True, show_default=True, help="Also come and go with new connections.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the throughput over time.")
+def chaos(data: Path, as_json: bool, plot: str | None, volume: str | None, **options: Any) -> None:
+    """Kill domains under a load that checks every byte.
+
+    The load writes, reads, flushes, trims and zeroes with every size from 512 bytes to 1 MiB and knows what each sector
+    may hold at each moment. Progress goes to standard error. Exit status 1 if a connection was dropped, a request
+    failed, a byte was wrong or an acknowledged write was lost.
+    """
+    from atoll.kernel import chaos as chaos_run
+    from atoll.kernel import chaos_report
+
+    if volume is not None and volume.startswith("chaos-") is False and sys.stdin.isatty():
+        click.confirm(f"What volume {volume} holds will be lost. Go on?", abort=True, err=True)
+    result = chaos_run.run(
+        chaos_run.Options(data=data, volume=volume, **options), lambda line: click.echo(line, err=True)
+    )
+    if plot:
+        chaos_report.plot(result, plot)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console(soft_wrap=True)
+        for part in chaos_report.table(result):
+            console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
+    sys.exit(0 if result["ok"] else 1)
