@@ -105,6 +105,22 @@ static const struct atoll_ring_producer *find_producer(const struct atoll_arena_
     return producer;
 }
 
+/* How the owner of `arena` is woken. It says so itself, so what it names must really be an eventfd: a damaged header must not
+ * make us write into a device or a socket (I8). */
+static int32_t find_eventfd(const struct atoll_arena_header *arena)
+{
+    char path[32], target[32];
+    if (arena->wake_kind != ATOLL_WAKE_EVENTFD)
+        return -1;
+    int32_t fd = arena->eventfd;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(path, target, sizeof target);
+    static const char expected[] = "anon_inode:[eventfd]";
+    if (fd < 0 || length != sizeof expected - 1 || memcmp(target, expected, sizeof expected - 1) != 0)
+        return -2;
+    return fd;
+}
+
 int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incarnation, uint32_t pid,
                       uint64_t start_time, const uint64_t *arena_bytes, char *error)
 {
@@ -144,6 +160,7 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
             continue;
         const struct atoll_arena_header *arena = (const void *)(uintptr_t)atoll_arena_address(peer);
         domain->peers[peer] = arena;
+        domain->rings->eventfd[peer] = find_eventfd(arena);
         uint32_t count = 0;
         const struct atoll_ring_producer *producer = find_producer(self, arena_bytes[role], peer, &count);
         if (producer != 0) {
@@ -181,13 +198,13 @@ void atoll_domain_serving(struct atoll_domain *domain)
 
 static void wake(struct atoll_domain *domain, uint32_t role)
 {
-    const struct atoll_arena_header *peer = domain->peers[role];
-    if (peer->wake_kind == ATOLL_WAKE_EVENTFD) {
+    int32_t eventfd = domain->rings->eventfd[role];
+    if (eventfd >= 0) {
         uint64_t one = 1;
-        /* EAGAIN: the counter is full, so the peer is woken already. EBADF: a peer this process may not wake. */
-        ssize_t ignored = write(peer->eventfd, &one, sizeof one);
+        /* EAGAIN: the counter is full, so the peer is woken already. */
+        ssize_t ignored = write(eventfd, &one, sizeof one);
         (void)ignored;
-    } else if (domain->rings->tx[role].producer != 0) {
+    } else if (eventfd == -1 && domain->rings->tx[role].producer != 0) {
         syscall(SYS_futex, &domain->rings->tx[role].producer->tail, FUTEX_WAKE, 1, 0, 0, 0);
     }
 }

@@ -73,6 +73,7 @@ uint64_t atoll_now_ns(void);
 struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
     struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
+    int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a peer is woken; -1: by futex, -2: by none */
 };
 
 /* True if [address, address + length) lies within the arena of `role`: the check before any use of a reference (I8). */

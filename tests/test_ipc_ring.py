@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections import deque
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -225,6 +226,27 @@ def test_a_sleeper_wakes_by_timeout_and_ignores_what_it_cannot_take() -> None:
         assert domain.self.sleeping == 1
         lib.atoll_domain_awake(domain)
         assert domain.self.sleeping == 0
+
+
+def test_a_peer_is_woken_by_its_eventfd_but_nothing_else_is_written_to(tmp_path: Path) -> None:
+    """A damaged header that names a descriptor of ours does no harm."""
+    with instance({A: [B], B: []}) as made:
+        made.map_all(writable=A)
+        physmap.map_arena(B, made.writable_fds[B], made.bytes[B], writable=True)
+        header = physmap.header(B)
+        eventfd = os.eventfd(0, os.EFD_NONBLOCK)
+        file = os.open(tmp_path / "device", os.O_CREAT | os.O_RDWR)
+        header.wake_kind, header.sleeping = lib.ATOLL_WAKE_EVENTFD, 1
+        for fd in (eventfd, file, 9999, -5):
+            header.eventfd = fd
+            domain = made.open(A, 1)
+            header.eventfd = file  # later damage does no harm either
+            assert lib.atoll_domain_put(domain, B, ffi.new("struct atoll_descriptor *", {"opcode": 3}))
+            lib.atoll_domain_commit(domain)
+        assert os.eventfd_read(eventfd) == 1
+        assert os.fstat(file).st_size == 0
+        os.close(eventfd)
+        os.close(file)
 
 
 def test_an_arena_of_another_layout_is_refused() -> None:

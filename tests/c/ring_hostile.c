@@ -46,7 +46,6 @@ int main(int argc, char **argv)
         struct atoll_descriptor message;
         char error[256];
         CHECK(atoll_domain_open(&domain, SELF, round + 1, 1, 0, arena_bytes, error) == 0);
-        header->wake_kind = ATOLL_WAKE_FUTEX; /* else it names a descriptor of ours */
         struct atoll_rx_ring *ring = &domain.rings->rx[PEER];
         open_rings += ring->consumer != 0;
         for (uint32_t count = 0; count < 200 && atoll_domain_take(&domain, PEER, &message); count++)
