@@ -145,6 +145,7 @@ static uint32_t sockets_flush(struct nic *nic)
         nic->outcomes[index] =
             (struct nic_outcome){.user_data = sockets->operations[index].user_data, .result = perform(nic, &sockets->operations[index])};
     sockets->count = 0;
+    nic->vector_count = 0;
     return count;
 }
 

@@ -57,7 +57,8 @@ static void uring_close(struct nic *nic) { atoll_uring_detach(&nic->uring); }
 static uint32_t uring_room(struct nic *nic)
 {
     uint32_t room = atoll_uring_room(&nic->uring);
-    uint32_t left = nic->operation_count < NIC_TURN_OPERATIONS ? NIC_TURN_OPERATIONS - nic->operation_count : 0;
+    uint32_t used = nic->operation_count > nic->message_count ? nic->operation_count : nic->message_count;
+    uint32_t left = used < NIC_TURN_OPERATIONS ? NIC_TURN_OPERATIONS - used : 0;
     return room < left ? room : left;
 }
 
@@ -83,6 +84,7 @@ static void move_bytes(struct nic *nic, uint32_t one, uint32_t many, uint32_t co
         sqe->len = (uint32_t)vectors[0].iov_len;
         return;
     }
+    assert(nic->message_count < NIC_TURN_OPERATIONS);
     struct msghdr *message = &nic->messages[nic->message_count++];
     memset(message, 0, sizeof *message);
     message->msg_iov = vectors;
@@ -162,6 +164,8 @@ static uint32_t uring_flush(struct nic *nic)
     ATOLL_CRASH_POINT(nic->domain, "nic.submit.before");
     if (io_uring_sq_ready(atoll_uring_inner(&nic->uring)) != 0)
         atoll_uring_submit(&nic->uring); /* what it could not take now (EAGAIN, EBUSY) is submitted with the next turn's */
+    if (io_uring_sq_ready(atoll_uring_inner(&nic->uring)) == 0)
+        nic->vector_count = nic->message_count = 0; /* no entry refers to them any more */
     ATOLL_CRASH_POINT(nic->domain, "nic.submit.after");
     /* Those seen are taken out of the queue (`retire`) before the next look, which starts at the oldest. */
     uint32_t count = atoll_uring_peek(&nic->uring, completions, 64);

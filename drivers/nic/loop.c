@@ -282,8 +282,6 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
                     nic->operation_count--;
                 nic_apply(nic, &nic->outcomes[index]);
             }
-            if (nic->operation_count == 0)
-                nic->vector_count = nic->message_count = 0;
             done++;
         }
         if (done > 0 || !nic_queue_empty(&nic->work)) {
