@@ -148,6 +148,7 @@ struct format_shape {
     uint64_t level_count[FORMAT_LEVELS + 1];
     uint32_t levels;                        /* last level: the one that the superblock points to */
     uint64_t total;                         /* pointers in the row, a multiple of 128 */
+    uint64_t fixed_pages;                   /* pages but for the map leaves */
 };
 
 static inline struct format_shape format_shape(uint64_t device_blocks, uint64_t leaf_slots)
@@ -158,11 +159,13 @@ static inline struct format_shape format_shape(uint64_t device_blocks, uint64_t 
     shape.leaves_base = shape.prints_base + (device_blocks + FORMAT_PRINTS_PER_PAGE - 1) / FORMAT_PRINTS_PER_PAGE;
     shape.level_count[0] = shape.leaves_base + leaf_slots;
     shape.total = (shape.level_count[0] + FORMAT_POINTERS - 1) / FORMAT_POINTERS * FORMAT_POINTERS;
+    shape.fixed_pages = shape.leaves_base;
     while (shape.level_count[shape.levels] > FORMAT_ROOT_POINTERS && shape.levels < FORMAT_LEVELS) {
         uint64_t count = (shape.level_count[shape.levels] + FORMAT_POINTERS - 1) / FORMAT_POINTERS;
         shape.levels++;
         shape.level_base[shape.levels] = shape.total;
         shape.level_count[shape.levels] = count;
+        shape.fixed_pages += count;
         shape.total += (count + FORMAT_POINTERS - 1) / FORMAT_POINTERS * FORMAT_POINTERS;
     }
     return shape;

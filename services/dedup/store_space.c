@@ -91,8 +91,7 @@ bool store_sweep(struct store *store)
 int64_t store_available(const struct store *store)
 {
     const struct store_area *area = store->area;
-    uint64_t fixed_pages = store->shape.total - area->leaf_slots;
-    uint64_t metadata = 4 * (fixed_pages + area->leaves) + STORE_SPACE_SLACK;
+    uint64_t metadata = 4 * (store->shape.fixed_pages + area->leaves) + STORE_SPACE_SLACK;
     return (int64_t)(area->usable_end - area->usable_first) - (int64_t)area->stored_blocks - (int64_t)area->quarantined_blocks -
            (int64_t)area->reserved_blocks - (int64_t)metadata;
 }
