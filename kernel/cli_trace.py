@@ -119,8 +119,9 @@ def whole(messages: Iterable[Message], identity: int, opcode: int) -> bool:
     own = [m for m in messages if m.identity == identity]
     begun = any(m.domain == "nbd" and m.received and m.opcode == REQUEST for m in own)
     asked = sum({m.words[0]: m.words[1] for m in own if m.opcode == opcode and m.domain == "dedup"}.values())
-    payload = ranges_of(own, "nbd", (REQUEST, PART)) if opcode == WRITE else []
-    return begun and (opcode != WRITE or total(payload) == asked)
+    # Counted part by part: a later part may land in pages that an earlier one has given back.
+    payload = sum(total(join(m.ranges)) for m in own if m.domain == "nbd" and m.received and m.opcode in (REQUEST, PART))
+    return begun and (opcode != WRITE or payload == asked)
 
 
 def write_of(messages: Sequence[Message], identity: int) -> dict[str, Any]:
