@@ -357,6 +357,11 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
                                     ? DEDUP_COUNTER_REPEATS : DEDUP_COUNTER_BAD_REQUESTS, 1);
         return;
     }
+    int32_t newer = (int32_t)(atoll_identity_sequence(message->identity) - atoll_identity_sequence(slot->identity));
+    if (slot->state == SLOT_DONE && (newer < 0 || (newer == 0 && (int16_t)(message->part - slot->part) < 0))) {
+        atoll_count(dp->domain, DEDUP_COUNTER_REPEATS, 1); /* answered long ago: the slot is in its next use */
+        return;
+    }
     slot_unpin(dp, slot);
     slot_save(dp, slot);
     slot->identity = message->identity;

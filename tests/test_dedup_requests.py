@@ -1,0 +1,531 @@
+"""dedup's requests against a plain bytearray per volume: every kind, every alignment, with pages in log, cache and store."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from dedupkit import BLOCK, FUA, NO_HOLE, OK, ONE, Request, Stage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atoll.ipc._ipc import lib
+
+SIZE = 96 * BLOCK
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def verify(stage: Stage, volume: int, expected: bytes) -> None:
+    step = 64 * BLOCK
+    requests = [stage.read(volume, at, min(step, len(expected) - at)) for at in range(0, len(expected), step)]
+    stage.run_until_idle()
+    for request in requests:
+        assert request.status == OK
+        assert request.data == expected[request.offset : request.offset + request.length]
+
+
+def test_what_is_written_is_read() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        expected = bytearray(SIZE)
+        for offset, data in (
+            (0, block(1)),
+            (BLOCK, block(2) + block(3)),
+            (5 * BLOCK + 100, block(4)[:200]),
+            (8 * BLOCK - 7, block(5) + block(6)),
+            (8 * BLOCK, block(5)),
+            (0, block(1)[:512]),
+            (SIZE - 1, b"x"),
+        ):
+            request = stage.write(volume, offset, data)
+            stage.run_until_idle()
+            assert request.status == OK
+            expected[offset : offset + len(data)] = data
+            stage.check()
+        verify(stage, volume, bytes(expected))
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == OK
+        verify(stage, volume, bytes(expected))
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
+        assert stage.figures().log_records == 0
+
+
+def test_reads_while_nothing_is_destaged_come_from_the_log() -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1))
+        stage.run_until_idle()
+        request = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle()
+        assert request.data == block(1)
+        (address, length, kind) = request.segments[0]
+        assert length == BLOCK and kind == 0
+        assert stage.nic_buffer <= address < stage.nic_buffer + stage.nic_pages * BLOCK, "by reference: nic's own page"
+        assert len(stage.lent_pages) == 1
+
+
+def test_equal_blocks_are_stored_once() -> None:
+    with Stage() as stage:
+        stage.open()
+        first, second = stage.create_volume("a", SIZE), stage.create_volume("b", SIZE)
+        data = b"".join(block(seed) for seed in range(40))
+        stage.write(first, 0, data)
+        stage.flush(first)
+        stage.drain()
+        stored = stage.figures().stored_blocks
+        assert stored == 40
+        stage.write(second, 3 * BLOCK, data)
+        stage.flush(second)
+        stage.drain()
+        assert stage.figures().stored_blocks == stored and stage.figures().references == 80
+        stage.write(second, 0, block(77) * 60)  # equal blocks within one batch
+        stage.flush(second)
+        stage.drain()
+        assert stage.figures().stored_blocks == stored + 1
+        verify(stage, second, (block(77) * 60).ljust(SIZE, b"\0"))
+        verify(stage, first, data.ljust(SIZE, b"\0"))
+        stage.check()
+
+
+def test_zeros_take_no_space() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, bytes(20 * BLOCK))
+        stage.flush(volume)
+        stage.drain()
+        assert stage.figures().stored_blocks == 0
+        stage.write(volume, 0, block(1) * 2)
+        stage.flush(volume)
+        stage.drain()
+        stage.write(volume, 0, bytes(BLOCK))
+        stage.flush(volume)
+        stage.drain()
+        request = stage.extents(volume, 0, SIZE)
+        stage.run_until_idle()
+        assert request.extents == [(BLOCK, 3), (BLOCK, 0), (SIZE - 2 * BLOCK, 3)]
+        stage.check()
+
+
+def test_extents() -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 1 << 40)
+        far = (1 << 39) + 5 * BLOCK
+        stage.write(volume, 4 * BLOCK, block(1) + block(2))
+        stage.zero(volume, 8 * BLOCK, 2 * BLOCK, NO_HOLE)
+        stage.write(volume, far, block(3))
+        stage.run_until_idle()
+        request = stage.extents(volume, 100, (1 << 40) - 100)
+        one = stage.extents(volume, 4 * BLOCK + 7, 1 << 30, ONE)
+        stage.run_until_idle()
+        assert request.extents[:5] == [
+            (4 * BLOCK - 100, 3), (2 * BLOCK, 0), (2 * BLOCK, 3), (2 * BLOCK, 2), (far - 10 * BLOCK, 3),
+        ]  # fmt: skip
+        assert request.extents[5] == (BLOCK, 0)
+        assert one.extents == [(2 * BLOCK - 7, 0)]
+
+
+def test_bad_requests() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        readonly = stage.create_volume("r", SIZE, lib.ATOLL_VOLUME_READONLY)
+        cases: list[tuple[Request, int]] = [
+            (stage.read(volume, SIZE - BLOCK, 2 * BLOCK), lib.ATOLL_EINVAL),
+            (stage.read(volume, 1 << 63, 1 << 63), lib.ATOLL_EINVAL),
+            (stage.read(volume, 0, 65 * BLOCK), lib.ATOLL_EINVAL),
+            (stage.write(volume, SIZE - 10, block(1)), lib.ATOLL_ENOSPC),
+            (stage.write(readonly, 0, block(1)), lib.ATOLL_EPERM),
+            (stage.trim(readonly, 0, BLOCK), lib.ATOLL_EPERM),
+            (stage.submit(lib.ATOLL_OP_READ, 77, 0, BLOCK, generation=1), lib.ATOLL_ENOENT),
+            (stage.submit(lib.ATOLL_OP_READ, volume, 0, BLOCK, generation=9), lib.ATOLL_ENOENT),
+            (stage.submit(200, volume, 0, BLOCK), lib.ATOLL_EINVAL),
+        ]
+        stage.run_until_idle()
+        for request, status in cases:
+            assert request.status == status, (request, status)
+        stage.drain()
+        stage.check()
+
+
+def test_a_wrong_payload_is_refused() -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        request = stage.write(volume, 0, block(1) + block(2))
+        good = bytearray(request.message)
+        stage.run_until_idle()
+        held = stage.write(volume, 8 * BLOCK, block(3))  # a page that is in the log is offered again
+        stage.turn()
+        for change in ("address", "outside", "unaligned", "length", "twice"):
+            message = bytearray(good)
+            if change == "address":
+                message[16:24] = (stage.nic_buffer - BLOCK).to_bytes(8, "little")
+            elif change == "outside":
+                message[16:24] = (stage.nic_buffer + (stage.nic_pages - 1) * BLOCK).to_bytes(8, "little")
+            elif change == "unaligned":
+                message[16:24] = (stage.nic_buffer + 100).to_bytes(8, "little")
+            elif change == "length":
+                message[24:28] = (3 * BLOCK).to_bytes(4, "little")
+            else:
+                message[16:24] = held.message[16:24]
+                message[24:28] = BLOCK.to_bytes(4, "little")
+                message[40:48] = BLOCK.to_bytes(8, "little")
+            bad = stage.read(volume, 0, BLOCK)
+            stage.run_until_idle()  # a slot with its sequence; now the same slot says something wrong
+            stage.sequences[bad.slot] += 1
+            bad.identity += 1
+            message[8:16] = bad.identity.to_bytes(8, "little")
+            stage.free_slots.remove(bad.slot)
+            bad.message, bad.done = bytes(message), False
+            stage.requests[bad.slot] = bad
+            stage.repeat(bad)
+            stage.run_until_idle()
+            assert bad.status == lib.ATOLL_EINVAL, change
+            stage.check()
+        stage.flush(volume)
+        stage.drain()
+
+
+def test_promised_space_is_there_when_the_store_is_full() -> None:
+    with Stage(device_blocks=2048, nic_pages=2048) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 4096 * BLOCK)
+        promised = stage.zero(volume, 0, 8 * BLOCK, NO_HOLE)
+        stage.run_until_idle()
+        assert promised.status == OK
+        at, status, written = 16, OK, 0
+        while status == OK:
+            request = stage.write(volume, at * BLOCK, b"".join(block(at + i) for i in range(16)))
+            stage.run_until_idle()
+            status = request.status
+            at += 16
+            written += 16
+        assert status == lib.ATOLL_ENOSPC and written > 256
+        stage.drain()
+        stage.check()
+        single = stage.write(volume, at * BLOCK, block(1))
+        stage.run_until_idle()
+        while single.status == OK:  # less than 16 blocks were left
+            at += 1
+            single = stage.write(volume, at * BLOCK, block(at))
+            stage.run_until_idle()
+        request = stage.write(volume, 0, b"".join(block(5000 + i) for i in range(8)))
+        stage.run_until_idle()
+        assert request.status == OK, "the promise"
+        duplicate = stage.write(volume, 100 * BLOCK, block(100))
+        stage.run_until_idle()
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == OK
+        stage.trim(volume, 16 * BLOCK, 100 * BLOCK)
+        stage.flush(volume)
+        stage.drain()
+        again = stage.write(volume, 16 * BLOCK, b"".join(block(9000 + i) for i in range(16)))
+        stage.run_until_idle()
+        assert again.status == OK, "trimmed space is used again"
+        assert duplicate.status in (OK, lib.ATOLL_ENOSPC)
+        stage.drain()
+        stage.check()
+
+
+def test_more_data_than_pages_and_device() -> None:
+    """Duplicates beyond the device's size: reservations wait for the log to be destaged, nothing is refused."""
+    with Stage(device_blocks=2048, nic_pages=256, cache_pages=512) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 16384 * BLOCK)
+        data = b"".join(block(i) for i in range(64))
+        for at in range(0, 4096, 64):
+            request = stage.write(volume, at * BLOCK, data)
+            while not request.done or len(stage.free_pages) < 64:
+                stage.turn()
+                stage.disk()
+                stage.answers()
+            assert request.status == OK
+        stage.flush(volume)
+        stage.drain()
+        assert stage.figures().stored_blocks == 64 and stage.figures().references == 4096
+        stage.check()
+
+
+def test_a_pinned_page_stays_while_its_block_is_overwritten() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1))
+        stage.turn()
+        stage.answers()
+        read = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle(send=False)
+        for seed in range(2, 6):
+            stage.write(volume, 0, block(seed))
+            stage.flush(volume)
+            stage.run_until_idle(send=False)
+        assert stage.content(read) == block(1) == read.data
+        later = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle(send=False)
+        assert later.data == block(5)
+        stage.check()
+        stage.send_all()
+        stage.drain()
+        stage.check()
+
+
+def test_repeats_are_not_applied_again() -> None:
+    """A, B, A must not come out of one write of A."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        a = stage.write(volume, 0, block(1))
+        stage.run_until_idle()
+        stage.free_slots.remove(a.slot)
+        stage.write(volume, 0, block(2))
+        stage.run_until_idle()
+        for count in range(2):  # the last of its slot, then one of a slot that is in its next use
+            stage.repeat(a)
+            stage.turn()
+            stage.answers(repeated=True)
+            read = stage.read(volume, 0, BLOCK)
+            stage.run_until_idle()
+            assert read.data == block(2)
+            assert stage.counters()["repeats"] == count + 1
+            stage.free_slots.append(a.slot)
+            stage.read(volume, 0, BLOCK)
+            stage.run_until_idle()
+            stage.free_slots.remove(a.slot)
+        stage.drain()
+        stage.check()
+
+
+def test_a_failed_destage_is_kept_and_tried_elsewhere() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.drain()
+        failing = True
+        places: list[int] = []
+
+        def rule(io: object) -> int:
+            if getattr(io, "opcode") == lib.ATOLL_OP_IO_WRITE and getattr(io, "length") == 3 * BLOCK:
+                places.append(getattr(io, "offset"))
+                return int(lib.ATOLL_EIO) if failing else OK
+            return OK
+
+        stage.io_rule = rule
+        stage.write(volume, 0, block(1) + block(2) + block(3))
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+        again = stage.flush(volume)
+        stage.run_until_idle()
+        assert again.status == lib.ATOLL_EUNFLUSHED, "a failed flush stays failed"
+        read = stage.read(volume, 0, 3 * BLOCK)
+        fua = stage.write(volume, 10 * BLOCK, block(9), FUA)
+        stage.run_until_idle()
+        assert read.data == block(1) + block(2) + block(3), "kept"
+        assert fua.status == lib.ATOLL_EUNFLUSHED
+        stage.check()
+        failing = False
+        stage.io_rule = None
+        stage.drain()
+        final = stage.flush(volume)
+        stage.run_until_idle()
+        assert final.status == OK and places
+        verify(stage, volume, (block(1) + block(2) + block(3)).ljust(10 * BLOCK, b"\0") + block(9) + bytes(SIZE - 11 * BLOCK))
+        stage.check()
+
+
+def test_a_page_that_changes_after_the_acknowledgement_is_named() -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1) + block(2))
+        stage.run_until_idle()
+        page = sorted(stage.lent_pages)[0]
+        lib_buffer = stage.ffi.buffer(stage.ffi.cast("char *", stage.nic_buffer + page * BLOCK), BLOCK)
+        lib_buffer[7:8] = bytes([lib_buffer[7][0] ^ 1])
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+        assert stage.counters()["corrupt_pages"] == 1
+        read = stage.read(volume, 0, BLOCK)
+        fine = stage.read(volume, BLOCK, BLOCK)
+        stage.run_until_idle()
+        assert read.status == lib.ATOLL_ECORRUPT and fine.data == block(2)
+        stage.check()
+        stage.write(volume, 0, block(3))
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == OK
+        stage.drain()
+        stage.check()
+
+
+def test_damage_on_the_device_is_found() -> None:
+    with Stage(cache_pages=512) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1) + block(2))
+        stage.flush(volume)
+        stage.drain()
+        at = stage.device.find(block(1))
+        assert at > 0 and at % BLOCK == 0
+        stage.device[at : at + 1] = bytes([stage.device[at] ^ 1])
+        bad, good = stage.read(volume, 0, BLOCK), stage.read(volume, BLOCK, BLOCK)
+        stage.run_until_idle()
+        assert bad.status == lib.ATOLL_ECORRUPT and bad.failed == at // BLOCK
+        assert good.data == block(2)
+        ragged = stage.write(volume, 10, b"abc")
+        stage.run_until_idle()
+        assert ragged.status == lib.ATOLL_ECORRUPT
+        stage.check()
+        stage.device[at : at + 1] = bytes([stage.device[at] ^ 1])
+        again = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle()
+        assert again.data == block(1)
+        stage.drain()
+        stage.check()
+
+
+def test_reads_survive_the_place_being_used_for_something_else() -> None:
+    """A read is under way while its block is overwritten, its place freed and written again."""
+    with Stage(device_blocks=1024) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1))
+        stage.flush(volume)
+        stage.drain()
+        read = stage.read(volume, 0, BLOCK)
+        stage.turn()
+        stage.take_ios()
+        (held,) = stage.ios
+        stage.ios.clear()
+        before = stage.device[held.offset : held.offset + BLOCK]
+        for seed in range(2, 400):  # the allocator comes round to that place
+            stage.write(volume, 0, b"".join(block(seed * 100 + i) for i in range(16)))
+            stage.flush(volume)
+            deadline = 1000
+            while len(stage.requests) > 1 and (deadline := deadline - 1):
+                stage.turn()
+                stage.disk()
+                stage.answers()
+            if stage.device[held.offset : held.offset + BLOCK] != before:
+                break
+        else:
+            pytest.fail("the place was never used again")
+        stage.ios.append(held)
+        stage.complete(held)  # reads what is there now
+        stage.run_until_idle()
+        assert read.status == OK and read.data == block(seed * 100), "executed again"
+        stage.drain()
+        stage.check()
+
+
+def test_deleted_volume() -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        kept, volume = stage.create_volume("k", SIZE), stage.create_volume("v", SIZE)
+        stage.write(kept, 0, block(1))
+        stage.write(volume, 0, block(1) + block(2) + block(3))
+        stage.run_until_idle()
+        reason = stage.ffi.new("char[256]")
+        assert stage.lib.dedup_volume_delete(stage.state, volume, 0, reason) == OK
+        lib.atoll_domain_commit(stage.domain)
+        late = stage.write(volume, 0, block(4))
+        stage.run_until_idle()
+        assert late.status == lib.ATOLL_ENOENT
+        stage.flush(kept)
+        stage.drain()
+        stage.check()
+        assert stage.lib.dedup_volume(stage.state, volume).state == 0
+        assert stage.figures().stored_blocks == 1
+
+
+operations = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "write", "write", "read", "read", "trim", "zero", "zero!", "flush", "fua", "cache", "turns", "drain"]),
+        st.integers(0, SIZE // 512 - 1),
+        st.integers(1, 66 * 8),
+        st.integers(0, 5),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(operations, st.integers(0, 1 << 30), st.sampled_from([0, 10_000_000]))
+def test_against_a_bytearray(steps: list[tuple[str, int, int, int, bool]], seed: int, delay: int) -> None:
+    with Stage(nic_pages=256, merge_pages=16, destage_delay_ms=delay, seed=seed) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        expected = bytearray(SIZE)
+        busy: list[tuple[int, int, Request, bytes]] = []  # ranges under way
+        reads: list[tuple[Request, bytes]] = []
+
+        def settle() -> None:
+            stage.run_until_idle(shuffle=True)
+            for _, _, request, _ in busy:
+                assert request.status == OK, request
+            for request, wanted in reads:
+                assert request.status == OK and request.data == wanted, request
+            busy.clear()
+            reads.clear()
+
+        for kind, sector, sectors, content, scattered in steps:
+            offset = sector * 512 + (content * 37 if content == 5 else 0)
+            offset = min(offset, SIZE - 1)
+            length = min(sectors * 512, SIZE - offset, 65 * BLOCK - offset % BLOCK, 64 * BLOCK)
+            first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+            if any(first <= b and a <= last for a, b, *_ in busy) or len(stage.free_pages) < last - first + 2:
+                settle()
+                if len(stage.free_pages) < last - first + 2:
+                    stage.flush(volume)
+                    stage.drain()
+            if kind in ("write", "fua"):
+                data = b"".join(block(content * 100 + i % 3) for i in range(last - first + 2))[:length]
+                busy.append((first, last, stage.write(volume, offset, data, FUA if kind == "fua" else 0, scattered), data))
+                expected[offset : offset + length] = data
+            elif kind == "read":
+                reads.append((stage.read(volume, offset, length), bytes(expected[offset : offset + length])))
+                busy.append((first, last, reads[-1][0], b""))
+            elif kind == "trim":
+                busy.append((first, last, stage.trim(volume, offset, length), b""))
+                start, stop = -(-offset // BLOCK) * BLOCK, (offset + length) // BLOCK * BLOCK
+                if start < stop:
+                    expected[start:stop] = bytes(stop - start)
+            elif kind in ("zero", "zero!"):
+                busy.append((first, last, stage.zero(volume, offset, length, NO_HOLE if kind == "zero!" else 0), b""))
+                expected[offset : offset + length] = bytes(length)
+            elif kind == "flush":
+                busy.append((0, -1, stage.flush(volume), b""))
+            elif kind == "cache":
+                stage.cache(volume, offset, length)
+            elif kind == "turns":
+                stage.turn()
+                if scattered:
+                    stage.disk(shuffle=True)
+                stage.answers(send=content > 2)
+            else:
+                settle()
+                stage.flush(volume)
+                stage.drain()
+                stage.check()
+        settle()
+        stage.check()
+        verify(stage, volume, bytes(expected))
+        stage.flush(volume)
+        stage.drain()
+        stage.check()
+        verify(stage, volume, bytes(expected))
+        assert stage.free_pages == set(range(stage.nic_pages))
