@@ -64,7 +64,7 @@ class Service:
         self._stop_since_ns = 0
         supervisor.may_start = self.may_start
         supervisor.on_serving = self.on_serving
-        supervisor.on_failed = self.on_failed
+        supervisor.on_died = self.on_died
         supervisor.on_stopped = lambda life: self._stop_step()
         supervisor.ending = self.stopping
 
@@ -104,9 +104,11 @@ class Service:
         elif not self.booted:
             self._boot_step()
 
-    def on_failed(self, life: Life) -> None:
-        """A role has said that it cannot start."""
-        if not self.booted and not self.stopping:
+    def on_died(self, life: Life, failed: bool) -> None:
+        """While the service starts, a role that cannot is reason enough to end; later it is tried again and again."""
+        if self.booted or self.stopping:
+            return
+        if failed or (not life.served and life.crashes >= BOOT_CRASHES):
             self._give_up(f"{life.role.name}: {life.reason}")
 
     def _give_up(self, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 - `Supervisor(loop, world, domain, rows, calls)`; `adopt()` once; then events: `locks_died`, `process_ended`,
   `from_zygote`, `from_init`, `look_around` (after a wake-up), `check_hangs` (timer)
-- `may_start`, `on_serving`, `on_failed`, `on_stopped`: set by those who start and stop the service (service.py)
+- `may_start`, `on_serving`, `on_died`, `on_stopped`: set by those who start and stop the service (service.py)
 
 Death is noticed by the role lock (at once; a single-threaded process runs no instruction after it) or, where the role has
 threads or no lock was taken yet, by the pidfd. The intent is recorded, then the standby gets its order; the standby itself
@@ -67,7 +67,7 @@ class Supervisor:
         self.ending = False  # the service stops: nobody who ended in order is replaced
         self.may_start: Callable[[Life], bool] = lambda life: True
         self.on_serving: Callable[[Life], None] = lambda life: None
-        self.on_failed: Callable[[Life], None] = lambda life: None
+        self.on_died: Callable[[Life, bool], None] = lambda life, failed: None  # failed: it has said why
         self.on_stopped: Callable[[Life], None] = lambda life: None
         self._ended: dict[int, int] = {}  # pid: wait status, as init tells it
         self._hang_ns = int(world.config["kernel"]["hang_s"] * SECOND)
@@ -265,10 +265,11 @@ class Supervisor:
     def _bury(self, life: Life, pid: int) -> None:
         """The active process is dead: nothing of it runs any more."""
         now = time.monotonic_ns()
-        status = self._status_of(life, pid)
-        number = 0 if status is None else process.signal_of(status)
         header = physmap.header(life.role.number)
-        orderly = self.ending and status == 0 and header.state == lib.ATOLL_STATE_STOPPED
+        # Said after everything was handed over: it has nothing left to do but to end.
+        orderly = self.ending and header.state == lib.ATOLL_STATE_STOPPED and header.incarnation == life.incarnation
+        status = 0 if orderly else self._status_of(life, pid)
+        number = 0 if status is None else process.signal_of(status)
         if life.active is not None:
             self._unfollow(life.active)
             life.active = None
@@ -298,8 +299,7 @@ class Supervisor:
         life.record(self.rows)
         log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, f": {life.reason}" if life.reason else "")
         self.decide(life)
-        if failed:
-            self.on_failed(life)
+        self.on_died(life, failed)
 
     def _status_of(self, life: Life, pid: int) -> int | None:
         """Wait status of a dead or dying process: /proc tells it from the first moment, init once it has reaped.

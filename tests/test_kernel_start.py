@@ -1,0 +1,345 @@
+"""init with stand-in domains: start, clean stop, start after a death, and everything that keeps a service from starting."""
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kernelkit import ROLES, RUNNER, Service, alive, wait_for
+
+from atoll.ipc import objects
+from atoll.kernel.client import ControlError, NoServer
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    made = Service(tmp_path)
+    try:
+        yield made
+        left = made.end()
+        assert not left
+    finally:
+        made.end()
+
+
+def fails(service: Service) -> tuple[int, str]:
+    """Exit status and what it said; nothing of it is left."""
+    service.start(wait=False)
+    assert service.process is not None
+    status = service.process.wait(30)
+    return status, service.log_text()
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def test_start_and_stop(service: Service) -> None:
+    service.start()
+    assert stat.S_IMODE(os.stat(service.data / "control.sock").st_mode) == 0o600
+    said = service.output.read_text()
+    assert "nbd+unix:///disk?socket=" in said and "nbd://127.0.0.1:" in said
+    assert service.call("volume-list")["volumes"][0]["name"] == "disk"
+    assert service.stop() == 0
+    assert json.loads((service.data / "instance.json").read_text())["clean"] is True
+    assert [objects.list_objects(instance) for instance in service.instances] == [[]]
+    assert not (service.data / "control.sock").exists() and not (service.data / "nbd.sock").exists()
+    assert "taken over" not in service.log_text()
+    assert all(service.log_text().count(f"{role}: process") == 1 for role in ROLES), "nobody was replaced by the stop"
+    service.start()
+    assert service.ask("nic", "report")["starts"] == 1  # fresh arenas
+    assert service.stop() == 0
+
+
+def test_signals_stop_it(service: Service) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        service.start()
+        assert service.process is not None
+        service.process.send_signal(number)
+        assert service.process.wait(20) == 0
+
+
+def test_after_the_death_of_init_its_arenas_are_taken_over(service: Service) -> None:
+    service.start()
+    service.ping(500)
+    for turn in range(3):
+        rows = service.rows()
+        service.round_trip()
+        service.die()
+        assert not any(alive(row["pid"]) for row in rows.values())
+        service.start()
+        report = service.ask("nic", "report")
+        assert report["adopted"] is True
+        assert report["starts"] == turn + 2
+        assert service.ask("dedup", "report")["starts"] == turn + 2
+        assert service.ask("nbd", "report")["starts"] == 1
+        assert [volume["name"] for volume in service.call("volume-list")["volumes"]] == ["disk"]
+        service.ping(500)
+    service.round_trip()
+    assert "taken over" in service.log_text()
+    # A takeover after that is one like any other.
+    service.call("kill", role="nic", signal="KILL")
+    assert service.ask("nic", "report")["adopted"] is False
+    assert service.stop() == 0
+    service.start()
+    assert service.ask("nic", "report")["starts"] == 1
+
+
+def test_killed_again_while_it_takes_over(service: Service) -> None:
+    """The record says that something was acknowledged, whatever a start that was cut short has done to the arenas."""
+    service.start()
+    service.die()
+    for number in range(5):
+        service.start(wait=False)
+        assert service.process is not None
+        deadline = 0.05 * number
+
+        def late() -> bool:
+            assert service.process is not None
+            try:
+                service.process.wait(deadline)  # noqa: B023
+            except subprocess.TimeoutExpired:
+                return True
+            return True
+
+        wait_for("some time", late)
+        service.process.kill()
+        service.process.wait()
+    service.start()
+    assert service.ask("dedup", "report")["adopted"] is True
+    assert service.stop() == 0
+
+
+def test_shared_memory_that_is_gone_is_said(service: Service) -> None:
+    service.start()
+    service.die()
+    for instance in service.instances:
+        for name in objects.list_objects(instance):
+            objects.unlink(name)
+    service.start()
+    assert "acknowledged but not flushed are lost" in service.log_text()
+    assert service.ask("nic", "report")["starts"] == 1
+
+
+def test_a_second_instance(service: Service, tmp_path: Path) -> None:
+    service.start()
+    assert service.process is not None
+    second = Service(tmp_path)
+    second.log = tmp_path / "second"
+    status, said = fails(second)
+    assert status == 3
+    assert f"already running, pid {service.process.pid}" in last_line(said)
+    assert service.rows()["nic"]["state"] == "serving"
+
+
+def test_survivors_of_a_dead_init_are_ended(service: Service) -> None:
+    """A process that holds the lock of the data directory and is no init: left over from a run."""
+    service.start()
+    assert service.stop() == 0
+    left = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); time.sleep(999)",
+         str(service.data / "lock")], stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert left.stdout is not None
+        left.stdout.readline()
+        service.start()
+        assert left.wait(5) == -signal.SIGKILL
+        assert f"process {left.pid} of an earlier run" in service.log_text()
+    finally:
+        left.kill()
+        left.wait()
+        assert left.stdout is not None
+        left.stdout.close()
+
+
+def test_a_role_that_cannot_start_says_why(tmp_path: Path) -> None:
+    service = Service(tmp_path, fail="dedup")
+    try:
+        status, said = fails(service)
+        assert status == 1
+        assert last_line(said) == "atoll: dedup: stand-in dedup was told to fail"
+        assert json.loads((service.data / "instance.json").read_text())["clean"] is True
+    finally:
+        service.end()
+
+
+def test_a_role_that_dies_before_it_has_served_is_made_again_from_zeros(tmp_path: Path) -> None:
+    service = Service(tmp_path, die_fresh="nbd")
+    try:
+        service.start()
+        assert service.rows()["nbd"]["incarnation"] == 2
+        assert service.ask("nbd", "report")["starts"] == 1
+        assert service.stop() == 0
+    finally:
+        assert service.end() == []
+
+
+def test_a_role_that_always_crashes_keeps_the_service_from_starting(tmp_path: Path) -> None:
+    service = Service(tmp_path, **{"raise": "nbd"})
+    try:
+        status, said = fails(service)
+        assert status == 1
+        assert "RuntimeError: stand-in was told to raise" in said
+        assert "atoll: nbd: exited with 70, 4 times in a row" in last_line(said)
+    finally:
+        assert service.end() == []
+
+
+def test_bad_data_directories(service: Service, tmp_path: Path) -> None:
+    service.data.mkdir()
+    (service.data / "version").write_text("99\n")
+    status, said = fails(service)
+    assert status == 2 and "version '99', this program reads version 1" in last_line(said)
+    (service.data / "version").unlink()
+    service.config["data"] = str(tmp_path / "file" / "x")
+    (tmp_path / "file").write_text("")
+    status, said = fails(service)
+    assert status == 2 and "not writable" in last_line(said)
+
+
+def test_bad_devices(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(4096))
+    service.config["device"] = str(tmp_path / "small")
+    status, said = fails(service)
+    assert status == 1 and "too small: at least 128MiB" in last_line(said)
+    service.config["device"] = "/dev/no-such-device"
+    assert "no such device" in last_line(fails(service)[1])
+    service.config["device"] = "/dev/null"
+    assert "neither a file nor a block device" in last_line(fails(service)[1])
+    service.config.update(device=str(tmp_path / "huge"), device_bytes=1 << 60, sparse=False)
+    assert "cannot make it 1EiB long" in last_line(fails(service)[1])
+    assert not (tmp_path / "huge").exists()
+
+
+def test_bad_sockets(service: Service, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        service.config["listen"] = [f"127.0.0.1:{taken.getsockname()[1]}"]
+        status, said = fails(service)
+    assert status == 1 and "Address already in use" in last_line(said)
+    service.config["listen"] = []
+    service.config["unix"] = [str(tmp_path / "file")]
+    (tmp_path / "file").write_text("")
+    assert "exists and is no socket" in last_line(fails(service)[1])
+    with socket.socket(socket.AF_UNIX) as taken:
+        taken.bind(str(tmp_path / "taken"))
+        taken.listen()
+        service.config["unix"] = [str(tmp_path / "taken")]
+        assert "another process listens there" in last_line(fails(service)[1])
+    service.start()  # nobody listens any more: replaced
+    assert service.stop() == 0
+
+
+def test_many_listeners(service: Service, tmp_path: Path) -> None:
+    service.config["listen"] = ["127.0.0.1:0", "[::1]:0"]
+    service.config["unix"] = [str(tmp_path / "one"), str(tmp_path / "two")]
+    service.start()
+    uris = service.call("status")["uris"]
+    assert len(uris) == 4
+    assert sum(uri.startswith("nbd://[::1]:") for uri in uris) == 1
+
+
+def test_socket_activation(service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "activated"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    service.config.update(listen=[], unix=[])
+
+    program = (
+        "import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+        "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1], sys.argv[2]])"
+    )
+    with open(service.log, "ab") as log, open(service.output, "ab") as output:
+        service.process = subprocess.Popen(
+            [sys.executable, "-c", program, RUNNER, json.dumps(service.config)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+            preexec_fn=lambda: os.dup2(listener.fileno(), 3),
+            close_fds=False,
+        )
+    wait_for("it serves", service.serves)
+    assert service.call("status")["uris"] == [f"nbd+unix:///disk?socket={path}"]
+    assert service.stop() == 0
+    assert path.exists()  # not ours to remove
+    listener.close()
+
+
+def test_readiness_is_told(service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.settimeout(20)
+        service.start(environment={"NOTIFY_SOCKET": str(path)})
+        assert b"READY=1" in manager.recv(4096)
+        assert service.process is not None
+        service.process.terminate()
+        assert b"STOPPING=1" in manager.recv(4096)
+        assert service.process.wait(20) == 0
+
+
+def test_nobody_to_talk_to_afterwards(service: Service) -> None:
+    service.start()
+    assert service.stop() == 0
+    with pytest.raises(NoServer):
+        service.call("ps")
+
+
+def test_bad_requests(service: Service) -> None:
+    """Each gets an answer of one line; the kernel goes on."""
+    service.start()
+    for verb, arguments in (
+        ("nonsense", {}),
+        ("kill", {"role": "nobody"}),
+        ("kill", {"role": "nbd", "signal": "NONE"}),
+        ("kill", {"role": ["nbd"]}),
+        ("volume-create", {"name": 5}),
+        ("volume-create", {"name": "x", "size_bytes": -1}),
+        ("trace", {"action": "dance"}),
+        ("crash-point", {"name": 3}),
+        ("crash-point", {"name": "nobody:point"}),
+        ("call", {"role": "nbd", "message": 3}),
+        ("call", {"role": "nbd", "message": {"call": "stop"}}),
+        ("call", {"role": "nbd", "message": {"call": "x" * 100_000}}),
+    ):
+        with pytest.raises(ControlError) as caught:
+            service.call(verb, **arguments)
+        assert "\n" not in str(caught.value) and "internal error" not in str(caught.value), str(caught.value)
+    for data in (b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\xc1", b"\x00\x00\x00\x02\x92\x01", b"GET / HTTP/1.0\r\n\r\n"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(service.data / "control.sock"))
+            client.sendall(data)
+            client.settimeout(5)
+            assert client.recv(65536)
+    idle = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    for client in idle:  # who says half a request holds up nobody
+        client.connect(str(service.data / "control.sock"))
+        client.sendall(b"\x00\x00")
+    assert service.rows()["kernel"]["incarnation"] == 1
+    for client in idle:
+        client.close()
+
+
+def test_trace_and_crash_points(service: Service) -> None:
+    service.start()
+    number = service.call("trace", action="arm")["trace"]
+    service.ping(50)
+    service.round_trip()
+    records = service.call("trace", action="collect")["domains"]
+    service.call("trace", action="disarm", trace=number)
+    assert all(len(records[role]["records"]) >= 50 * 64 for role in ROLES)
+    before = service.rows()["disk"]
+    service.call("crash-point", name="disk:commit.after")
+    service.ping(10)
+    assert service.replaced("disk", before["pid"])["disk"]["restarts"] == 1
+    service.round_trip()
