@@ -42,6 +42,8 @@ class Options:
     transport: str = "both"
     read_percent: float = 50.0
     duplicate_percent: float = 50.0
+    small: bool = False  # no request above 32 KiB
+    rate: float = 0.0  # requests per second in all; 0: as fast as they are answered
     size_bytes: int = 256 << 20
     volume: str | None = None  # an existing one; all its contents are lost
     workers: int | None = None
@@ -127,7 +129,7 @@ def _plans(options: Options, targets: list[Target], size_bytes: int, count: int)
         dealt[number % count].append(targets[(number // count + number) % len(targets)])
     return [
         Plan(worker, options.seed, dealt[worker], worker * region, region, options.depth, options.read_percent,
-             options.duplicate_percent)
+             options.duplicate_percent, options.small, options.rate / count)
         for worker in range(count)
     ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from atoll.kernel.chaos_model import POOL, SECTOR, Finding, Ids, Model, Span, bl
 
 # Nothing is silent for so long by right: what is outstanding then is given up and counted as a drop.
 PATIENCE_S = 60.0
-EXAMPLES_MAX = 20
+TROUBLES_MAX = 10_000
 
 _FIGURES = ("replies", "bytes", "errors", "drops", "wrong_sectors", "lost_sectors", "checked_bytes", "churns")
 
@@ -50,22 +50,36 @@ class Plan:
     depth: int  # requests in flight per connection
     read_percent: float
     duplicate_percent: float
+    small: bool = False  # at most 32 KiB each
+    rate: float = 0.0  # requests per second of this worker; 0: as fast as they are answered
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Something that must not happen."""
+
+    time_ns: int  # CLOCK_MONOTONIC
+    kind: str  # drop, error, wrong, lost
+    text: str
 
 
 @dataclass
 class Report:
     worker: int
     counts: dict[str, int] = field(default_factory=dict)  # replies by command
-    drops: list[str] = field(default_factory=list)  # what was said, with the time since the start
-    errors: list[str] = field(default_factory=list)
-    findings: list[str] = field(default_factory=list)
+    troubles: list[Trouble] = field(default_factory=list)  # the first TROUBLES_MAX
     wrong_bytes: int = 0
-    # One entry per reply: monotonic ns, connection of the worker, milliseconds it took.
+    # One entry per reply: when (monotonic ns), connection of the worker, time since it was asked, and time during which
+    # that connection, with requests outstanding, had heard nothing.
     times_ns: Any = None
     connections: Any = None
     latency_us: Any = None
-    sizes: Any = None
+    silence_us: Any = None
     failure: str = ""  # the worker itself failed
+
+    def note(self, kind: str, text: str) -> None:
+        if len(self.troubles) < TROUBLES_MAX:
+            self.troubles.append(Trouble(time.monotonic_ns(), kind, text))
 
 
 class Shared:
@@ -104,11 +118,13 @@ class Worker:
         self.poll = select.epoll()
         self.cookie = 0
         self.unique = (plan.worker + 1) << 40
-        self.began = time.monotonic_ns()
+        self.began = time.monotonic()
+        self.submitted = 0
+        self.heard_ns = [0] * len(plan.targets)
         self.times: list[int] = []
         self.who: list[int] = []
         self.took: list[int] = []
-        self.sizes: list[int] = []
+        self.silences: list[int] = []
 
     # --- Connections ---
 
@@ -127,7 +143,7 @@ class Worker:
     def drop(self, index: int, why: str) -> None:
         """The connection is gone: what was under way has an uncertain outcome."""
         self.shared.add(self.plan.worker, "drops")
-        self._note(self.report.drops, f"{self.plan.targets[index].transport} connection {index}: {why}")
+        self.report.note("drop", f"{self.plan.targets[index].transport} connection {index}: {why}")
         link = self.links[index]
         if link is not None:
             self.poll.unregister(link.fileno())
@@ -141,10 +157,6 @@ class Worker:
             else:
                 self.model.end_write(flight.span, certain=False)
         self.flights[index].clear()
-
-    def _note(self, texts: list[str], text: str) -> None:
-        if len(texts) < EXAMPLES_MAX:
-            texts.append(f"{(time.monotonic_ns() - self.began) / 1e9:.3f} s: {text}")
 
     # --- Requests ---
 
@@ -201,6 +213,8 @@ class Worker:
             return first, first + count
         if kind < 0.65:
             blocks = 1
+        elif self.plan.small:
+            blocks = choose.randrange(2, 9)
         elif kind < 0.95:
             blocks = choose.randrange(2, 33)
         else:
@@ -220,16 +234,18 @@ class Worker:
     # --- Replies ---
 
     def handle(self, index: int, reply: nbd.Reply, now: int) -> None:
+        oldest_ns = next(iter(self.flights[index].values())).sent_ns
         flight = self.flights[index].pop(reply.cookie)
         self.times.append(now)
         self.who.append(index)
         self.took.append((now - flight.sent_ns) // 1000)
-        self.sizes.append(flight.length)
+        self.silences.append((now - max(oldest_ns, self.heard_ns[index])) // 1000)
+        self.heard_ns[index] = now
         name = nbd.NAMES[flight.command]
         self.report.counts[name] = self.report.counts.get(name, 0) + 1
         if reply.error:
             self.shared.add(self.plan.worker, "errors")
-            self._note(self.report.errors, f"{name}: error {reply.error} on connection {index}")
+            self.report.note("error", f"{name}: error {reply.error} on connection {index}")
         span = flight.span
         if span is None:
             return
@@ -246,8 +262,8 @@ class Worker:
             self.shared.add(self.plan.worker, "lost_sectors" if finding.lost else "wrong_sectors")
             self.report.wrong_bytes += finding.wrong_bytes
             sector = finding.sector + self.plan.first_sector
-            self._note(
-                self.report.findings,
+            self.report.note(
+                "lost" if finding.lost else "wrong",
                 f"{when}, byte {sector * SECTOR}: {'lost write' if finding.lost else 'wrong content'},"
                 f" expected {finding.expected:#x}, found {finding.found:#x}",
             )
@@ -289,7 +305,9 @@ class Worker:
             tries = 0
             while refill and len(self.flights[index]) < self.plan.depth and tries < self.plan.depth * 4:
                 tries += 1
-                self.submit(index)
+                if self.plan.rate and self.submitted >= (moment - self.began) * self.plan.rate:
+                    break
+                self.submitted += self.submit(index)
             try:
                 link.pump_out()
             except nbd.LinkLost as error:
@@ -301,7 +319,7 @@ class Worker:
         for index in range(len(self.links)):
             self.connect(index)
         while not self.commands.poll():
-            self.turn(0.1, refill=True)
+            self.turn(min(0.1, 1 / self.plan.rate) if self.plan.rate else 0.1, refill=True)
         deadline = time.monotonic() + PATIENCE_S + 5
         while any(self.flights) and time.monotonic() < deadline:
             self.turn(0.1, refill=False)
@@ -313,7 +331,7 @@ class Worker:
         report.times_ns = np.array(self.times, np.int64)
         report.connections = np.array(self.who, np.int32)
         report.latency_us = np.array(self.took, np.int64)
-        report.sizes = np.array(self.sizes, np.int64)
+        report.silence_us = np.array(self.silences, np.int64)
         return report
 
     def verify(self) -> None:
@@ -330,14 +348,14 @@ class Worker:
                 data = self._read_now(link, at, count)
             except (nbd.LinkLost, nbd.BadReply) as error:
                 self.shared.add(self.plan.worker, "drops")
-                self._note(self.report.drops, f"at the final check: {error}")
+                self.report.note("drop", f"at the final check: {error}")
                 link, tries = None, tries + 1
                 if tries > 20:
                     raise
                 continue
             if data is None:
                 self.shared.add(self.plan.worker, "errors")
-                self._note(self.report.errors, f"final check: byte {(at + self.plan.first_sector) * SECTOR}")
+                self.report.note("error", f"final check: byte {(at + self.plan.first_sector) * SECTOR}")
             else:
                 self.shared.add(self.plan.worker, "checked_bytes", count * SECTOR)
                 self.found(self.model.check_all(at, data), "final check")
@@ -379,7 +397,6 @@ def churn(worker: int, targets: list[Target], shared: Shared, commands: Connecti
     """Connects, negotiates, reads a block and leaves, so that kills meet connections at their beginning too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = Report(worker)
-    began = time.monotonic_ns()
     times: list[int] = []
     took: list[int] = []
     number = 0
@@ -395,8 +412,7 @@ def churn(worker: int, targets: list[Target], shared: Shared, commands: Connecti
                 link.close()
         except (nbd.LinkLost, nbd.BadReply) as error:
             shared.add(worker, "drops")
-            if len(report.drops) < EXAMPLES_MAX:
-                report.drops.append(f"{(start - began) / 1e9:.3f} s: new {target.transport} connection: {error}")
+            report.note("drop", f"new {target.transport} connection: {error}")
         now = time.monotonic_ns()
         times.append(now)
         took.append((now - start) // 1000)
@@ -405,7 +421,7 @@ def churn(worker: int, targets: list[Target], shared: Shared, commands: Connecti
     report.times_ns = np.array(times, np.int64)
     report.connections = np.zeros(len(times), np.int32)
     report.latency_us = np.array(took, np.int64)
-    report.sizes = np.zeros(len(times), np.int64)
+    report.silence_us = report.latency_us
     with contextlib.suppress(OSError):
         commands.send(report)
 

@@ -4,9 +4,9 @@
 - `table(result)`      rich renderables for a person
 - `plot(result, file)` throughput over time, kills marked
 
-Silence: the time between two replies on one connection, which always has requests in flight. Of a kill: the longest
-one that any connection saw between the kill and a quarter of a second after the successor served (or the next kill).
-Of comparison: the same over the quiet stretches.
+Silence: time in which a connection, with requests outstanding, hears nothing. Of a kill: the longest one that any
+connection saw between the kill and a quarter of a second after the successor served (or the next kill). To
+compare with: the same where nobody dies. Trouble counts for the role that was killed last before it.
 
 Throughput lost: within the one run, replies in a window after each kill against the quiet stretch between that
 window and the next kill, and that before. A kill's loss is the replies missing in its window; the share is the sum of
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.kernel.chaos_kill import Kill
-from atoll.kernel.chaos_load import Report
+from atoll.kernel.chaos_load import Report, Trouble
 
 AFTER_SERVING_NS = 250_000_000
 # The window after a kill in which its loss is looked for, at most half of the time to the next one.
@@ -32,11 +32,12 @@ RESAMPLES = 2000
 def evaluate(
     options: Any, reports: Sequence[Report], totals: dict[str, int], kills: Sequence[Kill], began: int, ended: int
 ) -> dict[str, Any]:
-    load = [report for report in reports if report.latency_us is not None and report.sizes is not None]
+    load = [report for report in reports if report.times_ns is not None]
     busy = [report for report in load if report.worker != len(reports) - 1 or not options.churn]
     churn = [report for report in load if report not in busy]
     connections = _connections(busy, began, ended)
-    times = np.sort(np.concatenate([*connections, np.zeros(0, np.int64)]))
+    times = np.sort(np.concatenate([*(own for own, _ in connections), np.zeros(0, np.int64)]))
+    troubles = sorted((trouble for report in reports for trouble in report.troubles), key=lambda each: each.time_ns)
     silences = [_silence(kill, kills, connections, ended) for kill in kills]
     quiet = _quiet_silences(kills, connections, began, ended)
     lost = _throughput_lost(kills, times, began, ended)
@@ -65,17 +66,14 @@ def evaluate(
             "wrong_sectors": totals["wrong_sectors"],
             "lost_writes": totals["lost_sectors"],
         },
-        "roles": {
-            role: _of_role([kill for kill in kills if kill.role == role], silences, kills)
-            for role in sorted({kill.role for kill in kills})
-        },
+        "roles": {role: _of_role(role, kills, silences, troubles) for role in sorted({kill.role for kill in kills})},
         "kills": len(kills),
         "silence_ms": _percentiles(np.array(silences)),
         "quiet_silence_ms": _percentiles(quiet),
         "throughput_lost": lost,
         "failures": failures
         + [f"{kill.role}: {kill.error}" for kill in missing]
-        + [text for report in reports for text in (*report.drops, *report.errors, *report.findings)],
+        + [f"{(trouble.time_ns - began) / 1e9:.3f} s: {trouble.text}" for trouble in troubles[:50]],
         "events": [
             {**kill.as_dict(began), "silence_ms": round(silence, 3)}
             for kill, silence in zip(kills, silences, strict=True)
@@ -91,52 +89,67 @@ def _percentiles(values: NDArray[Any]) -> dict[str, float] | None:
     return {"p10": round(low, 3), "p50": round(median, 3), "p99": round(high, 3), "max": round(most, 3)}
 
 
-def _of_role(own: Sequence[Kill], silences: Sequence[float], kills: Sequence[Kill]) -> dict[str, Any]:
+def _of_role(
+    role: str, kills: Sequence[Kill], silences: Sequence[float], troubles: Sequence[Trouble]
+) -> dict[str, Any]:
     def known(values: list[float | None]) -> NDArray[Any]:
         return np.array([value for value in values if value is not None])
 
+    own = [kill for kill in kills if kill.role == role]
+    blamed = [trouble for trouble in troubles if _killed_before(kills, trouble.time_ns) == role]
     return {
         "kills": len(own),
         "detect_ms": _percentiles(known([kill.detect_ms for kill in own])),
         "serving_ms": _percentiles(known([kill.serving_ms for kill in own])),
-        "silence_ms": _percentiles(np.array([s for kill, s in zip(kills, silences, strict=True) if kill in own])),
+        "silence_ms": _percentiles(np.array([s for kill, s in zip(kills, silences, strict=True) if kill.role == role])),
+        "connection_drops": sum(trouble.kind == "drop" for trouble in blamed),
+        "errors": sum(trouble.kind == "error" for trouble in blamed),
+        "wrong_sectors": sum(trouble.kind == "wrong" for trouble in blamed),
+        "lost_writes": sum(trouble.kind == "lost" for trouble in blamed),
     }
+
+
+def _killed_before(kills: Sequence[Kill], time_ns: int) -> str | None:
+    earlier = [kill for kill in kills if kill.time_ns <= time_ns]
+    return max(earlier, key=lambda kill: kill.time_ns).role if earlier else None
 
 
 # --- Silence ---------------------------------------------------------------------------------------------------------
 
 
-def _connections(reports: Sequence[Report], began: int, ended: int) -> list[NDArray[Any]]:
-    """Times of the replies during the run, one array per connection."""
+Heard = tuple[NDArray[Any], NDArray[Any]]  # of a connection: when replies came, and how long it was silent before each
+
+
+def _connections(reports: Sequence[Report], began: int, ended: int) -> list[Heard]:
+    """Of the run itself, one per connection."""
     found = []
     for report in reports:
-        if report.times_ns is None:
-            continue
         inside = (report.times_ns >= began) & (report.times_ns <= ended)
         for number in np.unique(report.connections):
-            found.append(report.times_ns[inside & (report.connections == number)])
+            own = inside & (report.connections == number)
+            found.append((report.times_ns[own], report.silence_us[own]))
     return found
 
 
-def _longest(times: NDArray[Any], start: int, end: int) -> float:
-    """The longest time between two replies that touches [start, end], in ms."""
-    if len(times) < 2:
-        return 0.0
-    first = max(1, int(np.searchsorted(times, start, "right")))
-    last = min(len(times) - 1, int(np.searchsorted(times, end, "left")))
-    if last < first:
-        return 0.0
-    return float(np.max(times[first : last + 1] - times[first - 1 : last])) / 1e6
+def _longest(heard: Heard, start: int, end: int) -> float:
+    """The longest silence that touches [start, end], in ms."""
+    times, silences = heard
+    first = int(np.searchsorted(times, start, "left"))
+    last = int(np.searchsorted(times, end, "right"))
+    longest = int(silences[first:last].max()) if last > first else 0
+    if last < len(times) and times[last] - int(silences[last]) * 1000 <= end:
+        longest = max(longest, int(silences[last]))
+    return longest / 1000
 
 
-def _silence(kill: Kill, kills: Sequence[Kill], connections: Sequence[NDArray[Any]], ended: int) -> float:
+def _silence(kill: Kill, kills: Sequence[Kill], connections: Sequence[Heard], ended: int) -> float:
     end = kill.time_ns + int((kill.serving_ms or 1000.0) * 1e6) + AFTER_SERVING_NS
     later = [other.time_ns for other in kills if other.time_ns > kill.time_ns and other.paired_with is None]
     end = min([end, ended, *later])
-    return max((_longest(times, kill.time_ns, end) for times in connections), default=0.0)
+    return max((_longest(heard, kill.time_ns, end) for heard in connections), default=0.0)
 
 
-def _quiet_silences(kills: Sequence[Kill], connections: Sequence[NDArray[Any]], began: int, ended: int) -> NDArray[Any]:
+def _quiet_silences(kills: Sequence[Kill], connections: Sequence[Heard], began: int, ended: int) -> NDArray[Any]:
     """What connections see where nobody dies: the longest silence in stretches as long as those after kills."""
     found = []
     edges = [began, *[kill.time_ns for kill in kills], ended]
@@ -144,7 +157,7 @@ def _quiet_silences(kills: Sequence[Kill], connections: Sequence[NDArray[Any]], 
         middle = start + (end - start) // 2
         stretch_end = min(end - 20_000_000, middle + AFTER_SERVING_NS)
         if stretch_end - middle >= AFTER_SERVING_NS // 2:
-            found.append(max((_longest(times, middle, stretch_end) for times in connections), default=0.0))
+            found.append(max((_longest(heard, middle, stretch_end) for heard in connections), default=0.0))
     return np.array(found)
 
 

@@ -57,6 +57,11 @@ def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     "--duplicates", "duplicate_percent", metavar="PERCENT", type=click.FloatRange(0, 100), default=50.0,
     show_default=True, help="Writes whose blocks occur elsewhere too.",
 )  # fmt: skip
+@click.option("--small", is_flag=True, help="No request above 32 KiB; default is every size up to 1 MiB.")
+@click.option(
+    "--rate", metavar="PER SECOND", type=click.FloatRange(0), default=0.0,
+    help="Requests in all; leaves the machine idle time, so that silences are the server's.  [default: no limit]",
+)  # fmt: skip
 @click.option(
     "--size", "size_bytes", metavar="SIZE", default="256MiB", show_default=True, callback=_size,
     help="Of the volume, which is made for the run.",
