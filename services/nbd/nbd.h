@@ -221,6 +221,7 @@ uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_byte
 /* A copy of one volume, good while its version is the one in the table. */
 struct nbd_volume {
     uint32_t known;     /* 1: the rest is set */
+    char name[257];     /* with its zero byte, for texts */
     struct atoll_volume copy;
 };
 
@@ -253,7 +254,7 @@ void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, c
 /* --- volumes.c --- */
 /* The volume as published now. It is read again only if its version has changed. */
 enum nbd_look nbd_look(struct nbd *nbd, uint32_t id, uint32_t generation, const struct atoll_volume **volume);
-/* Its name for texts, "" if it cannot be had. Valid until the next call. */
+/* Its name for texts, "" if it cannot be had. Valid until the table is looked at again. */
 const char *nbd_volume_name(struct nbd *nbd, uint32_t id, uint32_t generation);
 
 /* --- reply.c --- Each fills address, length and segment_count of `message` with what is to be sent. */

@@ -113,7 +113,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
         nbd_explain(slot, status, 0, nbd_volume_name(nbd, slot->volume, slot->generation), text);
     } else {
         status = (uint32_t)nbd_validate(&request, features, volume->size_bytes, (volume->flags & ATOLL_VOLUME_READONLY) != 0,
-                                        nbd_volume_name(nbd, slot->volume, slot->generation), text);
+                                        nbd->volumes[slot->volume].name, text);
     }
     if (status == ATOLL_OK && request.type == NBD_CMD_DISC) { /* with a payload, which it may not have */
         nbd_close(nbd, message->identity, message->part, ATOLL_FLAG_DISCARD);

@@ -40,6 +40,8 @@ static bool refresh(struct nbd *nbd, const struct atoll_volume *volumes, uint32_
         cached->copy.version = version;
         if (cached->copy.name_bytes > sizeof cached->copy.name)
             cached->copy.name_bytes = sizeof cached->copy.name;
+        memcpy(cached->name, cached->copy.name, cached->copy.name_bytes);
+        cached->name[cached->copy.name_bytes] = 0;
         cached->known = 1;
         return true;
     }
@@ -63,14 +65,8 @@ enum nbd_look nbd_look(struct nbd *nbd, uint32_t id, uint32_t generation, const 
 
 const char *nbd_volume_name(struct nbd *nbd, uint32_t id, uint32_t generation)
 {
-    static char name[ATOLL_VOLUME_NAME_BYTES + 1];
     const struct atoll_volume *volume;
-    name[0] = 0;
-    if (nbd_look(nbd, id, generation, &volume) == NBD_LOOK_READY) {
-        memcpy(name, volume->name, volume->name_bytes);
-        name[volume->name_bytes] = 0;
-    }
-    return name;
+    return nbd_look(nbd, id, generation, &volume) == NBD_LOOK_READY ? nbd->volumes[id].name : "";
 }
 
 int nbd_volumes(struct nbd *nbd, struct atoll_volume *out)
