@@ -69,6 +69,7 @@ void nic_accepted(struct nic *nic, struct nic_connection *connection)
     nic_set32(nic, &connection->receive_state, NIC_RX_HOLD);
     nic_set32(nic, &connection->framing, ATOLL_FRAMING_KEEP);
     nic_set32(nic, &connection->receive_slot, 0);
+    nic_set32(nic, &connection->held_slot, 0);
     nic_set32(nic, &connection->end_of_stream, 0);
     nic_set32(nic, &connection->announced, 0);
     nic_set32(nic, &connection->send_offset, 0);

@@ -147,6 +147,8 @@ void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
         if (!(outcome->flags & IORING_CQE_F_MORE))
             hint->registered = false;
         hint->readable = hint->writable = true;
+        if (outcome->result > 0 && (outcome->result & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)))
+            hint->hangup = true;
         nic_schedule(nic, index);
         break;
     }
@@ -219,6 +221,8 @@ static void look(struct nic *nic, int timeout_ms)
             struct nic_hint *hint = &nic->hints[what];
             if (mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
                 hint->readable = true;
+            if (mask & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+                hint->hangup = true;
             if (mask & (EPOLLOUT | EPOLLHUP | EPOLLERR))
                 hint->writable = true;
             nic_schedule(nic, (uint32_t)what);

@@ -64,8 +64,11 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
     }
     if (slot->reply_flags & ATOLL_FLAG_CLOSE)
         nic_end(nic, connection);
-    else if (last || (message->flags & ATOLL_FLAG_DISCARD))
-        nic_receive_discard(nic, connection, slot);
+    else if ((last || (message->flags & ATOLL_FLAG_DISCARD)) && nic_receive_discard(nic, connection, slot) && last) {
+        /* Clients (libnbd among them) know no answer to a request that they have not sent to its end. */
+        nic_set32(nic, &connection->held_slot, (uint32_t)(slot - nic->area->slots) + 1);
+        return;
+    }
 
     if (connection->phase == NIC_OPEN || connection->phase == NIC_ENDING)
         nic_send_queue(nic, connection, slot);

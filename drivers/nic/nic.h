@@ -129,6 +129,8 @@ struct nic_connection {
     uint32_t announced;           /* 1: nbd knows the connection */
     uint32_t end_of_stream;       /* 1: the peer sends nothing more */
     uint32_t listener;
+    uint32_t held_slot;           /* slot + 1 whose reply waits until the rest of its payload is thrown away, 0 none */
+    uint32_t reserved_a;
     /* Not journaled: statistics and clocks (CLOCK_MONOTONIC). */
     uint64_t accepted_ns;
     uint64_t received_ns;         /* last progress in receiving */
@@ -138,7 +140,7 @@ struct nic_connection {
     uint64_t requests;
     uint32_t address_length;
     uint8_t address[28];          /* struct sockaddr of the peer, cut */
-    uint8_t reserved[96];
+    uint8_t reserved[88];
 };
 
 enum nic_slot_state { NIC_SLOT_FREE = 0, NIC_SLOT_OPEN = 1, NIC_SLOT_OPTION = 2, NIC_SLOT_REQUEST = 3, NIC_SLOT_CLOSED = 4 };
@@ -305,6 +307,7 @@ static inline uint32_t nic_queue_take(struct nic_queue *queue)
 /* What is guessed or remembered of a connection. */
 struct nic_hint {
     bool readable, writable;   /* until the socket says otherwise */
+    bool hangup;               /* the peer's end was seen in epoll, which does not tell it twice: read until it comes */
     bool registered;           /* in this process's epoll set */
     bool want_shutdown;
     bool descriptor_pending, drain_pending;
@@ -453,7 +456,7 @@ void nic_receive(struct nic *nic, struct nic_connection *connection);
 void nic_received(struct nic *nic, struct nic_connection *connection, int32_t result);
 void nic_receive_next(struct nic *nic, struct nic_slot *slot);
 /* nbd wants no more payload of this slot, or the connection will not deliver it. */
-void nic_receive_discard(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
+bool nic_receive_discard(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
 void nic_receive_abort(struct nic *nic, struct nic_connection *connection);
 void nic_window_set(struct nic *nic, struct nic_connection *connection, struct nic_window window);
 void nic_window_release(struct nic *nic, struct nic_connection *connection);

@@ -254,13 +254,14 @@ void nic_receive_next(struct nic *nic, struct nic_slot *slot)
         nic_schedule(nic, slot->connection);
 }
 
-void nic_receive_discard(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
+bool nic_receive_discard(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
 {
     nic_set32(nic, &slot->flags, (slot->flags | NIC_SLOT_ABORTED) & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE));
     if (!slot_is_received(nic, connection, slot))
-        return;
+        return false;
     nic_schedule(nic, slot->connection);
     nic_set32(nic, &connection->receive_slot, 0);
+    uint64_t left = slot->payload_bytes - slot->payload_received;
     switch (connection->receive_state) {
     case NIC_RX_PAGES:
         leave_page_queue(nic, slot->connection);
@@ -270,19 +271,33 @@ void nic_receive_discard(struct nic *nic, struct nic_connection *connection, str
         drop_part(nic, slot);
         break;
     case NIC_RX_HOLD: /* discard_bytes was set with the frame */
-        nic_set32(nic, &connection->receive_state, connection->discard_bytes != 0 ? NIC_RX_DISCARD : NIC_RX_HEADER);
-        return;
+        left = connection->discard_bytes;
+        break;
     default:
-        return;
+        return false;
     }
-    uint32_t left = slot->payload_bytes - slot->payload_received;
-    if (left != 0)
+    if (left != connection->discard_bytes)
         atoll_set64(nic->journal, &connection->discard_bytes, left);
     nic_set32(nic, &connection->receive_state, left != 0 ? NIC_RX_DISCARD : NIC_RX_HEADER);
+    return left != 0;
+}
+
+/* The reply that waited for the end of its request's payload can go, or will never go. */
+static void release_held(struct nic *nic, struct nic_connection *connection)
+{
+    if (connection->held_slot == 0)
+        return;
+    struct nic_slot *slot = &nic->area->slots[connection->held_slot - 1];
+    nic_set32(nic, &connection->held_slot, 0);
+    if (connection->phase == NIC_OPEN || connection->phase == NIC_ENDING)
+        nic_send_queue(nic, connection, slot);
+    else
+        nic_reply_done(nic, connection, slot); /* swallowed */
 }
 
 void nic_receive_abort(struct nic *nic, struct nic_connection *connection)
 {
+    release_held(nic, connection);
     if (connection->receive_state == NIC_RX_END)
         return;
     if (connection->receive_slot != 0 && connection->receive_state != NIC_RX_HOLD) {
@@ -416,8 +431,10 @@ static bool parse(struct nic *nic, struct nic_connection *connection)
             }
             window.begin += count;
             atoll_set64(nic->journal, &connection->discard_bytes, connection->discard_bytes - count);
-            if (connection->discard_bytes == 0)
+            if (connection->discard_bytes == 0) {
                 nic_set32(nic, &connection->receive_state, NIC_RX_HEADER);
+                release_held(nic, connection);
+            }
             break;
         }
         default:
@@ -525,7 +542,7 @@ void nic_received(struct nic *nic, struct nic_connection *connection, int32_t re
     if (!hint->readable)
         hint->speculate = true;
     /* A short read of a stream empties it; what comes later shows in epoll. */
-    hint->readable = hint->asked == 0 || count == hint->asked;
+    hint->readable = hint->hangup || hint->asked == 0 || count == hint->asked;
     connection->received_ns = nic->now_ns;
     connection->received_bytes += count;
     atoll_count(nic->domain, NIC_RECEIVED_BYTES, count);
