@@ -1,11 +1,11 @@
 """Calls of the kernel to domains, in order, one at a time for each; answers go to callbacks.
 
-- `Calls(client, now_ns)`; `call(role, message, done, timeout_s)`: `done` gets the answer, or {"ok": False, "error": text}
+- `Calls(client, on_event)`; `call(role, message, done, timeout_s)`: `done` gets the answer, or one that is not "ok"
 - `poll()` after a wake-up; `served(role)` when an incarnation serves: an open call is repeated to it
 - `expire()` returns when it wants to be called again (ns), or None
 
-After a crash of the domain: the call is repeated by its number, and answered once. After a crash of the kernel: the answer
-to a call of its predecessor is taken and dropped; whoever asked has lost his connection and asks again.
+After a crash of the domain: the call is repeated by its number, and answered once. After a crash of the kernel: the
+answer to a call of its predecessor is taken and dropped; whoever asked has lost his connection and asks again.
 """
 
 import logging

@@ -9,8 +9,8 @@ A connection carries any number of requests, answered one after another. Verbs: 
 
 - `Server(loop, listener, answer)`; `answer(verb, arguments, reply)` calls `reply(map)` now or later
 
-Nobody is waited for: what a client does not read is kept for it up to REPLY_BYTES_MAX, then it is dropped. After a crash of
-the kernel its connections are closed, the listening socket is init's, and clients ask the successor.
+Nobody is waited for: what a client does not read is kept for it up to REPLY_BYTES_MAX, then it is dropped. After a
+crash of the kernel its connections are closed, the listening socket is init's, and clients ask the successor.
 """
 
 import logging

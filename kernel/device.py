@@ -53,10 +53,10 @@ def open_device(config: dict[str, Any]) -> Device:
 
 
 def _make(config: dict[str, Any]) -> None:
-    """Makes the file if there is none; an existing one is never shortened, and lengthened only where that was asked for."""
+    """Makes the file if there is none. One that exists is never shortened, lengthened only if asked for."""
     path, wanted = config["device"], config["device_bytes"]
     try:
-        found = os.stat(path)
+        found = Path(path).stat()
     except FileNotFoundError:
         found = None
     except OSError as error:
@@ -78,11 +78,11 @@ def _make(config: dict[str, Any]) -> None:
             os.posix_fallocate(descriptor, 0, wanted)
     except OSError as error:
         if found is None:
-            os.unlink(path)  # not half a device, which the next start would take for a whole one
+            Path(path).unlink()  # not half a device, which the next start would take for a whole one
         room = os.statvfs(Path(path).parent)
         raise BootError(
             f"device {path}: cannot make it {format_size(wanted)} long: {error.strerror}"
-            f" ({format_size(room.f_bavail * room.f_frsize // (1 << 20) * (1 << 20))} free; --sparse makes it as it fills)"
+            f" ({format_size(room.f_bavail * room.f_frsize >> 20 << 20)} free; --sparse makes it as it fills)"
         ) from None
     finally:
         os.close(descriptor)
@@ -90,7 +90,7 @@ def _make(config: dict[str, Any]) -> None:
 
 def _open(path: str) -> tuple[int, bool]:
     flags = os.O_RDWR | os.O_CLOEXEC
-    if stat.S_ISBLK(os.stat(path).st_mode):
+    if stat.S_ISBLK(Path(path).stat().st_mode):
         flags |= os.O_EXCL  # a claim against every other user of the device, mounted file systems included
     try:
         return os.open(path, flags | os.O_DIRECT), True

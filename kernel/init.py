@@ -3,8 +3,8 @@ whoever dies, forks either again, and ends the service when it is told to.
 
 - `run(config) -> exit status`
 
-All processes of the instance are its children and die with it. After a crash of init: the data directory holds the record of
-the instance, shared memory the acknowledged writes; the next `run` adopts them.
+All processes of the instance are its children and die with it. After a crash of init: the data directory holds the
+record of the instance, shared memory the acknowledged writes; the next `run` adopts them.
 """
 
 import contextlib
@@ -103,9 +103,9 @@ class Init:
                     self._fork(child)
             poll.poll(self._patience_ms())
             with contextlib.suppress(BlockingIOError):
-                for number in wake.recv(4096):
-                    if number in STOP_SIGNALS:
-                        self._stop(signal.Signals(number).name)
+                for received in wake.recv(4096):
+                    if received in STOP_SIGNALS:
+                        self._stop(signal.Signals(received).name)
             self._reap()
             self._listen(channel)
             self._look_at_kernel()

@@ -1,6 +1,6 @@
 """The data directory: whose it is, what the last run left, and what this run writes down for the next one.
 
-    DATA/lock            flock held by init and, by inheritance, by every process of the instance; first line: pid, start time
+    DATA/lock            flock held by init and, by inheritance, by every process of the instance; pid, start time
     DATA/version         version of the directory's layout
     DATA/instance.json   what init made, and whether it came to a clean end (struct `Record`)
     DATA/control.sock    control socket (kernel/control.py)
@@ -89,7 +89,7 @@ class Record:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, folder / "instance.json")
+        fresh.replace(folder / "instance.json")
 
 
 class Directory:

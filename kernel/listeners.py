@@ -11,6 +11,7 @@ import os
 import socket
 import stat
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -119,7 +120,7 @@ def remove_stale_socket(path: str) -> None:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
-            os.unlink(path)
+            Path(path).unlink()
             return
         except BlockingIOError:
             pass  # its backlog is full: somebody listens
@@ -130,7 +131,7 @@ def _listener(each: socket.socket) -> Listener:
     each.setblocking(False)
     name = each.getsockname()
     if each.family == socket.AF_UNIX:
-        kind, address = "unix", os.path.abspath(os.fsdecode(name)) if name else ""
+        kind, address = "unix", str(Path(os.fsdecode(name)).absolute()) if name else ""
     else:
         kind = "tcp"
         host = f"[{name[0]}]" if each.family == socket.AF_INET6 else name[0]

@@ -3,8 +3,8 @@
 - `run(world)`   never returns
 
 It is never on the data path: while it is dead, data flows on. After a crash: init forks the next one within a few
-milliseconds, which takes the kernel's own role lock, finds its predecessor's records in the arena (records.py), and adopts what
-runs (supervisor.py).
+milliseconds, which takes the kernel's own role lock, finds its predecessor's records in the arena (records.py), and
+adopts what runs (supervisor.py).
 """
 
 import logging

@@ -3,10 +3,10 @@
     init -> kernel     {"ended": pid, "status": wait status}   {"stop": reason}
     kernel -> init     {"booted": [lines to print]}   {"failed": reason}   {"stopped": clean, "reason": text}
     kernel -> zygote   {"fork": role}   {"sync": number}
-    zygote -> kernel   {"role": role, "pid": pid, "start_time": ticks}   {"synced": number, "pid": ..., "start_time": ...}
-                       {"hello": pid, "start_time": ...}
-    kernel -> standby  {"pid", "start_time", "incarnation", "previous_signal", "fresh", "adopted"} and the descriptors of
-                       arena and lock, both writable; for another pid or start time: not meant for the reader
+    zygote -> kernel   {"role": role, "pid": pid, "start_time": ticks}   {"hello": pid, "start_time": ticks}
+                       {"synced": number, "pid": pid, "start_time": ticks}
+    kernel -> standby  {"pid", "start_time", "incarnation", "previous_signal", "fresh", "adopted"} and the descriptors
+                       of arena and lock, both writable; for another pid or start time: not meant for the reader
 
 - `send(channel, message, descriptors)` -> False if there is no room now
 - `receive(channel)` -> (message, descriptors), or None if there is nothing now; EndOfChannel

@@ -183,9 +183,9 @@ def describe(status: int) -> str:
 
 
 def every_pid() -> Iterator[int]:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            yield int(name)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            yield int(entry.name)
 
 
 def children(parent: int) -> list[int]:
@@ -200,7 +200,7 @@ def children(parent: int) -> list[int]:
 
 def holders(path: str | os.PathLike[str]) -> list[int]:
     """All processes but this one that have the file at `path` open (as far as this user may see)."""
-    wanted = os.stat(path)
+    wanted = Path(path).stat()
     found = []
     for pid in every_pid():
         if pid == os.getpid():

@@ -14,7 +14,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from enum import IntEnum
+from functools import partial
 from typing import Any
 
 from atoll.kernel import table
@@ -38,14 +38,14 @@ CALL_TIMEOUT_S = 30.0
 BOOT_CRASHES = 4
 
 
-class Stage(IntEnum):
-    STARTING = 0
-    SERVING = 1
-
-
 class Service:
     def __init__(
-        self, world: World, supervisor: Supervisor, calls: Calls, rows: Rows, tell_init: Callable[[dict[str, Any]], None]
+        self,
+        world: World,
+        supervisor: Supervisor,
+        calls: Calls,
+        rows: Rows,
+        tell_init: Callable[[dict[str, Any]], None],
     ) -> None:
         self.world = world
         self.supervisor = supervisor
@@ -142,7 +142,8 @@ class Service:
                     "size_bytes": volume["size_bytes"],
                     "read_only": volume["read_only"],
                 }
-                self.calls.call("dedup", message, lambda answer: self._volume_made(volume, wanted, answer), CALL_TIMEOUT_S)
+                made = partial(self._volume_made, volume, wanted)
+                self.calls.call("dedup", message, made, CALL_TIMEOUT_S)
                 return
             if found["size_bytes"] != volume["size_bytes"]:
                 log.warning(
@@ -213,8 +214,8 @@ class Service:
             self.supervisor.loop.at(time.monotonic_ns() + SAY_EVERY_NS, self._say)
 
     def _next(self) -> Life | None:
-        lives = self.supervisor.lives
-        return next((lives[role.name] for role in table.STOP_ORDER if lives[role.name].phase is not Phase.STOPPED), None)
+        ordered = (self.supervisor.lives[role.name] for role in table.STOP_ORDER)
+        return next((life for life in ordered if life.phase is not Phase.STOPPED), None)
 
     def _stop_step(self) -> None:
         if not self.stopping or self.finished:

@@ -118,7 +118,6 @@ def _play(world: World, role: table.Role, order: dict[str, Any], descriptors: li
     messages.close_all(descriptors)
     os.eventfd_write(world.eventfds["kernel"], 1)  # it watches the lock from now on
     process.name_this(f"atoll-{role.name}")
-    arena = world.arenas[role.name]
     fresh = bool(order["fresh"])
     half_made = fresh and physmap.header(number).incarnation != 0
     context = Context(

@@ -4,13 +4,13 @@
   `from_zygote`, `from_init`, `look_around` (after a wake-up), `check_hangs` (timer)
 - `may_start`, `on_serving`, `on_died`, `on_stopped`: set by those who start and stop the service (service.py)
 
-Death is noticed by the role lock (at once; a single-threaded process runs no instruction after it) or, where the role has
-threads or no lock was taken yet, by the pidfd. The intent is recorded, then the standby gets its order; the standby itself
-takes the lock before it writes, so two kernels in a row cannot make two active processes.
+Death is noticed by the role lock (at once; a single-threaded process runs no instruction after it) or, where the role
+has threads or no lock was taken yet, by the pidfd. The intent is recorded, then the standby gets its order; the standby
+itself takes the lock before it writes, so two kernels in a row cannot make two active processes.
 
-After a crash of the kernel: domains go on. `adopt` of the next one compares its predecessor's records with locks and start
-times: what runs is adopted, what died is replaced, a promotion under way is finished, processes that nobody recorded are
-ended.
+After a crash of the kernel: domains go on. `adopt` of the next one compares its predecessor's records with locks and
+start times: what runs is adopted, what died is replaced, a promotion under way is finished, processes that nobody
+recorded are ended.
 """
 
 import logging
@@ -297,7 +297,8 @@ class Supervisor:
         life.restarts += 1
         life.phase = Phase.EMPTY
         life.record(self.rows)
-        log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, f": {life.reason}" if life.reason else "")
+        because = f": {life.reason}" if life.reason else ""
+        log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, because)
         self.decide(life)
         self.on_died(life, failed)
 
@@ -328,7 +329,7 @@ class Supervisor:
 
     def _ask_standby(self, life: Life) -> None:
         now = time.monotonic_ns()
-        if not self.synced or self.ending and life.phase is not Phase.EMPTY:
+        if not self.synced or (self.ending and life.phase is not Phase.EMPTY):
             return
         if life.standby_asked_ns:
             return  # the answer is under way
@@ -482,7 +483,7 @@ class Supervisor:
         self.loop.at(now + self._hang_ns // 4, self.check_hangs)
 
     def _pending(self, life: Life) -> bool:
-        """True if a message waits on a ring to the role. Reads what others wrote: offsets are checked, values compared."""
+        """True if a message waits on a ring to the role. Others wrote what is read: offsets are checked."""
         own = physmap.header(life.role.number)
         for peer in table.ROLES.values():
             if life.role.name not in peer.rings_to:

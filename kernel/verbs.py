@@ -1,24 +1,26 @@
 """The verbs of the control socket. Arguments are checked here; what is not said here is refused by name.
 
-    status                                  volumes, space, write log, engines, counters
-    ps                                      {"domains": [rows], "stopping": text}
-    kill      role, signal                  {role, signal, pid, new_pid, detect_ms, serving_ms}
-    volume-list                             {"volumes": [...]}
-    volume-create name, size_bytes, read_only   volume-resize name, size_bytes   volume-delete name, force
-    trace     action: arm                   {"trace": number}
-              action: collect               {"domains": {role: {"incarnation", "records": 64 bytes each}}}
-              action: disarm
-    crash-point name ("" disarms)           only with testing.crash_points
-    call      role, message, timeout_s      {"answer": the domain's}
-    stop                                    at once; it is over when the process of init has ended
+status                                  volumes, space, write log, engines, counters
+ps                                      {"domains": [rows], "stopping": text}
+kill      role, signal                  {role, signal, pid, new_pid, detect_ms, serving_ms}
+volume-list                             {"volumes": [...]}
+volume-create name, size_bytes, read_only   volume-resize name, size_bytes   volume-delete name, force
+trace     action: arm                   {"trace": number}
+          action: collect               {"domains": {role: {"incarnation", "records": 64 bytes each}}}
+          action: disarm
+crash-point name ("" disarms)           only with testing.crash_points
+call      role, message, timeout_s      {"answer": the domain's}
+stop                                    at once; it is over when the process of init has ended
 """
 
 import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from atoll.ipc import physmap
 from atoll.ipc.crashpoint import point_hash
 from atoll.kernel import table, views
 from atoll.kernel.calls import Calls
@@ -77,7 +79,7 @@ class Verbs:
 
         for role in table.DOMAINS:
             # A domain that is being replaced has its own timeout; the others do not wait for it in turn.
-            self.calls.call(role.name, {"call": "status"}, lambda answer, name=role.name: done(name, answer), 5.0)
+            self.calls.call(role.name, {"call": "status"}, partial(done, role.name), 5.0)
 
     def _status_of(self, answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         world = self.world
@@ -197,7 +199,7 @@ class Verbs:
             if finished or served.active is None:
                 return
             finished = True
-            header = views.physmap.header(life.role.number)
+            header = physmap.header(life.role.number)
             reply(
                 {
                     "role": life.role.name,
@@ -298,5 +300,3 @@ def _number(arguments: dict[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise Refused(f"`{key}` is a whole number, 0 or more")
     return value
-
-

@@ -77,9 +77,7 @@ def _copy_volume(public: Any, index: int) -> Any:
 
 def connections_by_volume(world: World) -> dict[int, int]:
     count = int(lib.ATOLL_CONNECTION_COUNT)
-    public = ffi.cast(
-        "struct atoll_nbd_public *", role_area(world, "nbd", ffi.sizeof("struct atoll_nbd_public"))
-    )
+    public = ffi.cast("struct atoll_nbd_public *", role_area(world, "nbd", ffi.sizeof("struct atoll_nbd_public")))
     uses: dict[int, int] = {}
     for number in ffi.unpack(public.volume, count):
         if number:
@@ -102,7 +100,7 @@ def trace_position(name: str) -> int:
 
 
 def trace_records(name: str, since: int) -> bytes:
-    """The domain's trace records from number `since` on, oldest first, as far as they are still there (64 bytes each)."""
+    """The domain's trace records from number `since` on, oldest first, as far as still there (64 bytes each)."""
     number, entries = table.ROLES[name].number, int(lib.ATOLL_TRACE_ENTRIES)
     end = trace_position(name)
     first = max(since, end - entries) if 0 <= since <= end else max(0, end - entries)

@@ -6,10 +6,10 @@
 What is made: arenas and lock pages (POSIX shared memory), eventfds, io_urings, promotion channels, channels between
 init, zygote and kernel, the control socket, the listeners, the device.
 
-After a crash of everybody: if the last run did not come to a clean end and left the arenas of nic and dedup, these two are
-*adopted*: kept with all they hold and with the sizes that every role had; rolled back to their last commit, their rings
-emptied, since peers, sockets and clients are gone. Everything else is made anew, so that what the dead still have under
-way lands in memory that nobody uses.
+After a crash of everybody: if the last run did not come to a clean end and left the arenas of nic and dedup, these two
+are *adopted*: kept with all they hold and with the sizes that every role had; rolled back to their last commit, their
+rings emptied, since peers, sockets and clients are gone. Everything else is made anew, so that what the dead still have
+under way lands in memory that nobody uses.
 """
 
 import logging
@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from atoll.ipc import objects, physmap, rolelock, uring
@@ -82,7 +83,7 @@ class World:
             paths.append(str(self.directory.path / CONTROL_SOCKET))
         for path in paths:
             try:
-                os.unlink(path)
+                Path(path).unlink()
             except OSError:
                 pass
 
@@ -108,7 +109,9 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     if adoptable:
         assert last is not None
         instance = last.instance
-        arenas = {name: Arena(each["bytes"], each["role_bytes"], each["buffer_bytes"]) for name, each in last.arenas.items()}
+        arenas = {
+            name: Arena(each["bytes"], each["role_bytes"], each["buffer_bytes"]) for name, each in last.arenas.items()
+        }
     else:
         instance = secrets.randbits(63) | 1
         arenas = {name: _plan(role, config) for name, role in table.ROLES.items()}
@@ -269,7 +272,7 @@ def _make_descriptors(world: World) -> None:
     path = str(world.directory.path / CONTROL_SOCKET)
     # The lock of the directory is ours: whoever listened here is dead.
     try:
-        os.unlink(path)
+        Path(path).unlink()
     except FileNotFoundError:
         pass
     control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

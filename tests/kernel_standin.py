@@ -1,8 +1,9 @@
-"""A stand-in for all four domains, so that the supervisor can be tested without them: numbers go round and are counted.
+"""A stand-in for all four domains, for tests of the supervisor: numbers go round and are counted.
 
-nic sends REQUEST n to nbd, nbd sends it on to dedup, dedup to disk, and the answers come back the same way. nic knows the
-next number to send and the next answer to expect (both in its arena, changed by transactions), so that a number that is
-lost or repeated over any death is seen. Calls to nic: {"call": "ping", "count": n}; to all: "crash", "hang", "exit".
+nic sends REQUEST n to nbd, nbd sends it on to dedup, dedup to disk, and the answers come back the same way. nic knows
+the next number to send and the next answer to expect (both in its arena, changed by transactions), so that a number
+that is lost or repeated over any death is seen. Calls to nic: "ping" with a count;
+to all: "crash", "hang", "exit".
 """
 
 import os
@@ -132,7 +133,6 @@ def report(context: Any, state: State) -> dict[str, Any]:
         "previous_signal": state.get(SIGNALS),
         "adopted": context.adopted,
         "incarnation": context.incarnation,
-        "descriptors": sorted(int(name) for name in os.listdir("/proc/self/fd")),
     }
 
 

@@ -161,7 +161,8 @@ class Service:
     def die(self) -> None:
         """init is killed, and with it everybody."""
         assert self.process is not None
-        children = [int(word) for word in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        init = self.process.pid
+        children = [int(word) for word in Path(f"/proc/{init}/task/{init}/children").read_text().split()]
         self.process.kill()
         self.process.wait()
         wait_for("all are dead", lambda: not any(alive(pid) for pid in children))

@@ -1,4 +1,4 @@
-"""The supervisor with stand-in domains: who dies is replaced, nobody plays a role twice, no message is lost or repeated."""
+"""The supervisor with stand-in domains: who dies is replaced, nobody plays twice, no message is lost."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def test_a_domain_holds_only_what_it_may(service: Service) -> None:
     for role in ROLES:
         for field in ("pid", "standby_pid"):
             folder = Path(f"/proc/{rows[role][field]}/fd")
-            links = [os.readlink(each) for each in folder.iterdir()]
+            links = [str(each.readlink()) for each in folder.iterdir()]
             assert not [link for link in links if "/dev/shm" in link or "control.sock" in link], links
             assert any(link.endswith("device.img") for link in links) == (role == "disk")
             assert any("io_uring" in link for link in links) == (role in ("disk", "nic"))
@@ -104,7 +104,10 @@ def test_kill_the_zygote_and_standbys(service: Service) -> None:
         os.kill(rows[role]["standby_pid"], signal.SIGKILL)
     after = wait_for(
         "other standbys",
-        lambda: next((r for r in [service.whole()] if all(r[x]["standby_pid"] != rows[x]["standby_pid"] for x in ROLES)), None),
+        lambda: next(
+            (now for now in [service.whole()] if all(now[x]["standby_pid"] != rows[x]["standby_pid"] for x in ROLES)),
+            None,
+        ),
     )
     assert all(after[role]["pid"] == rows[role]["pid"] for role in ROLES)
     assert after["zygote"]["pid"] != rows["zygote"]["pid"]

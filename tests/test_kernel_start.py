@@ -1,4 +1,4 @@
-"""init with stand-in domains: start, clean stop, start after a death, and everything that keeps a service from starting."""
+"""init with stand-in domains: start, stop, start after a death, and all that keeps a service from starting."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def last_line(text: str) -> str:
 
 def test_start_and_stop(service: Service) -> None:
     service.start()
-    assert stat.S_IMODE(os.stat(service.data / "control.sock").st_mode) == 0o600
+    assert stat.S_IMODE((service.data / "control.sock").stat().st_mode) == 0o600
     said = service.output.read_text()
     assert "nbd+unix:///disk?socket=" in said and "nbd://127.0.0.1:" in said
     assert service.call("volume-list")["volumes"][0]["name"] == "disk"
@@ -142,10 +142,10 @@ def test_survivors_of_a_dead_init_are_ended(service: Service) -> None:
     """A process that holds the lock of the data directory and is no init: left over from a run."""
     service.start()
     assert service.stop() == 0
-    left = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); time.sleep(999)",
-         str(service.data / "lock")], stdout=subprocess.PIPE,
-    )  # fmt: skip
+    program = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'r+'); fcntl.flock(f, 2); print(flush=True); time.sleep(999)"
+    )
+    left = subprocess.Popen([sys.executable, "-c", program, str(service.data / "lock")], stdout=subprocess.PIPE)
     try:
         assert left.stdout is not None
         left.stdout.readline()
