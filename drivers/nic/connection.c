@@ -42,7 +42,7 @@ struct nic_slot *nic_slot_take(struct nic *nic, struct nic_connection *connectio
     slot->volume_offset = 0;
     slot->payload_bytes = slot->payload_received = 0;
     slot->part = slot->part_begin = slot->lent_part = 0;
-    slot->segments[0] = slot->segments[1] = 0;
+    memset(slot->segments, 0, sizeof slot->segments);
     slot->next = 0;
     atoll_set32(nic->journal, &slot->state, state);
     atoll_set32(nic->journal, &connection->outstanding, connection->outstanding + 1);

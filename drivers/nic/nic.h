@@ -6,7 +6,7 @@
  *   0                struct atoll_nic_public     done[] per slot (SP-DONE)
  *   then             struct nic_area             connections, slots, own buffers
  *   chunks_offset    struct nic_chunk[]          who has which payload page (pages.c)
- *   segments_offset  struct atoll_segment[]      two lists per slot: the part that nbd has, the part being received
+ *   segments_offset  struct atoll_segment[]      three lists per slot, for parts in turn
  *   streams_offset   64 KiB stream buffers       bytes received and not yet parsed
  *
  * The buffer area of the arena holds the payload pages, in chunks of 16.
@@ -48,6 +48,9 @@
 #define NIC_LISTENER_COUNT 16
 /* Segments of a part at most: one per page. */
 #define NIC_PART_SEGMENTS 65
+/* Lists of segments per slot: the part that nbd has, the one being received, and one that a step may have given up: it is
+ * not written before that step is committed. */
+#define NIC_PART_LISTS 3
 
 /* Order of COUNTERS in __init__.py. */
 enum nic_counter {
@@ -166,15 +169,15 @@ struct nic_slot {
     uint32_t part_begin;       /* payload bytes before it */
     uint32_t lent_part;
     uint32_t next;             /* send queue: slot + 1 */
-    uint32_t segments[2];      /* of the lists for even and odd parts */
-    uint32_t part_bytes[2];
+    uint32_t segments[3];      /* of each list; part n uses list n % 3 */
+    uint32_t part_bytes[3];
     uint64_t reply_address;
     uint32_t reply_length;
     uint16_t reply_segments;
     uint8_t reply_flags;
     uint8_t reply_reserved;
     uint16_t reply_part;
-    uint8_t reserved[14];
+    uint8_t reserved[6];
     uint8_t header[32];
 };
 
@@ -409,7 +412,7 @@ static inline uint64_t nic_identity(const struct nic *nic, const struct nic_slot
 }
 static inline struct atoll_segment *nic_segments(const struct nic *nic, const struct nic_slot *slot, uint32_t part)
 {
-    return nic->segments + ((uint64_t)(slot - nic->area->slots) * 2 + (part & 1)) * NIC_PART_SEGMENTS;
+    return nic->segments + ((uint64_t)(slot - nic->area->slots) * NIC_PART_LISTS + part % NIC_PART_LISTS) * NIC_PART_SEGMENTS;
 }
 static inline void nic_schedule(struct nic *nic, uint32_t connection) { nic_queue_add(&nic->work, connection); }
 static inline void nic_deadline(struct nic *nic, uint64_t at_ns)

@@ -30,7 +30,7 @@ static void lay_out(struct nic_area *area, uint64_t buffer_bytes)
     area->chunks_offset = page_up(page_up(sizeof(struct atoll_nic_public)) + sizeof(struct nic_area));
     area->segments_offset = page_up(area->chunks_offset + area->chunk_count * sizeof(struct nic_chunk));
     area->streams_offset =
-        page_up(area->segments_offset + (uint64_t)ATOLL_SLOT_COUNT * 2 * NIC_PART_SEGMENTS * sizeof(struct atoll_segment));
+        page_up(area->segments_offset + (uint64_t)ATOLL_SLOT_COUNT * NIC_PART_LISTS * NIC_PART_SEGMENTS * sizeof(struct atoll_segment));
     area->role_bytes = area->streams_offset + (uint64_t)NIC_STREAM_COUNT * NIC_STREAM_BYTES;
 }
 

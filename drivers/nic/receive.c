@@ -111,7 +111,7 @@ static uint32_t part_bytes(const struct nic_slot *slot)
 static void deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
 {
     struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
-    uint32_t bank = slot->part & 1;
+    uint32_t bank = slot->part % NIC_PART_LISTS;
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
     if (slot->segments[bank] != 0) {
         struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
@@ -154,7 +154,7 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
 {
     uint32_t index = nic_index(nic, connection);
     struct nic_queue *waiters = &nic->page_waiters;
-    uint32_t bytes = part_bytes(slot), bank = slot->part & 1;
+    uint32_t bytes = part_bytes(slot), bank = slot->part % NIC_PART_LISTS;
     uint32_t in_page = slot->part == 0 ? (uint32_t)(slot->volume_offset % ATOLL_BLOCK_BYTES) : 0;
     uint32_t pages = (in_page + bytes + ATOLL_BLOCK_BYTES - 1) / ATOLL_BLOCK_BYTES;
     struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
@@ -185,7 +185,7 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
 static void part_received(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, uint32_t count)
 {
     nic_set32(nic, &slot->payload_received, slot->payload_received + count);
-    uint32_t bytes = slot->part_bytes[slot->part & 1];
+    uint32_t bytes = slot->part_bytes[slot->part % NIC_PART_LISTS];
     assert(slot->payload_received - slot->part_begin <= bytes);
     if (slot->payload_received - slot->part_begin < bytes)
         return;
@@ -215,7 +215,7 @@ static bool part_done(struct nic *nic, struct nic_connection *connection, struct
 /* Frees the pages of the part being received, if nbd does not have them. */
 static void drop_part(struct nic *nic, struct nic_slot *slot)
 {
-    uint32_t bank = slot->part & 1;
+    uint32_t bank = slot->part % NIC_PART_LISTS;
     if (slot->segments[bank] == 0 || ((slot->flags & NIC_SLOT_LENT) && slot->lent_part == slot->part))
         return;
     nic_pages_change(nic, nic_segments(nic, slot, slot->part), slot->segments[bank], NIC_PAGE_FREE);
@@ -408,7 +408,7 @@ static bool parse(struct nic *nic, struct nic_connection *connection)
                 parsed = PARSED_BLOCKED;
             break;
         case NIC_RX_PAYLOAD: {
-            uint32_t wanted = slot->part_begin + slot->part_bytes[slot->part & 1] - slot->payload_received;
+            uint32_t wanted = slot->part_begin + slot->part_bytes[slot->part % NIC_PART_LISTS] - slot->payload_received;
             uint32_t count = here < wanted ? here : wanted;
             if (count == 0) {
                 parsed = PARSED_MORE;
@@ -458,7 +458,7 @@ static uint32_t plan(struct nic *nic, struct nic_connection *connection, struct 
         const struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
         const struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
         uint32_t skip = slot->payload_received - slot->part_begin;
-        for (uint32_t segment = 0; segment < slot->segments[slot->part & 1]; segment++) {
+        for (uint32_t segment = 0; segment < slot->segments[slot->part % NIC_PART_LISTS]; segment++) {
             uint32_t length = segments[segment].length;
             if (skip >= length) {
                 skip -= length;
@@ -549,7 +549,7 @@ void nic_received(struct nic *nic, struct nic_connection *connection, int32_t re
     nic_deadline(nic, nic->now_ns + nic->limits.payload_ns);
     if (connection->receive_state == NIC_RX_PAYLOAD) {
         struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
-        uint32_t wanted = slot->part_begin + slot->part_bytes[slot->part & 1] - slot->payload_received;
+        uint32_t wanted = slot->part_begin + slot->part_bytes[slot->part % NIC_PART_LISTS] - slot->payload_received;
         uint32_t landed = count < wanted ? count : wanted;
         part_received(nic, connection, slot, landed);
         count -= landed;

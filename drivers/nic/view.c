@@ -52,7 +52,7 @@ bool nic_get_connection(const struct nic *nic, uint32_t index, struct nic_connec
 static int mark(const struct nic *nic, uint32_t index, uint32_t bank, bool lent, uint8_t *owned, char *error)
 {
     const struct nic_slot *slot = &nic->area->slots[index];
-    const struct atoll_segment *segments = nic->segments + ((uint64_t)index * 2 + bank) * NIC_PART_SEGMENTS;
+    const struct atoll_segment *segments = nic->segments + ((uint64_t)index * NIC_PART_LISTS + bank) * NIC_PART_SEGMENTS;
     for (uint32_t segment = 0; segment < slot->segments[bank]; segment++) {
         uint64_t base = (uint64_t)(uintptr_t)nic->buffers;
         uint64_t first = (segments[segment].address - base) / ATOLL_BLOCK_BYTES;
@@ -77,8 +77,8 @@ static int check_slots(const struct nic *nic, uint8_t *owned, uint32_t *outstand
         if (slot->connection >= ATOLL_CONNECTION_COUNT || nic->area->connections[slot->connection].phase < NIC_OPEN)
             DIFFERS("slot %u is in use for connection %u, which is not", index, slot->connection);
         outstanding[slot->connection]++;
-        for (uint32_t bank = 0; bank < 2; bank++)
-            if (mark(nic, index, bank, (slot->flags & NIC_SLOT_LENT) && (slot->lent_part & 1) == bank, owned, error) < 0)
+        for (uint32_t bank = 0; bank < NIC_PART_LISTS; bank++)
+            if (mark(nic, index, bank, (slot->flags & NIC_SLOT_LENT) && slot->lent_part % NIC_PART_LISTS == bank, owned, error) < 0)
                 return -1;
     }
     return 0;
