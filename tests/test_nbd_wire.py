@@ -402,3 +402,24 @@ def test_garbage(address: str | tuple[str, int], mode: str) -> None:
                     connection.wait(request.cookie)
             except Dropped:
                 pass
+
+
+def test_volume_made_grown_and_deleted_under_a_client(running: Server, address: str | tuple[str, int]) -> None:
+    running.cli("volume", "create", "brief", str(MIB))
+    with connect(address, "brief") as connection:
+        connection.write(MIB - 4, b"last")
+        with pytest.raises(NbdError, match="past the end"):
+            connection.read(MIB, 1)
+        running.cli("volume", "resize", "brief", str(2 * MIB))
+        assert connection.read(MIB - 4, 8) == b"last\0\0\0\0"
+        done = running.cli("volume", "delete", "brief", status=None)
+        if done.returncode == 0:  # else it is refused while in use
+            with pytest.raises(NbdError, match="deleted") as caught:
+                connection.read(0, 1)
+            assert caught.value.code == ErrorCode.ESHUTDOWN
+        else:
+            assert "use" in done.stderr, done.stderr
+            connection.disconnect()
+            wait_for("it can be deleted", lambda: not running.cli("volume", "delete", "brief", status=None).returncode)
+    with Connection.open(address) as connection, pytest.raises(BadReply, match="ERR_UNKNOWN"):
+        connection.negotiate("brief", allocation=False)
