@@ -12,7 +12,6 @@ over by dedup at random and given back later, sometimes before the reply. Single
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import secrets
@@ -115,11 +114,15 @@ class Client:
 
     def turn(self, most: int = 1 << 20) -> bool:
         busy = False
-        with contextlib.suppress(BlockingIOError):
+        try:
             if self.out and not self.closed:
                 sent = self.socket.send(self.out[:most])
                 del self.out[:sent]
                 busy = True
+        except BlockingIOError:
+            pass
+        except (BrokenPipeError, ConnectionResetError):
+            self.out.clear()
         try:
             if self.reads and not self.closed:
                 data = self.socket.recv(1 << 20)

@@ -84,7 +84,6 @@ def test_crash_points() -> None:
     chance = random.Random(5)
     points = [point for point in crashpoint.points_in(Path(nic.__file__).parent) if point.startswith("nic.")]
     assert len(points) >= 8
-    kernel = physmap.header(lib.ATOLL_ROLE_KERNEL)
     with Stage(5, buffer_bytes=8 << 20) as stage:
         stage.start()
         for index in range(4):
