@@ -104,6 +104,8 @@ class Supervisor:
                     life.phase = Phase.RECOVERING
                 if life.phase is Phase.DYING:
                     life.active.send(signal.SIGKILL)
+                elif life.phase is Phase.SERVING:
+                    process.be_ordinary(pid)
                 else:
                     self._expect_start(life)
             elif life.phase is Phase.PROMOTING:
@@ -298,9 +300,9 @@ class Supervisor:
         life.phase = Phase.EMPTY
         life.record(self.rows)
         because = f": {life.reason}" if life.reason else ""
+        self.on_died(life, failed)  # before the next one begins, with which the reason is gone
+        self.decide(life)  # before the log: a client waits
         log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, because)
-        self.decide(life)
-        self.on_died(life, failed)
 
     def _status_of(self, life: Life, pid: int) -> int | None:
         """Wait status of a dead or dying process: /proc tells it from the first moment, init once it has reaped.
@@ -441,6 +443,7 @@ class Supervisor:
             life.served = True
             life.standby_failures = 0
             life.hang_progress = -1
+            process.be_ordinary(life.active.pid)
             life.record(self.rows)
             log.info(
                 "%s: process %d serves (incarnation %d, %.1f ms after its promotion)",
