@@ -152,9 +152,12 @@ def _silence(kill: Kill, kills: Sequence[Kill], connections: Sequence[Heard], en
 def _quiet_silences(kills: Sequence[Kill], connections: Sequence[Heard], began: int, ended: int) -> NDArray[Any]:
     """What connections see where nobody dies: the longest silence in stretches as long as those after kills."""
     found = []
-    edges = [began, *[kill.time_ns for kill in kills], ended]
-    for start, end in itertools.pairwise(edges):
-        middle = start + (end - start) // 2
+    edges = [(began, began)]
+    edges += [
+        (kill.time_ns, kill.time_ns + int((kill.serving_ms or 1000.0) * 1e6) + AFTER_SERVING_NS) for kill in kills
+    ]
+    for (start, over), (end, _) in itertools.pairwise([*edges, (ended, ended)]):
+        middle = max(over, start + (end - start) // 2)
         stretch_end = min(end - 20_000_000, middle + AFTER_SERVING_NS)
         if stretch_end - middle >= AFTER_SERVING_NS // 2:
             found.append(max((_longest(heard, middle, stretch_end) for heard in connections), default=0.0))

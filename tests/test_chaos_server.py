@@ -1,0 +1,204 @@
+"""Kill anything under load: no connection drops, no request fails, no byte is wrong, no acknowledged write is lost.
+
+These are `atoll chaos` runs as a user would start them, short ones; and a walk through all named crash points.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from serverkit import Server, wait_for
+
+from atoll.ipc.crashpoint import points_in
+from atoll.kernel import chaos
+from atoll.kernel.chaos_load import Shared, churn, work
+from atoll.kernel.client import Client, ControlError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_chaos(server: Server, *arguments: str, seconds: float = 6.0) -> dict:
+    done = server.cli(
+        "chaos", "--json", "--size", "64MiB", "--duration", str(seconds), *arguments, status=None, timeout_s=180
+    )
+    print(done.stderr[-2000:])
+    result = json.loads(done.stdout)
+    assert done.returncode == (0 if result["ok"] else 1)
+    for role, figures in result["roles"].items():
+        print(role, figures)
+    print("lost", result["throughput_lost"], "silence", result["silence_ms"], "quiet", result["quiet_silence_ms"])
+    return result
+
+
+def assert_nothing_happened(server: Server, result: dict) -> None:
+    assert result["ok"] and result["failures"] == []
+    load = result["load"]
+    assert [load[name] for name in ("connection_drops", "errors", "wrong_bytes", "wrong_sectors", "lost_writes")] == [
+        0
+    ] * 5
+    assert load["checked_bytes"] > 64 << 20 and set(load["by_command"]) >= {"read", "write", "flush", "trim"}
+    check(server)
+
+
+def check(server: Server) -> None:
+    """dedup's own checker: map, counts, log and lent buffers agree."""
+    with Client(server.data) as client:
+        answer = client.call("call", role="dedup", message={"call": "check"}, timeout_s=60)["answer"]
+    assert answer["ok"] and answer["inconsistencies"] == [], answer
+
+
+@pytest.mark.parametrize("target", ["nic", "nbd", "dedup", "disk", "kernel", "any", "pairs"])
+def test_kills(module_server, target):
+    result = run_chaos(module_server, "--target", target, "--interval", "0.25", "--connections", "6", "--seed", "11")
+    assert_nothing_happened(module_server, result)
+    assert result["kills"] >= 8
+    assert all(event["serving_ms"] is not None for event in result["events"])
+
+
+@pytest.mark.parametrize("transport", ["tcp", "unix"])
+def test_crashes_by_themselves(module_server, transport):
+    """SEGV and ABRT look like bugs of the domain's own: back-off may apply, but nothing is refused."""
+    result = run_chaos(
+        module_server, "--signal", "SEGV,ABRT", "--interval", "1", "--transport", transport, "--connections", "3"
+    )
+    assert_nothing_happened(module_server, result)
+
+
+def test_hangs(module_server):
+    """A stopped domain is noticed because work waits for it, killed and replaced."""
+    result = run_chaos(module_server, "--signal", "STOP", "--interval", "2.5", "--connections", "3", seconds=9)
+    assert_nothing_happened(module_server, result)
+    domains = [event for event in result["events"] if event["role"] != "kernel"]
+    assert domains and all(event["silence_ms"] < 5000 for event in domains)
+
+
+def test_all_at_once_but_init(module_server):
+    """Every role's process at the same moment, several times."""
+    with Client(module_server.data) as client:
+        client.call("volume-create", name="all", size_bytes=64 << 20, read_only=False)
+        shared, jobs = start_load(client, "all")
+        try:
+            for _ in range(5):
+                before = shared.totals()["replies"]
+                rows = client.call("ps")["domains"]
+                victims = [row["pid"] for row in rows if row["role"] not in ("init", "zygote") and row["pid"]]
+                assert len(victims) == 5
+                for pid in victims:
+                    signal_one(pid)
+                wait_for("replies go on", lambda before=before: shared.totals()["replies"] > before + 100)
+        finally:
+            reports = chaos._end(jobs, print)
+        client.call("volume-delete", name="all", force=True)
+    assert_right(shared, reports)
+    check(module_server)
+
+
+def signal_one(pid: int) -> None:
+    import os
+
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def start_load(client: Client, volume: str, rate: float = 600.0) -> tuple[Shared, list]:
+    options = chaos.Options(Path(), connections=4, depth=4, small=True, rate=rate, workers=1)
+    targets, size = chaos._targets(client, volume, "both")
+    shared = Shared(2)
+    plans = chaos._plans(options, targets, size, 1)
+    jobs = [chaos._start(work, (plans[0], shared)), chaos._start(churn, (1, targets, shared))]
+    wait_for("the load runs", lambda: shared.totals()["replies"] > 100 and shared.totals()["churns"] > 2)
+    return shared, jobs
+
+
+def assert_right(shared: Shared, reports: list) -> None:
+    assert [trouble for report in reports for trouble in report.troubles] == []
+    assert [report.failure for report in reports if report.failure] == []
+    totals = shared.totals()
+    assert not any(totals[name] for name in ("drops", "errors", "wrong_sectors", "lost_sectors"))
+
+
+# --- Crash points -----------------------------------------------------------------------------------------------------
+
+ROLES = ("nic", "nbd", "dedup", "disk", "kernel")
+# Code that a running server with an io_uring does not come through.
+ELSEWHERE = ("tests/", "models/")
+
+
+def all_points() -> list[tuple[str, str]]:
+    """(role, name as the kernel arms it) of every crash point; those in common code once per role."""
+    found = []
+    for name, file in sorted(points_in(ROOT).items()):
+        if file.startswith(ELSEWHERE) or file.startswith("."):
+            continue
+        if name.startswith(":"):
+            found += [(role, role + name) for role in ROLES]
+        else:
+            found.append((name.split(".")[0], name))
+    return found
+
+
+@pytest.mark.slow
+def test_walk_through_all_crash_points(make_server):
+    """Each named place, armed once while the load runs: whoever comes by dies there, and nobody notices."""
+    server = make_server(config={"testing": {"crash_points": True}}).start()
+    reached, unreached = [], []
+    with Client(server.data, timeout_s=30) as client:
+        shared, jobs = start_load(client, "disk")
+        try:
+            for role, name in all_points():
+                before = incarnation(client, role)
+                client.call("crash-point", name=name)
+                deadline = time.monotonic() + 2.0
+                while incarnation(client, role) == before and time.monotonic() < deadline:
+                    poke(client)
+                if (incarnation(client, role) == before and ".recover." in name) or "promote" in name:
+                    poke_recovery(client, role if "promote" not in name else "disk")
+                died = incarnation(client, role) != before
+                (reached if died else unreached).append(name)
+                client.call("crash-point", name="")
+                count = shared.totals()["replies"]
+                wait_for(f"replies go on after {name}", lambda count=count: shared.totals()["replies"] > count + 20)
+        finally:
+            reports = chaos._end(jobs, print)
+    print(f"{len(reached)} crash points reached: {', '.join(reached)}")
+    print(f"{len(unreached)} not reached by this load: {', '.join(unreached)}")
+    assert_right(shared, reports)
+    check(server)
+    assert len(reached) >= 0.7 * (len(reached) + len(unreached))
+
+
+def incarnation(client: Client, role: str) -> int:
+    rows = patiently(client, "ps")["domains"]
+    return next(row["incarnation"] for row in rows if row["role"] == role)
+
+
+def patiently(client: Client, verb: str, **arguments: object) -> dict:
+    """The kernel may be the one that dies."""
+    for _ in range(50):
+        try:
+            return client.call(verb, **arguments)
+        except ControlError:
+            time.sleep(0.02)
+    raise AssertionError(f"{verb} is not answered")
+
+
+def poke(client: Client) -> None:
+    """Calls to all domains, so that control code is walked through too."""
+    patiently(client, "status")
+
+
+def poke_recovery(client: Client, role: str) -> None:
+    """Points on the way of a successor are met by killing the role."""
+    rows = patiently(client, "ps")["domains"]
+    pid = next(row["pid"] for row in rows if row["role"] == role)
+    before = incarnation(client, role)
+    if pid:
+        signal_one(pid)
+    wait_for(f"{role} is replaced", lambda: incarnation(client, role) > before)
+    time.sleep(0)
