@@ -10,8 +10,8 @@ with Stage() as stage:
 
     stage.turns_in_child(die_after=n)             an incarnation in a child process, which dies after n stores
 
-The stand-ins are strict: a page given back must have been lent, a completion must belong to a request, every request is answered
-exactly once. Each step can be followed by `check()`: dedup's own recount.
+The stand-ins are strict: a page given back must have been lent, a completion must belong to a request, every request
+is answered exactly once. Each step can be followed by `check()`: dedup's own recount.
 """
 
 from __future__ import annotations
@@ -70,16 +70,18 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
     """dedup's extension with a hook behind each store of the journal."""
     cbuild = load("atoll_cbuild", ROOT / "ipc" / "cbuild.py")
     here = ROOT / "services" / "dedup"
-    sources = [f"services/dedup/{path.name}" for path in sorted(here.glob("*.c"))] + ["ipc/domain.c", "tests/c/dedup_hook.c"]
+    sources = [f"services/dedup/{path.name}" for path in sorted(here.glob("*.c"))]
+    sources += ["ipc/domain.c", "tests/c/dedup_hook.c"]
     headers = [*cbuild.headers_in(here), "tests/c/dedup_hook.h"]
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        builder = cbuild.make_ffi("dedup_hooked", headers=headers, sources=sources, here=here, include=["ipc/build_ipc.py"])
+        builder = cbuild.make_ffi("dedup_hooked", headers, sources, here, include=["ipc/build_ipc.py"])
     finally:
         os.chdir(before)
     builder.emit_c_code(str(folder / "dedup_hooked.c"))
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-std=gnu11", "-UNDEBUG", "-fno-strict-aliasing", "-fvisibility=hidden"]
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-std=gnu11", "-UNDEBUG"]
+    command += ["-fno-strict-aliasing", "-fvisibility=hidden"]
     command += ["-DATOLL_STORE_HOOK", f"-I{ROOT}", f"-I{sysconfig.get_paths()['include']}"]
     command += [f"-fsanitize={sanitize}"] if sanitize else []
     command += [str(folder / "dedup_hooked.c"), *sources, "-o", str(folder / "dedup_hooked.so")]
@@ -148,14 +150,14 @@ class Stage:
         self.instance = secrets.randbits(64)
         self.sizes: dict[int, int] = {}
         lists = 8192 + lib.ATOLL_SLOT_COUNT * LIST_BYTES
-        shapes = {
+        self.shapes = {
             KERNEL: (4096, 0),
             NIC: (lists, nic_pages * BLOCK),
             NBD: (8192, 0),
             DEDUP: (self.lib.dedup_role_bytes(self.config), self.lib.dedup_buffer_bytes(self.config)),
             DISK: (4096, cache_pages * BLOCK),
         }
-        for role, (role_bytes, buffer_bytes) in shapes.items():
+        for role, (role_bytes, buffer_bytes) in self.shapes.items():
             self._make(role, role_bytes, buffer_bytes)
         self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NIC, NBD, DISK)}
         self.device = mmap.mmap(-1, device_blocks * BLOCK)
@@ -177,7 +179,7 @@ class Stage:
         self.nic_public = ffi.cast("struct atoll_nic_public *", physmap.address(NIC) + int(nic.role_offset))
         self.nic_lists = physmap.address(NIC) + int(nic.role_offset) + 8192
 
-    # --- Arenas ---------------------------------------------------------------------------------------------------
+    # --- Arenas -----------------------------------------------------------------------------------------------------
 
     def _make(self, role: int, role_bytes: int, buffer_bytes: int) -> None:
         entries = ffi.new("uint32_t[16]")
@@ -241,6 +243,39 @@ class Stage:
             self.lib.dedup_turn(self.state)
             self.disk()
 
+    def everybody_dies(self) -> None:
+        """All processes of the server are gone and a new run of init adopts the arenas of dedup and nic."""
+        entries = ffi.new("uint32_t[16]")
+        for role in (KERNEL, NBD, DISK):
+            physmap.unmap_arena(role)
+            self._make(role, *self.shapes[role])
+        for role in (DEDUP, NIC):
+            mask = 0
+            for peer, count in RINGS[role].items():
+                entries[peer] = count
+                mask |= 1 << peer
+            role_bytes, buffer_bytes = self.shapes[role]
+            size, futex = self.sizes[role], lib.ATOLL_WAKE_FUTEX
+            found = lib.atoll_arena_adopt(role, self.instance, size, mask, entries, role_bytes, buffer_bytes, futex, -1)
+            assert found == 0
+        self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NBD, DISK)}
+        self.ios.clear()
+        self.requests.clear()
+        self.unsent.clear()
+        self.sequences = [0] * lib.ATOLL_SLOT_COUNT
+        self.free_slots = list(range(lib.ATOLL_SLOT_COUNT - 1, -1, -1))
+        for slot in range(lib.ATOLL_SLOT_COUNT):
+            self.nic_public.done[slot] = 0
+
+    def nic_starts_anew(self) -> None:
+        """After everybody_dies: nic takes from dedup which of its pages are lent."""
+        role_area = physmap.address(DEDUP) + int(physmap.header(DEDUP).role_offset)
+        public = ffi.cast("struct atoll_dedup_public *", role_area)
+        held = ffi.buffer(ffi.cast("char *", int(public.held_address)), int(public.held_count))[:]
+        self.lent_pages = {page for page in range(self.nic_pages) if held[page]}
+        self.free_pages = set(range(self.nic_pages)) - self.lent_pages
+        self.domains[NIC] = self._open_domain(NIC, 2)
+
     def create_volume(self, name: str, size_bytes: int, flags: int = 0) -> int:
         reason = self.ffi.new("char[256]")
         data = name.encode()
@@ -287,7 +322,7 @@ class Stage:
         assert result in (0, -signal.SIGKILL, -signal.SIGSEGV), f"dedup ended with {result}"
         return result
 
-    # --- nbd ------------------------------------------------------------------------------------------------------------
+    # --- nbd --------------------------------------------------------------------------------------------------------
 
     def submit(
         self, opcode: int, volume: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0,
@@ -335,7 +370,8 @@ class Stage:
         if scattered:
             pages = self.random.sample(free, count)
         else:
-            pages = next((free[at : at + count] for at in range(len(free) - count + 1) if free[at + count - 1] - free[at] == count - 1), free[:count])
+            runs = (free[at : at + count] for at in range(len(free) - count + 1))
+            pages = next((run for run in runs if run[-1] - run[0] == count - 1), free[:count])
         segments: list[tuple[int, int]] = []
         at = 0
         for index, page in enumerate(pages):
@@ -441,7 +477,7 @@ class Stage:
                         assert not first <= page <= last, "a page a reader needs was given back"
         lib.atoll_domain_commit(self.domains[NIC])
 
-    # --- disk -----------------------------------------------------------------------------------------------------------
+    # --- disk -------------------------------------------------------------------------------------------------------
 
     def take_ios(self) -> None:
         message = ffi.new("struct atoll_descriptor *")
@@ -492,7 +528,7 @@ class Stage:
             self.complete(io)
         return len(ios)
 
-    # --- All of them ------------------------------------------------------------------------------------------------------
+    # --- All of them ------------------------------------------------------------------------------------------------
 
     def turn(self) -> bool:
         return bool(self.lib.dedup_turn(self.state))
@@ -506,7 +542,7 @@ class Stage:
             self.answers(send)
             if not self.requests and not busy:
                 return
-            assert time.monotonic() < deadline, f"{len(self.requests)} requests not answered: {list(self.requests.values())[:3]}"
+            assert time.monotonic() < deadline, f"not answered: {list(self.requests.values())[:3]}"
 
     def drain(self, timeout_s: float = 30.0) -> None:
         """Until everything logged is destaged and all pages are back."""

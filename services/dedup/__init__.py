@@ -35,7 +35,7 @@ COUNTERS: tuple[str, ...] = (
 CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
 
 BLOCK_BYTES = 4096
-STORE_NEW, STORE_LOADING, STORE_READY, STORE_BLANK, STORE_FAILED = range(5)  # enum store_state
+STORE_READY, STORE_BLANK, STORE_FAILED = 2, 3, 4  # enum store_state
 
 
 def plan(config: dict[str, Any]) -> tuple[int, int]:
@@ -47,8 +47,7 @@ def plan(config: dict[str, Any]) -> tuple[int, int]:
 def main(context: Context) -> None:
     """Serves until it is told to stop. The context's arena is writable and rolled back."""
     state = _open(context)
-    if not context.adopted or lib.dedup_store_state(state) != STORE_READY:
-        _load(context, state)
+    _load(context, state)
     control = Control(context, state)
     context.serving()
     while not context.stopping:
@@ -94,7 +93,7 @@ def _open(context: Context) -> Any:
 
 
 def _load(context: Context, state: Any) -> None:
-    """Has the store read from the device, or made on a blank one."""
+    """Has the store read from the device, or made on a blank one; at a takeover it is there already."""
     while (found := lib.dedup_store_state(state)) != STORE_READY:
         if found == STORE_BLANK:
             identity = uuid.uuid4().int

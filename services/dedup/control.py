@@ -11,8 +11,8 @@
 
 A volume call is answered when its change is on stable storage.
 
-After a crash: the change and the number of the call that made it are one transaction. A repeat of that number only waits for
-stable storage again.
+After a crash: the change and the number of the call that made it are one transaction. A repeat of that number only
+waits for stable storage again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Control:
             "stop": self.stop,
         }
 
-    # --- Looking ---
+    # --- Looking ----------------------------------------------------------------------------------------------------
 
     def status(self, call: dict[str, Any]) -> dict[str, Any]:
         figures = ffi.new("struct dedup_figures *")
@@ -120,7 +120,7 @@ class Control:
             )
         return found
 
-    # --- Changing ---
+    # --- Changing ---------------------------------------------------------------------------------------------------
 
     def volume_create(self, call: dict[str, Any]) -> dict[str, Any]:
         name, size_bytes = _text(call, "name"), _number(call, "size_bytes")

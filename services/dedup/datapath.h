@@ -159,7 +159,6 @@ struct dp_arena {
     uint64_t pinned_records;     /* RECORD_PINNED */
     uint64_t control_number;     /* last control call that changed something */
     uint64_t adopting;           /* 1: adoption has begun and is to be begun again */
-    uint64_t give_after_ns;      /* pages are given back to a nic that serves since later than this */
     uint32_t log_head, log_tail; /* LOGGED, in the order of destage */
     uint32_t returning;          /* head of the RETURNING list */
     uint32_t pinned_count;
@@ -339,7 +338,7 @@ uint64_t datapath_arena_bytes(const struct dp_geometry *geometry);
 uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry);
 /* Returns NULL with a reason in `error` (256 bytes). Outside of transactions. */
 struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct dp_geometry *geometry, bool fresh, char *error);
-/* All processes died: what was in flight is not any more. In the running transaction, committed by the callee as needed. */
+/* All processes died: what was in flight is not any more. Commits as it goes; the caller clears `adopting` at the end. */
 void datapath_adopt(struct datapath *dp, bool quarantine);
 /* Any takeover but adoption: queues of waiting requests. In a transaction. */
 void datapath_recover(struct datapath *dp);

@@ -4,7 +4,6 @@
  * After a crash: datapath_attach makes queues, hash tables and free stacks again from the arena (time: some hundred
  * microseconds; it looks at each cache page, merge page and slot once).
  */
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -161,23 +160,11 @@ void datapath_recover(struct datapath *dp)
     dp->loaded = true;
 }
 
-/* nic's new tables take over which pages are held when it starts. What is given back before would be freed twice, so
- * give_message waits for a nic that began to serve later than the one that has died. */
-static void wait_for_nic(struct datapath *dp)
-{
-    const struct atoll_arena_header *nic = dp->domain->peers[ATOLL_ROLE_NIC];
-    uint32_t pid = nic->pid;
-    bool alive = pid != 0 && kill((pid_t)pid, 0) == 0;
-    bool serves = alive && atoll_load_acquire(&nic->state) == ATOLL_STATE_SERVING;
-    *(volatile uint64_t *)&dp->arena->give_after_ns = serves ? 0 : nic->serving_ns;
-}
-
 void datapath_adopt(struct datapath *dp, bool quarantine)
 {
     struct dp_arena *arena = dp->arena;
     /* In pieces, each a transaction; a successor that finds `adopting` set begins again. */
     *(volatile uint64_t *)&arena->adopting = 1;
-    wait_for_nic(dp);
     for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++) {
         struct dp_slot *slot = &arena->slots[number];
         slot_save(dp, slot);
@@ -217,7 +204,6 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
     atoll_domain_commit(dp->domain);
     log_committed(dp);
     destage_adopt(dp, quarantine);
-    dp_set64(dp, &arena->adopting, 0);
     atoll_domain_commit(dp->domain);
     log_committed(dp);
 }

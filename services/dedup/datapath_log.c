@@ -129,10 +129,9 @@ static bool give_message(struct datapath *dp, const uint32_t *pages, uint32_t co
     struct atoll_descriptor message = {.opcode = ATOLL_OP_GIVE_BACK, .segment_count = (uint16_t)count};
     for (uint32_t index = 0; index < count; index++)
         message.halves[index] = pages[index];
-    const struct atoll_arena_header *nic = dp->domain->peers[ATOLL_ROLE_NIC];
-    if (dp->arena->give_after_ns != 0 && (atoll_load_acquire(&nic->state) != ATOLL_STATE_SERVING ||
-                                          atoll_load_relaxed(&nic->serving_ns) <= dp->arena->give_after_ns))
-        return false; /* after an adoption nic has to learn from `held` first what it has lent */
+    /* After an adoption nic learns from `held` which pages it has lent, once, before it serves (0 until then). */
+    if (atoll_load_acquire(&dp->domain->peers[ATOLL_ROLE_NIC]->serving_ns) == 0)
+        return false;
     if (!atoll_domain_put(dp->domain, ATOLL_ROLE_NIC, &message))
         return false;
     atoll_count(dp->domain, DEDUP_COUNTER_GIVEN_BACK_PAGES, count);

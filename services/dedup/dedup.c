@@ -112,9 +112,13 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     if (crashed)
         datapath_note_suspect(dp);
     domain->self->current = 0;
-    if (!made && (adopted || dp->arena->adopting)) {
+    /* An adoption that has been finished shows in the ring to the disk, which was empty when it began. */
+    const struct atoll_ring_producer *ring = domain->rings->tx[ATOLL_ROLE_DISK].producer;
+    bool anew = adopted && (ring == 0 || ring->tail_committed == 0);
+    if (!made && (anew || dp->arena->adopting)) {
         datapath_adopt(dp, quarantine);
         io_adopt(dedup);
+        atoll_set64(domain->journal, &dp->arena->adopting, 0);
     } else {
         datapath_recover(dp);
     }

@@ -1,0 +1,280 @@
+"""dedup dies: after each store of its journal, again and again, by itself, together with everybody else."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import signal
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from dedupkit import BLOCK, FUA, NO_HOLE, OK, Request, Stage, build_hooked
+
+from atoll.ipc._ipc import lib
+
+SIZE = 64 * BLOCK
+
+
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The extension with a hook behind each store of the journal."""
+    yield build_hooked(tmp_path_factory.mktemp("hooked"))
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+class Load:
+    """Requests on ranges that do not meet, so that what each must see is known; checked when all are answered."""
+
+    def __init__(self, stage: Stage, volume: int, seed: int) -> None:
+        self.stage, self.volume, self.random = stage, volume, random.Random(seed)
+        self.expected = bytearray(SIZE)
+        self.requests: list[tuple[Request, bytes | None]] = []
+
+    def submit(self, count: int) -> None:
+        cuts = sorted(self.random.sample(range(1, SIZE // BLOCK), count - 1))
+        for first, end in zip([0, *cuts], [*cuts, SIZE // BLOCK], strict=True):
+            self.one(first * BLOCK, min((end - first), 20) * BLOCK)
+        if self.random.random() < 0.5:
+            self.requests.append((self.stage.flush(self.volume), None))
+
+    def one(self, start: int, room: int) -> None:
+        chance = self.random
+        offset = start + (chance.randrange(BLOCK) if chance.random() < 0.3 else 0)
+        length = room - (offset - start) - (chance.randrange(BLOCK - 1) if chance.random() < 0.3 else 0)
+        length = max(1, min(length, start + room - offset))
+        stage, volume, data = self.stage, self.volume, None
+        match chance.choice(["write", "write", "write", "fua", "read", "read", "trim", "zero", "promise", "cache"]):
+            case "write" | "fua" as kind:
+                content = chance.randrange(4)
+                payload = b"".join(block(content * 100 + i % 3) for i in range(length // BLOCK + 1))[:length]
+                request = stage.write(volume, offset, payload, FUA if kind == "fua" else 0, chance.random() < 0.3)
+                self.expected[offset : offset + length] = payload
+            case "read":
+                request = stage.read(volume, offset, length)
+                data = bytes(self.expected[offset : offset + length])
+            case "trim":
+                request = stage.trim(volume, offset, length)
+                first, end = -(-offset // BLOCK) * BLOCK, (offset + length) // BLOCK * BLOCK
+                if first < end:
+                    self.expected[first:end] = bytes(end - first)
+            case "cache":
+                request = stage.cache(volume, offset, length)
+            case kind:
+                request = stage.zero(volume, offset, length, NO_HOLE if kind == "promise" else 0)
+                self.expected[offset : offset + length] = bytes(length)
+        self.requests.append((request, data))
+
+    def verify(self) -> None:
+        """All are answered, as they must be."""
+        for request, data in self.requests:
+            assert request.done and request.status == OK, request
+            assert data is None or request.data == data, request
+        self.requests.clear()
+
+    def verify_all(self) -> None:
+        request = self.stage.read(self.volume, 0, SIZE)
+        self.stage.run_until_idle()
+        assert request.data == self.expected
+
+
+def finish(stage: Stage, load: Load) -> None:
+    """A successor in this process finishes what is under way; everything is as it must be."""
+    stage.attach()
+    stage.check()
+    stage.run_until_idle(shuffle=True)
+    load.verify()
+    stage.check()
+
+
+def test_death_after_each_store(hooked: ModuleType) -> None:
+    """The same kinds of requests round by round; in round n each phase's first process dies after its n-th store."""
+    shared = mmap.mmap(-1, 8)
+    count = memoryview(shared).cast("Q")
+    kills = 0
+    with Stage(nic_pages=256, merge_pages=16, extension=hooked, seed=1) as stage:
+        stage.open()
+        load = Load(stage, stage.create_volume("v", SIZE), seed=1)
+        stage.run_until_idle()
+        nth, phase_stores = 1, 1
+        while nth < 1.5 * phase_stores and nth < 9000:
+            load.submit(8)
+            for _ in range(4):  # taking, destage, completion, sync
+                kills += stage.turns_in_child(die_after=nth) != 0
+                phase_stores = max(phase_stores, 1)
+                assert stage.turns_in_child(turns=2, count=count) == 0
+                phase_stores = max(phase_stores, count[0])
+                stage.disk(shuffle=True)
+                stage.answers()
+            finish(stage, load)
+            if nth % 8 == 0:
+                load.verify_all()
+            if len(stage.free_pages) < 2 * SIZE // BLOCK:
+                stage.flush(load.volume)
+                stage.drain()
+            nth += 1 if nth < 40 else 1 + nth // 20
+        load.verify_all()
+        stage.flush(load.volume)
+        stage.drain()
+        stage.check()
+    count.release()
+    print(f"{kills} kills, up to store {nth} of a phase with {phase_stores}")
+    assert kills > 100
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_death_again_and_again(hooked: ModuleType, seed: int) -> None:
+    """Successors die too, some while they recover; I/O completes late, to whoever plays dedup then."""
+    chance = random.Random(seed)
+    with Stage(device_blocks=2048, nic_pages=256, merge_pages=16, extension=hooked, seed=seed) as stage:
+        stage.open()
+        load = Load(stage, stage.create_volume("v", SIZE), seed)
+        stage.run_until_idle()
+        kills = 0
+        for _ in range(25):
+            load.submit(chance.randrange(2, 12))
+            for _ in range(chance.randrange(1, 12)):
+                kills += stage.turns_in_child(die_after=int(chance.paretovariate(0.5)), turns=3) != 0
+                stage.answers(send=chance.random() < 0.7)
+                stage.take_ios()
+                for io in list(stage.ios):
+                    if chance.random() < 0.6:
+                        stage.complete(io)
+            finish(stage, load)
+            if len(stage.free_pages) < 2 * SIZE // BLOCK:
+                stage.flush(load.volume)
+                stage.drain()
+        load.verify_all()
+        stage.flush(load.volume)
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
+        print(f"seed {seed}: {kills} kills")
+
+
+def test_places_in_flight_are_not_used_before_they_complete(hooked: ModuleType) -> None:
+    with Stage(device_blocks=1024, nic_pages=256, extension=hooked, seed=5) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, b"".join(block(i) for i in range(4)))
+        assert stage.turns_in_child(turns=2) == 0
+        stage.take_ios()
+        late = [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 4 * BLOCK]
+        assert len(late) == 1
+        stage.ios.remove(late[0])
+        stage.answers()
+        pages = {(at - stage.nic_buffer) // BLOCK for at, _ in late[0].segments}
+        for round_number in range(60):
+            data = b"".join(block(1000 * round_number + i + 10) for i in range(16))
+            stage.write(volume, 0, data)
+            stage.flush(volume)
+            stage.turns_in_child(die_after=50 + 97 * round_number, turns=4)
+            stage.attach()
+            stage.turn()
+            for _ in range(200):
+                stage.turn()
+                stage.take_ios()
+                for io in stage.ios:
+                    if io.opcode == lib.ATOLL_OP_IO_WRITE:
+                        assert io.offset + io.length <= late[0].offset or late[0].offset + late[0].length <= io.offset
+                stage.disk()
+                stage.answers()
+                if not stage.requests:
+                    break
+            assert pages <= stage.lent_pages, "a page in flight was given back"
+        stage.ios.append(late[0])
+        stage.complete(late[0])
+        stage.run_until_idle()
+        stage.drain()
+        stage.check()
+        read = stage.read(volume, 0, 16 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == data
+
+
+def test_poison(hooked: ModuleType) -> None:
+    """A request that crashes dedup is tried once more alone, then refused; a SIGKILL counts against nobody."""
+    with Stage(extension=hooked, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        before = stage.write(volume, 0, block(1))
+        poison = stage.write(volume, BLOCK, block(2))
+        after = stage.write(volume, 2 * BLOCK, block(3))
+        for _ in range(3):
+            assert stage.turns_in_child(die_after=60) == -signal.SIGKILL
+        assert stage.turns_in_child(poison=poison.identity) == -signal.SIGSEGV
+        assert stage.turns_in_child(poison=poison.identity, crashed=True, turns=2) == -signal.SIGSEGV
+        stage.attach(crashed=True)
+        stage.run_until_idle()
+        assert (before.status, poison.status, after.status) == (OK, lib.ATOLL_EPOISON, OK)
+        assert stage.counters()["poisoned"] == 1
+        read = stage.read(volume, 0, 3 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == block(1) + bytes(BLOCK) + block(3)
+        stage.flush(volume)
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages)), "its pages too"
+
+
+def test_an_innocent_request_is_carried_out_at_the_second_try(hooked: ModuleType) -> None:
+    with Stage(extension=hooked) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        request = stage.write(volume, 0, block(1))
+        assert stage.turns_in_child(poison=request.identity) == -signal.SIGSEGV
+        stage.attach(crashed=True)
+        stage.run_until_idle()
+        assert request.status == OK
+        stage.drain()
+        stage.check()
+
+
+@pytest.mark.parametrize("quarantine", [False, True])
+@pytest.mark.parametrize("seed", [21, 22])
+def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None:
+    """Arenas of nic and dedup are adopted: what was acknowledged is there."""
+    chance = random.Random(seed)
+    with Stage(device_blocks=4096, nic_pages=256, merge_pages=16, extension=hooked, seed=seed) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        expected = bytearray(SIZE)
+        for _ in range(12):
+            for _ in range(6):
+                offset = chance.randrange(SIZE - 1)
+                length = min(chance.randrange(1, 9 * BLOCK), SIZE - offset)
+                data = b"".join(block(chance.randrange(500)) for _ in range(9))[:length]
+                request = stage.write(volume, offset, data)
+                while not request.done:  # destage goes on beside it
+                    stage.turn()
+                    stage.take_ios()
+                    for io in list(stage.ios):
+                        if io.opcode == lib.ATOLL_OP_IO_READ or chance.random() < 0.3:
+                            stage.complete(io)
+                    stage.answers(send=chance.random() < 0.5)
+                assert request.status == OK
+                expected[offset : offset + len(data)] = data
+            stage.turns_in_child(die_after=chance.randrange(1, 400), turns=3)
+            stage.take_ios()
+            stage.everybody_dies()
+            stage.attach(adopted=True, quarantine=quarantine)
+            if chance.random() < 0.5:
+                stage.turn()  # nothing may be given back before nic has looked
+            stage.nic_starts_anew()
+            stage.check()
+            read = stage.read(volume, 0, SIZE)
+            stage.run_until_idle()
+            assert read.data == expected
+            stage.flush(volume)
+            stage.drain()
+            stage.check()
+            assert stage.free_pages == set(range(stage.nic_pages))
+            read = stage.read(volume, 0, SIZE)
+            stage.run_until_idle()
+            assert read.data == expected
