@@ -42,6 +42,8 @@ POLL_S = 0.02
 # Requests whose records are kept while others pass, and the time in which a request's first records come together.
 CANDIDATES = 8
 RECENT_NS = 200_000_000
+# Within this time two records of a domain about a request are of one step.
+AT_ONCE_NS = 1_000
 # Destaging waits for more to come, then writes: what has not reached the device after this was not written to it.
 DESTAGE_S = 5.0
 
@@ -120,7 +122,9 @@ def whole(messages: Iterable[Message], identity: int, opcode: int) -> bool:
     begun = any(m.domain == "nbd" and m.received and m.opcode == REQUEST for m in own)
     asked = sum({m.words[0]: m.words[1] for m in own if m.opcode == opcode and m.domain == "dedup"}.values())
     # Counted part by part: a later part may land in pages that an earlier one has given back.
-    payload = sum(total(join(m.ranges)) for m in own if m.domain == "nbd" and m.received and m.opcode in (REQUEST, PART))
+    payload = sum(
+        total(join(m.ranges)) for m in own if m.domain == "nbd" and m.received and m.opcode in (REQUEST, PART)
+    )
     return begun and (opcode != WRITE or payload == asked)
 
 
@@ -142,7 +146,8 @@ def write_of(messages: Sequence[Message], identity: int) -> dict[str, Any]:
             f"the device has not been written from there within {DESTAGE_S:g} s: stored already, zeros, or overwritten"
         )
     elif covered < wanted:
-        note = f"{covered} of {wanted} bytes went to the device from there; the rest was stored already, or merged"
+        rest = "the rest was stored already, or is part of ragged blocks"
+        note = f"{covered} of {wanted} bytes went to the device from there; {rest}"
     return describe(path, device, same, note, in_dedup)
 
 
@@ -197,7 +202,7 @@ def describe(
     asked = [m for m in path if m.domain == "dedup" and m.received and m.opcode in (READ, WRITE)]
     hops: list[dict[str, Any]] = []
     before = min(m.time_ns for m in path)
-    for message in sorted([*path, *device], key=lambda m: m.time_ns):
+    for message in causal(sorted([*path, *device], key=lambda m: m.time_ns)):
         # What a message refers to besides the payload (headers of replies) is not the payload.
         ranges = intersect(message.ranges, payload) if payload else []
         hops.append(
@@ -210,10 +215,10 @@ def describe(
                 "address": ranges[0][0] if ranges else None,
                 "length": total(ranges),
                 "runs": len(ranges),
-                "since_last_us": round((message.time_ns - before) / 1000, 3),
+                "since_last_us": round(max(0, message.time_ns - before) / 1000, 3),
             }
         )
-        before = message.time_ns
+        before = max(before, message.time_ns)
     return {
         "identity": path[0].identity,
         "offset": min(m.words[0] for m in asked),
@@ -223,6 +228,17 @@ def describe(
         "same_address": same,
         "note": note,
     }
+
+
+def causal(messages: list[Message]) -> list[Message]:
+    """A domain may note a message when it has dealt with it, just behind what it sent in consequence: cause first."""
+    ordered = list(messages)
+    for index in range(1, len(ordered)):
+        sent, received = ordered[index - 1], ordered[index]
+        at_once = received.time_ns - sent.time_ns < AT_ONCE_NS
+        if received.received and not sent.received and sent.domain == received.domain and at_once:
+            ordered[index - 1 : index + 1] = received, sent
+    return ordered
 
 
 def ranges_of(messages: Iterable[Message], domain: str, opcodes: tuple[int, ...]) -> list[Range]:
