@@ -156,6 +156,7 @@ def test_kills_under_load(tmp_path, engine, direct):
 
 
 POINTS = ["disk.step", "disk.committed", "disk.advanced", "disk.submit.before", "disk.submit.after"]
+POINTS += ["disk.recover.before", "disk.recover.after"]
 
 
 @pytest.mark.skipif("io_uring" not in ENGINES, reason="io_uring is forbidden here")

@@ -394,5 +394,7 @@ void io_take_over(struct disk *disk)
     for (uint32_t index = 0; index < count; index++)
         disk->queue[index] = disk_slot_number(disk, found[index]);
     disk->queue_count = count;
+    ATOLL_CRASH_POINT(disk->domain, "disk.recover.before");
     atoll_commit(disk->domain->journal);
+    ATOLL_CRASH_POINT(disk->domain, "disk.recover.after");
 }
