@@ -164,6 +164,8 @@ def read_of(messages: Sequence[Message], identity: int) -> dict[str, Any]:
     same = bool(data) and in_nic == data
     if not data:
         note = "no data: the block is a hole, or the read failed"
+    elif not in_nic and all(owner(r[0]) == "dedup" for r in data):
+        note = "a hole, answered as one: there is no data to follow"
     elif in_nic != data:
         note = "nbd and nic saw different places"
     elif not from_device:

@@ -185,14 +185,15 @@ def trace(document: Mapping[str, Any]) -> None:
         drawn = table(
             "domain", "inc", "message", "address", "length", "since last", right=("inc", "length", "since last")
         )
-        for hop in followed["hops"]:
+        for hop in grouped(followed["hops"]):
             address = "-" if hop["address"] is None else f"0x{hop['address']:012x}"
             if hop["runs"] > 1:
                 address += f" +{hop['runs'] - 1}"
             drawn.add_row(
                 hop["domain"],
                 text(hop["incarnation"]),
-                f"{hop['message']} {'from' if hop['direction'] == 'received' else 'to'} {hop['peer']}",
+                f"{hop['message']} {'from' if hop['direction'] == 'received' else 'to'} {hop['peer']}"
+                + (f" ×{hop['count']}" if hop["count"] > 1 else ""),
                 address,
                 str(hop["length"]),
                 f"{hop['since_last_us']:,.1f} µs",
@@ -203,6 +204,19 @@ def trace(document: Mapping[str, Any]) -> None:
         out.print(f"same address in {where}: [{'green' if yes else 'red'}]{'yes' if yes else 'no'}[/]", end="")
         out.print(f" ({text(followed['note'])})" if followed["note"] else "")
         out.print()
+
+
+def grouped(hops: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of one kind that follow one another, as one row: `count`, lengths, runs and times together."""
+    rows: list[dict[str, Any]] = []
+    for hop in hops:
+        if rows and all(rows[-1][key] == hop[key] for key in ("domain", "message", "direction", "peer")):
+            for key in ("length", "runs", "since_last_us"):
+                rows[-1][key] += hop[key]
+            rows[-1]["count"] += 1
+        else:
+            rows.append({**hop, "count": 1})
+    return rows
 
 
 # --- audit ----------------------------------------------------------------------------------------------------------

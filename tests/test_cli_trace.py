@@ -125,6 +125,7 @@ ELSEWHERE = [(BASE[NBD] + 8192, BASE[NBD] + 16384)]
     [
         (DATA, DATA, True, ""),
         (DATA, ELSEWHERE, False, "nbd and nic saw different places"),
+        ([(BASE[DEDUP] + 8192, BASE[DEDUP] + 16384)], [], False, "a hole, answered as one: there is no data to follow"),
         ([(BASE[NIC] + 8192, BASE[NIC] + 16384)],) * 2 + (True, "answered from memory of nic: the write log, or zeros"),
     ],
 )
