@@ -31,6 +31,12 @@ class Device:
     direct: bool  # O_DIRECT
     is_block: bool
 
+    @property
+    def identity(self) -> str:
+        """The same for the same device, as long as the machine runs."""
+        its = os.fstat(self.fd)
+        return f"block {its.st_rdev}" if self.is_block else f"file {its.st_dev} {its.st_ino}"
+
 
 def open_device(config: dict[str, Any]) -> Device:
     path = config["device"]

@@ -203,10 +203,10 @@ class Init:
                     os.kill(pid, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pids[0], 0)
-        self.world.close(keep=table.KEPT if keep else ())
-        if not keep:
+        if not keep:  # before the objects go: their absence must not look like a loss
             self.world.record.clean = True
             self.world.record.write(self.world.directory.path)
+        self.world.close(keep=table.KEPT if keep else ())
 
     # --- The kernel's hangs ---
 

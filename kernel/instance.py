@@ -58,6 +58,9 @@ class Record:
     boot_id: str
     layout_version: int
     device_bytes: int = 0
+    device: str = ""  # Device.identity
+    # Sections of the configuration by which the arenas were laid out.
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     # role: {"bytes", "role_bytes", "buffer_bytes"}
     arenas: dict[str, dict[str, int]] = field(default_factory=dict)
     clean: bool = False

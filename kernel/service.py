@@ -56,6 +56,7 @@ class Service:
         self.volumes_ready = self.booted
         self.stopping = bool(self.words[ServiceWord.STOPPING])
         self.finished = False
+        self.given_up = False
         self._making_volumes = False
         self._clean = True
         self._unclean_reason = ""
@@ -86,6 +87,8 @@ class Service:
 
     def may_start(self, life: Life) -> bool:
         """While the service starts: each role after those it stands on."""
+        if self.given_up:
+            return False
         if self.booted or self.stopping:
             return True
         if life.role.name == "nic" and not self.volumes_ready:
@@ -112,7 +115,9 @@ class Service:
             self._give_up(f"{life.role.name}: {life.reason}")
 
     def _give_up(self, reason: str) -> None:
-        log.error("the service cannot start: %s", reason)
+        if self.given_up:
+            return
+        self.given_up = True
         self.tell_init({"failed": reason})
 
     def _boot_step(self) -> None:

@@ -46,6 +46,7 @@ def run(world: World, role_name: str) -> NoReturn:
         for name, arena in world.arenas.items():
             if name != role_name and arena.arena_bytes - arena.buffer_bytes <= POPULATE_BYTES_MAX:
                 physmap.populate(table.ROLES[name].number)
+        process.come_first()  # until it serves: the kernel takes it back
         order, descriptors = _wait(channel)
         status = _play(world, role, order, descriptors)
     except messages.EndOfChannel:
@@ -116,7 +117,6 @@ def _play(world: World, role: table.Role, order: dict[str, Any], descriptors: li
     # From here on nobody else writes to the arena.
     physmap.map_arena(number, arena_fd, world.arenas[role.name].arena_bytes, writable=True)
     messages.close_all(descriptors)
-    os.eventfd_write(world.eventfds["kernel"], 1)  # it watches the lock from now on
     process.name_this(f"atoll-{role.name}")
     fresh = bool(order["fresh"])
     half_made = fresh and physmap.header(number).incarnation != 0

@@ -28,7 +28,7 @@ from atoll.ipc.runtime import Listener
 from atoll.kernel import device as devices
 from atoll.kernel import listeners as sockets
 from atoll.kernel import process, records, table
-from atoll.kernel.instance import BootError, Directory, Record, boot_id
+from atoll.kernel.instance import EXIT_CONFIG, BootError, Directory, Record, boot_id
 
 log = logging.getLogger("atoll")
 
@@ -97,12 +97,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     if last is not None:
         _remove_stale(last, keep=table.KEPT if adoptable else ())
     if adoptable and last is not None:
-        if device.size_bytes < last.device_bytes:
-            raise BootError(
-                f"device {device.path} has {device.size_bytes} bytes, the last run's had {last.device_bytes}, and"
-                " acknowledged writes for it are still in shared memory: give it back its size or its old path"
-            )
-        config["device_bytes"] = last.device_bytes  # the tables in shared memory were made for this size
+        _keep_to(last, device, config)
     config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
 
     engines, urings = _engines(config)
@@ -122,6 +117,8 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         boot_id=boot_id(),
         layout_version=LAYOUT_VERSION,
         device_bytes=config["device_bytes"],
+        device=device.identity,
+        sections={role.name: dict(config[role.name]) for role in table.DOMAINS},
         served=adoptable,
         arenas={
             name: {"bytes": each.arena_bytes, "role_bytes": each.role_bytes, "buffer_bytes": each.buffer_bytes}
@@ -215,6 +212,21 @@ def _read_head(name: str, last: Record, role: str) -> tuple[int, bool] | None:
         os.close(descriptor)
 
 
+def _keep_to(last: Record, device: devices.Device, config: dict[str, Any]) -> None:
+    """The tables in shared memory were made for one device and one set of sizes: these are kept to."""
+    if last.device != device.identity or device.size_bytes < last.device_bytes:
+        raise BootError(
+            f"device {device.path}: not the one of the last run, or smaller than it was, and acknowledged writes for"
+            " that one are still in shared memory: start with the old one, stop in order, then change"
+        )
+    config["device_bytes"] = last.device_bytes
+    for name, section in last.sections.items():
+        kept = {key: value for key, value in section.items() if key in config[name] and key != "engine"}
+        if any(config[name][key] != value for key, value in kept.items()):
+            log.warning("%s: what has changed in its configuration takes effect after the next orderly stop", name)
+        config[name].update(kept)
+
+
 def _remove_stale(last: Record, keep: Iterable[str]) -> None:
     kept = {objects.arena_name(last.instance, role) for role in keep}
     for name in objects.list_objects(last.instance):
@@ -256,7 +268,10 @@ def _plan(role: table.Role, config: dict[str, Any]) -> Arena:
     if role is table.KERNEL:
         role_bytes, buffer_bytes = records.AREA_BYTES, 0
     else:
-        role_bytes, buffer_bytes = table.module_of(role, config).plan(config)
+        try:
+            role_bytes, buffer_bytes = table.module_of(role, config).plan(config)
+        except ValueError as error:
+            raise BootError(str(error), EXIT_CONFIG) from None
     arena_bytes = lib.atoll_arena_size(table.rings_mask(role), table.ring_entries(role), role_bytes, buffer_bytes)
     return Arena(int(arena_bytes), int(role_bytes), int(buffer_bytes))
 

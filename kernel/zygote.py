@@ -12,6 +12,7 @@ kernel asks again for what it still lacks.
 import gc
 import logging
 import os
+import sys
 from typing import NoReturn
 
 from atoll.ipc import objects, physmap
@@ -29,6 +30,7 @@ def run(world: World) -> NoReturn:
     for role in table.DOMAINS:
         table.module_of(role, world.config)
     map_read_only(world)
+    _look_up_c()
     gc.collect()
     gc.freeze()  # what is there stays: a collection in a child would touch, and so copy, all of it
     pid = os.getpid()
@@ -49,6 +51,15 @@ def run(world: World) -> NoReturn:
             answer = {"synced": message["sync"], "pid": pid, "start_time": own_start_time}
         channel.setblocking(True)
         messages.send(channel, answer)
+
+
+def _look_up_c() -> None:
+    """Functions of a C extension become objects when they are first named: here, once for all standbys."""
+    for module in list(sys.modules.values()):
+        lib = getattr(module, "lib", None)
+        if type(lib).__name__ == "Lib" and getattr(module, "__name__", "").startswith("atoll."):
+            for name in dir(lib):
+                getattr(lib, name)
 
 
 def map_read_only(world: World) -> None:

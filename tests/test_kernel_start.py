@@ -127,6 +127,22 @@ def test_shared_memory_that_is_gone_is_said(service: Service) -> None:
     assert service.ask("nic", "report")["starts"] == 1
 
 
+def test_another_device_or_other_sizes_while_writes_wait(service: Service, tmp_path: Path) -> None:
+    service.config["nbd"] = {"colour": "blue"}
+    service.start()
+    service.die()
+    device = service.config["device"]
+    service.config["device"] = str(tmp_path / "other.img")
+    status, said = fails(service)
+    assert status == 1 and "not the one of the last run" in last_line(said)
+    service.config["device"] = device
+    service.config["nbd"] = {"colour": "red"}
+    service.start()
+    assert "nbd: what has changed in its configuration takes effect after" in service.log_text()
+    assert service.ask("dedup", "report")["adopted"] is True
+    assert service.stop() == 0
+
+
 def test_a_second_instance(service: Service, tmp_path: Path) -> None:
     service.start()
     assert service.process is not None
