@@ -129,14 +129,14 @@ static bool peek(struct nbd *nbd, uint32_t role, struct atoll_descriptor *messag
     if (atoll_domain_pending(nbd->domain, role) == 0)
         return false;
     *message = *atoll_ring_entry(&nbd->domain->rings->rx[role], 0);
+    if (atoll_trace_armed(nbd->domain)) /* before what it causes, so that the hops stand in their order */
+        atoll_trace_hop(nbd->domain, role, 0, message);
     return true;
 }
 
-static void accept(struct nbd *nbd, uint32_t role, const struct atoll_descriptor *message)
+static void accept(struct nbd *nbd, uint32_t role)
 {
     atoll_ring_pop(nbd->domain->journal, &nbd->domain->rings->rx[role], 1);
-    if (atoll_trace_armed(nbd->domain))
-        atoll_trace_hop(nbd->domain, role, 0, message);
     atoll_count(nbd->domain, NBD_COUNTER_MESSAGES, 1);
 }
 
@@ -173,7 +173,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         set_current(nbd, message.identity);
         nbd_take_done(nbd, &message);
         absolve(nbd, message.identity);
-        accept(nbd, ATOLL_ROLE_DEDUP, &message);
+        accept(nbd, ATOLL_ROLE_DEDUP);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.done_taken");
     }
     for (; taken < limit && peek(nbd, ATOLL_ROLE_NIC, &message); taken++) {
@@ -186,7 +186,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
             break;
         }
         absolve(nbd, message.identity);
-        accept(nbd, ATOLL_ROLE_NIC, &message);
+        accept(nbd, ATOLL_ROLE_NIC);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.request_taken");
     }
     nbd->taken = taken;
@@ -269,7 +269,7 @@ void nbd_answer(struct nbd *nbd, const struct nbd_answer *answer)
     nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
     atoll_count(nbd->domain, message->opcode == ATOLL_OP_OPEN ? NBD_COUNTER_OPENED : NBD_COUNTER_OPTIONS, 1);
     absolve(nbd, message->identity);
-    accept(nbd, ATOLL_ROLE_NIC, message);
+    accept(nbd, ATOLL_ROLE_NIC);
     nbd->framed = 0;
     ATOLL_CRASH_POINT(nbd->domain, "nbd.frame_answered");
     commit_step(nbd);

@@ -185,7 +185,9 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
                                       [NBD_CMD_CACHE] = ATOLL_OP_CACHE,       [NBD_CMD_WRITE_ZEROES] = ATOLL_OP_ZERO,
                                       [NBD_CMD_BLOCK_STATUS] = ATOLL_OP_EXTENTS};
     struct atoll_descriptor message = {.opcode = OPCODES[slot->type], .identity = slot->identity, .part = (uint16_t)slot->part};
-    message.flags = (uint8_t)((slot->flags & NBD_CMD_FLAG_FUA ? ATOLL_FLAG_FUA : 0) |
+    /* FUA on the last part alone: it is answered when everything logged before it is on stable storage. */
+    bool last = !nbd_has_parts(slot->type) || slot->done_bytes + slot->part_bytes == slot->work_bytes;
+    message.flags = (uint8_t)((slot->flags & NBD_CMD_FLAG_FUA && last ? ATOLL_FLAG_FUA : 0) |
                               (slot->flags & NBD_CMD_FLAG_NO_HOLE ? ATOLL_FLAG_NO_HOLE : 0) |
                               (slot->flags & NBD_CMD_FLAG_FAST_ZERO ? ATOLL_FLAG_FAST : 0) |
                               (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0));
