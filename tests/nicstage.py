@@ -1,4 +1,4 @@
-"""The NIC driver alone on a stage: real arenas, rings, sockets and a real process; the test plays nbd, dedup and kernel.
+"""The NIC driver alone on a stage: real arenas, rings, sockets and a real process; the test plays nbd and dedup.
 
 with Stage() as stage:
     stage.start()                         a process that plays nic; kill() ends it, start() is the successor
@@ -6,8 +6,8 @@ with Stage() as stage:
     stage.settle()                        turns until nothing is under way
 
 The stand-in for nbd is strict: identities must be new, parts must come in order and hold the pattern's bytes, no slot
-may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % len]. Pages are taken
-over by dedup at random and given back later, sometimes before the reply. Single-threaded; sockets do not block.
+may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % period]. Pages are
+taken over by dedup at random and given back later, sometimes before the reply. Single-threaded; sockets do not block.
 """
 
 from __future__ import annotations
@@ -225,9 +225,7 @@ class Stage:
         physmap.map_arena(role, fd, size, writable=True)
         base = ffi.cast("void *", physmap.address(role))
         kind, eventfd = (lib.ATOLL_WAKE_EVENTFD, self.eventfd) if role == NIC else (lib.ATOLL_WAKE_FUTEX, -1)
-        lib.atoll_arena_format(
-            base, role, self.instance, size, mask, entries, role_bytes, buffer_bytes, kind, eventfd
-        )
+        lib.atoll_arena_format(base, role, self.instance, size, mask, entries, role_bytes, buffer_bytes, kind, eventfd)
         os.close(fd)
         if role == NIC:
             self._map(role, writable=False)
@@ -381,7 +379,9 @@ class Stage:
             assert time.monotonic() < deadline, f"not in time: {what}"
 
     def settle(self) -> None:
-        self.until(lambda: not any(client.expected or client.out for client in self.clients if not client.closed), "settle")
+        self.until(
+            lambda: not any(client.expected or client.out for client in self.clients if not client.closed), "settle"
+        )
 
     def _give_back(self, share: float) -> None:
         while self.taken_pages and self.random.random() < share:
@@ -401,7 +401,7 @@ class Stage:
             segments = ffi.cast("struct atoll_segment *", message.address)
             runs = [(segments[i].address, segments[i].length) for i in range(message.segment_count)]
         for address, length in runs:
-            assert lib.ATOLL_MAP_BASE + NIC * lib.ATOLL_MAP_STRIDE <= address
+            assert address >= lib.ATOLL_MAP_BASE + NIC * lib.ATOLL_MAP_STRIDE
             assert all(a % BLOCK == 0 for a, _ in runs[1:]) and length > 0
         data = b"".join(bytes(ffi.buffer(ffi.cast("char *", address), length)) for address, length in runs if length)
         assert len(data) == message.length
@@ -416,7 +416,11 @@ class Stage:
         else:
             segments = ffi.cast("struct atoll_segment *", message.address)
             runs = [(segments[i].address, segments[i].length) for i in range(message.segment_count)]
-        return [page for address, length in runs for page in range((address - base) // BLOCK, (address + length - 1 - base) // BLOCK + 1)]
+        return [
+            page
+            for address, length in runs
+            for page in range((address - base) // BLOCK, (address + length - 1 - base) // BLOCK + 1)
+        ]
 
     def _take(self, message: Any) -> None:
         identity = int(message.identity)
@@ -509,7 +513,7 @@ class Stage:
     def reply(
         self, use: Use, header: bytes = b"", flags: int = LAST, framing: int = 0, data: tuple[int, int] = (0, 0)
     ) -> None:
-        """Sends `header`, then `data` bytes of the pattern, cut into segments at random; parts of replies do not mix."""
+        """Sends `header`, then `data` bytes of the pattern, cut into segments; parts of replies do not mix."""
         connection = use.identity >> 48
         if self.mixing.get(connection, use.identity) != use.identity:
             self.deferred.setdefault(connection, []).append((use, header, flags, framing, data))
@@ -560,7 +564,9 @@ class Stage:
     def __enter__(self) -> Stage:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.pid and not self.is_dead():
             self.kill()
         for client in self.clients:

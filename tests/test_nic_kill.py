@@ -1,4 +1,4 @@
-"""The NIC driver is killed, again and again; its clients see one slower reply and not one byte too few, too many or wrong.
+"""The NIC driver is killed, again and again; its clients see slower replies, and no byte too few, too many or wrong.
 
 The clients check every byte that comes, nbd's stand-in every byte that goes (nicstage.py).
 """
@@ -44,8 +44,10 @@ def drain(stage: Stage) -> None:
     stage.clients.clear()
     stage.until(lambda: not stage.connections and not stage.uses, "all connections end")
     stage.until(
-        lambda: (status := stage.call("status"))["buffer_pages_free"] == status["buffer_pages"]
-        and status["slots_in_use"] == status["connections"] == status["stream_buffers_in_use"] == 0,
+        lambda: (
+            (status := stage.call("status"))["buffer_pages_free"] == status["buffer_pages"]
+            and status["slots_in_use"] == status["connections"] == status["stream_buffers_in_use"] == 0
+        ),
         "nothing is left behind",
     )
     counters = stage.counters()

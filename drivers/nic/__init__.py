@@ -4,8 +4,8 @@
 - `plan(config)`: bytes of its role area and of its buffers, which are the payload pages.
 - `main(context)`: the domain's life. Control calls: "status", "connections", "check", "stop".
 
-After a crash: sockets stay in the file table of the io_uring that init holds; everything else lies in the arena. With the engine
-"sockets" all connections end with the process.
+After a crash: sockets stay in the file table of the io_uring that init holds; everything else lies in the arena.
+With the engine "sockets" all connections end with the process.
 """
 
 from __future__ import annotations
@@ -143,7 +143,9 @@ def open_nic(context: Any, engine: str) -> Any:
     options.listeners[0 : len(context.listeners)] = [listener.fd for listener in context.listeners]
     options.poll_in_ring = bool(context.config["testing"].get("fault", {}).get("nic_poll_in_ring", False))
     parameters = (
-        ffi.from_buffer("struct atoll_uring_parameters *", context.uring.parameters) if context.uring is not None else ffi.NULL
+        ffi.from_buffer("struct atoll_uring_parameters *", context.uring.parameters)
+        if context.uring is not None
+        else ffi.NULL
     )
     error = ffi.new("char[256]")
     nic = lib.nic_open(context.domain, limits_of(context.config["nic"]), options, parameters, error)
