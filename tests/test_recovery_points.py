@@ -1,0 +1,85 @@
+"""Every named crash point of every role, armed once under a verifying load: whoever comes by dies there, nobody notices."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_live, patiently, send
+from serverkit import Server
+
+from atoll.ipc.crashpoint import points_in
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("ipc", "kernel", "drivers", "services")
+
+# In common code, where this role does not come by: nobody calls the kernel.
+NOT_HERE = {"kernel:call.before"}
+
+
+def all_points() -> list[tuple[str, str]]:
+    """(role, name as it is armed); a point of common code once per role."""
+    found = []
+    for folder in SOURCES:
+        for name in points_in(ROOT / folder):
+            if name.startswith(":"):
+                found += [(role, role + name) for role in ROLES]
+            else:
+                found.append((name.split(".")[0], name))
+    return sorted(found)
+
+
+def test_points_belong_to_roles() -> None:
+    points = all_points()
+    assert {role for role, _ in points} == set(ROLES)
+    assert len(points) == len(set(points))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_each_crash_point(make_server, transport: str) -> None:
+    server: Server = make_server(config={"testing": {"crash_points": True}}).start()
+    reached, passed = [], []
+    with Eyes(server) as eyes, Load(server, transport=transport, size=32 << 20) as load:
+        for role, name in all_points() * LONG:
+            (reached if walk(server, eyes, load, role, name) else passed).append(name)
+            if role == "dedup":
+                check_live(server)
+        print(f"{len(reached)} reached: {', '.join(reached)}")
+        print(f"{len(passed)} not reached: {', '.join(passed)}")
+        check_live(server)
+    assert set(passed) <= NOT_HERE, f"the load must reach {sorted(set(passed) - NOT_HERE)}"
+
+
+def walk(server: Server, eyes: Eyes, load: Load, role: str, name: str) -> bool:
+    """Arms one point and waits until somebody has died there; False if nobody came by."""
+    before = {role: eyes.incarnation(role)}
+    sequence = patiently(server, "crash-point", name=name)["sequence"]
+    recovering = ".recover" in name
+    began, provoked = time.monotonic(), 0
+    deadline = began + 4.0
+    while eyes.crash_seen(role) != sequence and time.monotonic() < deadline:
+        if role == "kernel" or recovering or ":call" in name:
+            # Promotions, calls and recoveries happen when somebody dies or asks.
+            if "promote" not in name and not recovering:
+                poke(server)
+            elif time.monotonic() - began > 0.4 * provoked:
+                provoked += 1
+                victim = role if recovering else DOMAINS[provoked % 4]
+                send(eyes.pid(victim), signal.SIGKILL)
+        time.sleep(0.003)
+    died = eyes.crash_seen(role) == sequence
+    if died:
+        eyes.wait_serving(before)
+    patiently(server, "crash-point", name="")
+    load.goes_on(name, 30)
+    return died
+
+
+def poke(server: Server) -> None:
+    try:
+        patiently(server, "status", timeout_s=5)
+    except Exception as error:
+        print("status:", error)
