@@ -479,6 +479,7 @@ static bool run_flushes(struct datapath *dp)
         } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
             if (ticket == 0)
                 ticket = store_sync(dp->dedup);
+            ATOLL_CRASH_POINT(dp->domain, "dedup.flush.sync");
             slot->phase = PHASE_SYNC;
             slot->ticket = ticket;
             slot->sync_failures = store_sync_failures(dp->dedup, &last_status);

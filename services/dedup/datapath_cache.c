@@ -14,6 +14,7 @@
  */
 #include <stdlib.h>
 
+#include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
 
 static uint32_t hash_of(const struct datapath *dp, uint64_t pba)
@@ -144,6 +145,7 @@ static void submit(struct datapath *dp, const uint64_t *pbas, const uint32_t *pa
         else
             segments[count++] = (struct atoll_segment){.address = address, .length = DP_BLOCK};
     }
+    ATOLL_CRASH_POINT(dp->domain, "dedup.fill.submit");
     int slot = io_submit(dp->dedup, IO_FILL, pbas[from], ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, pbas[from] * DP_BLOCK, segments, count);
     assert(slot >= 0); /* cache_load counted the room */
 }
@@ -271,6 +273,7 @@ static void loaded(struct datapath *dp, uint32_t page, uint32_t status)
 
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status)
 {
+    ATOLL_CRASH_POINT(dp->domain, "dedup.fill.done");
     for (uint32_t index = 0; index < slot->segment_count; index++) {
         uint32_t page = cache_page_of(dp, slot->segments[index].address);
         uint32_t count = slot->segments[index].length / DP_BLOCK;

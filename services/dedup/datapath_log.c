@@ -9,6 +9,7 @@
  *
  * After a crash: everything here is transactional; the stack of free merge pages is made again from the records.
  */
+#include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
 
 static void set_state(struct datapath *dp, uint32_t record, enum record_state state)
@@ -132,6 +133,7 @@ static bool give_message(struct datapath *dp, const uint32_t *pages, uint32_t co
     /* After an adoption nic learns from `held` which pages it has lent, once, before it serves (0 until then). */
     if (atoll_load_acquire(&dp->domain->peers[ATOLL_ROLE_NIC]->serving_ns) == 0)
         return false;
+    ATOLL_CRASH_POINT(dp->domain, "dedup.give_back");
     if (!atoll_domain_put(dp->domain, ATOLL_ROLE_NIC, &message))
         return false;
     atoll_count(dp->domain, DEDUP_COUNTER_GIVEN_BACK_PAGES, count);

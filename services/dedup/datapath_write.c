@@ -431,6 +431,7 @@ enum dp_outcome exec_range(struct datapath *dp, uint32_t number, const struct at
         lba++;
     }
     slot->progress = lba;
+    ATOLL_CRASH_POINT(dp->domain, "dedup.range.slice");
     return lba < stop ? OUTCOME_RANGE : applied(request);
 }
 

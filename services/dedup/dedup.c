@@ -122,6 +122,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     } else {
         datapath_recover(dp);
     }
+    ATOLL_CRASH_POINT(domain, "dedup.recovered");
     atoll_domain_commit(domain);
     log_committed(dp);
     return dedup;
@@ -155,6 +156,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         }
         did |= datapath_step(dp, wake_ms);
     }
+    ATOLL_CRASH_POINT(domain, "dedup.step.commit");
     atoll_domain_commit(domain);
     log_committed(dp);
     ATOLL_CRASH_POINT(domain, "dedup.step.committed");
