@@ -8,6 +8,7 @@ record of the instance, shared memory the acknowledged writes; the next `run` ad
 """
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -32,6 +33,9 @@ PROTECTED_OOM_SCORE = -900
 SHORT_LIFE_S = 1.0
 SHORT_LIVES = 3
 BACKOFF_MAX_S = 5.0
+# A kernel that takes over is not hanging yet; nor does a long bound mean that nobody looks.
+HANG_MIN_S = 1.0
+LOOK_MAX_S = 60.0
 
 
 def run(config: dict[str, Any]) -> int:
@@ -97,6 +101,8 @@ class Init:
         poll = select.poll()
         poll.register(wake, select.POLLIN)
         poll.register(channel, select.POLLIN)
+        gc.collect()
+        gc.freeze()  # forking touches, and so copies, less
         while self.status is None:
             for child in (self.zygote, self.kernel):
                 if child.pid == 0 and time.monotonic() >= child.not_before:
@@ -156,7 +162,7 @@ class Init:
     def _patience_ms(self) -> float:
         """Until the next look at the kernel, or the next fork of a child that died too often."""
         waiting = [child.not_before - time.monotonic() for child in (self.kernel, self.zygote) if child.pid == 0]
-        return max(0.0, min([self._hang_s() / 2, *waiting])) * 1000
+        return max(0.0, min([self._hang_s() / 2, LOOK_MAX_S, *waiting])) * 1000
 
     # --- Messages ---
 
@@ -211,7 +217,7 @@ class Init:
     # --- The kernel's hangs ---
 
     def _hang_s(self) -> float:
-        return 2 * float(self.world.config["kernel"]["hang_s"])
+        return max(HANG_MIN_S, 2 * float(self.world.config["kernel"]["hang_s"]))
 
     def _map_kernel_arena(self) -> None:
         size = self.world.arenas["kernel"].arena_bytes

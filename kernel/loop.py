@@ -22,6 +22,8 @@ log = logging.getLogger("atoll.kernel")
 
 Act = Callable[[], None]
 
+WAIT_MAX_S = 3600.0  # epoll takes no longer times
+
 
 class Loop:
     def __init__(self, domain: Any, eventfd: int, on_wake: Act, drain_init: Act) -> None:
@@ -93,7 +95,7 @@ class Loop:
     def _until_next_timer(self) -> float | None:
         if not self._timers:
             return None
-        return max(0.0, (self._timers[0][0] - time.monotonic_ns()) / 1e9)
+        return min(WAIT_MAX_S, max(0.0, (self._timers[0][0] - time.monotonic_ns()) / 1e9))
 
     @staticmethod
     def _call(act: Act) -> None:

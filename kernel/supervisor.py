@@ -50,6 +50,8 @@ CRASH_ROW_NS = 10 * SECOND
 FIRST_BACKOFF_NS = 50 * MS
 # How long the signal of a death may stay unknown before the successor is promoted without it.
 SIGNAL_WAIT_S = 0.005
+# init takes a kernel whose loop does not turn for hung: it turns at least so often.
+LOOK_MAX_NS = SECOND // 4
 # Ends of processes remembered as init told them.
 ENDED_KEPT = 64
 
@@ -266,6 +268,7 @@ class Supervisor:
 
     def _bury(self, life: Life, pid: int) -> None:
         """The active process is dead: nothing of it runs any more."""
+        crash_point(self.domain, "kernel.bury.before")
         now = time.monotonic_ns()
         header = physmap.header(life.role.number)
         # Said after everything was handed over: it has nothing left to do but to end.
@@ -381,6 +384,7 @@ class Supervisor:
             fresh.close()
             return
         else:
+            crash_point(self.domain, "kernel.standby.before")
             life.standby = fresh
             life.record(self.rows)
             self._follow(fresh, life)
@@ -439,6 +443,7 @@ class Supervisor:
             and header.pid == life.active.pid
             and header.incarnation == life.incarnation
         ):
+            crash_point(self.domain, "kernel.serving.before")
             life.phase = Phase.SERVING
             life.served = True
             life.standby_failures = 0
@@ -483,7 +488,7 @@ class Supervisor:
                 life.detected_ns = now
                 # Who was stopped from outside has done nothing wrong.
                 self.kill_active(life, blame=signal.SIGSTOP if stopped else signal.SIGABRT)
-        self.loop.at(now + self._hang_ns // 4, self.check_hangs)
+        self.loop.at(now + min(self._hang_ns // 4, LOOK_MAX_NS), self.check_hangs)
 
     def _pending(self, life: Life) -> bool:
         """True if a message waits on a ring to the role. Others wrote what is read: offsets are checked."""

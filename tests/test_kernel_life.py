@@ -66,6 +66,7 @@ def test_a_domain_holds_only_what_it_may(service: Service) -> None:
     for role in ROLES:
         for field in ("pid", "standby_pid"):
             folder = Path(f"/proc/{rows[role][field]}/fd")
+            wait_for("a fresh standby has closed the rest", lambda: len(list(folder.iterdir())) < 14)  # noqa: B023
             links = [str(each.readlink()) for each in folder.iterdir()]
             assert not [link for link in links if "/dev/shm" in link or "control.sock" in link], links
             assert any(link.endswith("device.img") for link in links) == (role == "disk")
@@ -187,12 +188,13 @@ def test_back_off_is_for_those_who_die_by_themselves(service: Service) -> None:
 
 def test_wherever_the_kernel_dies_one_process_is_active(service: Service) -> None:
     """The kernel dies at its crash points, in the middle of a promotion."""
-    for point in ("kernel.promote.before", "kernel.promote.after", "kernel.call.before", "kernel.receive.before"):
+    promoting = [f"kernel.{name}" for name in ("bury.before", "promote.before", "promote.after", "serving.before")]
+    for point in (*promoting, "kernel.standby.before", "kernel.call.before", "kernel.receive.before"):
         rows = service.whole()
         service.call("crash-point", name=point)
         os.kill(rows["nbd"]["pid"], signal.SIGKILL)
         after = service.replaced("nbd", rows["nbd"]["pid"])
-        assert after["kernel"]["pid"] != rows["kernel"]["pid"] or not point.startswith("kernel.promote"), point
+        assert after["kernel"]["pid"] != rows["kernel"]["pid"] or point not in promoting, point
         found = writable_maps(service)
         assert found["nbd"] == [after["nbd"]["pid"]]
         with contextlib.suppress(NoAnswer):  # the last two points lie on the way of a call
@@ -226,6 +228,38 @@ def test_random_kills(service: Service) -> None:
     for role in ROLES:
         assert found[role] == [rows[role]["pid"]]
     print(report, {role: rows[role]["restarts"] for role in ROLES})
+
+
+def test_a_role_with_threads_is_dead_when_its_last_thread_is(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    service.config["disk"]["engine"] = "threads"
+    service.config["nic"]["engine"] = "sockets"
+    try:
+        service.start()
+        service.ping(2000)
+        for _ in range(3):
+            rows = service.whole()
+            answer = service.call("kill", role="disk", signal="KILL")
+            assert answer["new_pid"] == rows["disk"]["standby_pid"]
+        service.round_trip()
+        assert service.call("status")["engines"] == {"disk": "threads", "nic": "sockets"}
+    finally:
+        assert service.end() == []
+
+
+@pytest.mark.parametrize("hang_s", [0.02, 365 * 86400.0])
+def test_short_and_long_bounds_for_a_hang(tmp_path: Path, hang_s: float) -> None:
+    service = Service(tmp_path)
+    service.config["kernel"]["hang_s"] = hang_s
+    try:
+        service.start()
+        service.ping(2000)
+        service.call("kill", role="disk", signal="KILL")
+        service.replaced("kernel", service.signal_role("kernel"))
+        service.round_trip()
+        assert service.whole()["kernel"]["incarnation"] == 2
+    finally:
+        assert service.end() == []
 
 
 def test_idle_costs_nothing(service: Service) -> None:
