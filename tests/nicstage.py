@@ -193,6 +193,8 @@ class Stage:
         self.taken_pages: list[int] = []
         self.hold = False  # nbd answers nothing
         self.take_share = 0.5
+        self.service: Any = None  # (ffi, lib) of an extension that takes the real one's place in the child
+        self.before: Callable[[Any], None] | None = None  # called with the driver's lib in the new process
         self.framing = lib.ATOLL_FRAMING_REQUEST
         self.log: list[Any] = []
         self.mixing: dict[int, int] = {}  # connection: identity whose reply has parts to come
@@ -282,7 +284,11 @@ class Stage:
             for role in (KERNEL, NBD, DEDUP):
                 self._map(role, writable=False)
             self._map(NIC, writable=True)
+            if self.service is not None:
+                nic.ffi, nic.lib = self.service
             context = self._open(NIC, self.incarnation, previous_signal)
+            if self.before is not None:
+                self.before(nic.lib)
             nic.main(context)
             context.stopped()
             status = 0

@@ -5,19 +5,25 @@ The clients check every byte that comes, nbd's stand-in every byte that goes (ni
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
+from sysconfig import get_path
+from typing import Any
 
 import pytest
 from nicstage import NIC, PART, READ, WRITE, Stage
 
 from atoll.drivers import nic
-from atoll.ipc import crashpoint, physmap
-from atoll.ipc._ipc import lib
+from atoll.ipc import crashpoint, physmap, uring
+from atoll.ipc._ipc import ffi, lib
 
+ROOT = Path(__file__).resolve().parent.parent
+STORES = 200  # incarnations that die after a chosen store
 KILLS = int(os.environ.get("ATOLL_TEST_KILLS", "150"))
 SIZES = (0, 1, 512, 3000, 4096, 4096, 4096, 16384, 65536, PART, PART + 4097, 1 << 20)
 
@@ -176,3 +182,108 @@ def test_a_request_that_crashes_nic_twice_costs_its_connection() -> None:
         stage.hold = False
         stage.until(lambda: len(stage.connections) == 1)
         stage.check()
+
+
+def test_after_the_death_of_all_only_what_dedup_holds_is_kept() -> None:
+    """The arena of an earlier run: connections and slots start anew, pages are dedup's where it says so."""
+    with Stage() as stage:
+        stage.take_share = 1.0
+        stage.start()
+        client = stage.connect("unix")
+        for size in (4096, 300_000, 1 << 20):
+            client.request(WRITE, 77, size)
+        stage.settle()
+        stage.hold = True
+        client.request(READ, 0, 100)
+        stage.until(lambda: not client.out)
+        stage.kill()
+        client.close()
+        stage.clients.clear()
+        stage.connections.clear()
+        stage.uses.clear()
+        stage.uring.close()
+        stage.uring = uring.create(4096, 8192, lib.ATOLL_CONNECTION_COUNT)
+        pages = (16 << 20) // 4096
+        held = [page for page in stage.taken_pages[: len(stage.taken_pages) // 2] if page < pages]
+        public = ffi.cast("struct atoll_dedup_public *", stage.peers[lib.ATOLL_ROLE_DEDUP].role_area)
+        public.held_address = stage.peers[lib.ATOLL_ROLE_DEDUP].role_area + ffi.sizeof("struct atoll_dedup_public")
+        public.held_count = pages
+        table = ffi.cast("uint8_t *", public.held_address)
+        for page in held:
+            table[page] = 1
+        stage._map(NIC, writable=True)
+        physmap.header(NIC).instance += 1
+        stage._map(NIC, writable=False)
+        message = ffi.new("struct atoll_descriptor *")
+        while lib.atoll_domain_take(stage.peers[lib.ATOLL_ROLE_NBD].domain, NIC, message):
+            pass  # of the earlier run
+        stage.taken_pages = held
+        stage.hold = False
+        stage.start()
+        status = stage.call("status")
+        assert status["connections"] == status["slots_in_use"] == 0
+        client = stage.connect("tcp")
+        client.request(WRITE, 1, 5000)
+        drain(stage)
+
+
+# --- At each store ---
+
+
+def load(name: str, path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The extension with a hook behind each store of the journal."""
+    folder = tmp_path_factory.mktemp("nic")
+    names = sorted(path.name for path in (ROOT / "drivers/nic").glob("*.c") if path.stem != "_nic")
+    sources = [f"drivers/nic/{name}" for name in names] + ["ipc/domain.c", "ipc/uring.c", "tests/c/nic_hook.c"]
+    cbuild = load("atoll_cbuild", ROOT / "ipc/cbuild.py")
+    ffi = cbuild.make_ffi(
+        "nic_hooked",
+        headers=["framing.h", "nic.h", "tests/c/nic_hook.h"],
+        sources=sources,
+        here=ROOT / "drivers/nic",
+        include=["ipc/build_ipc.py"],
+    )
+    ffi.emit_c_code(str(folder / "nic_hooked.c"))
+    command = ["cc", *cbuild.COMPILE_ARGS, "-DATOLL_STORE_HOOK", "-fPIC", "-shared", "-I.", f"-I{get_path('include')}"]
+    command += [str(folder / "nic_hooked.c"), *sources, "-luring", "-o", str(folder / "nic_hooked.so")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    module = load("nic_hooked", folder / "nic_hooked.so")
+    return module.ffi, module.lib
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_death_after_each_store(hooked: tuple[Any, Any], seed: int | None) -> None:
+    """Incarnation k dies after its k-th store, or after few, chosen by the seed; the clients come and go meanwhile."""
+    chance = random.Random(seed or 0)
+    with Stage(seed or 0, buffer_bytes=4 << 20) as stage:
+        stage.service = hooked
+
+        def before(lib: Any) -> None:
+            stores = stage.incarnation
+            if seed is not None:
+                stores = random.Random(seed * 100003 + stage.incarnation).choice([3, 5, 8, 13, 21, 34, 55, 89, 610])
+            lib.nic_die_after(stores if stage.incarnation < STORES else 1 << 62)
+
+        stage.before = before
+        stage.start(wait=False)
+        for index in range(5):
+            stage.connect(("unix", "tcp")[index % 2])
+        deadline = time.monotonic() + 60
+        while stage.incarnation < STORES:
+            feed(stage, chance, 4)
+            stage.turn()
+            if stage.is_dead():
+                assert os.WTERMSIG(stage.last_status) == signal.SIGKILL
+                stage.start(wait=False)
+            assert time.monotonic() < deadline
+        stage.poll(stage.is_serving)
+        drain(stage)

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -44,6 +45,11 @@ static int sockets_open(struct nic *nic, const struct atoll_uring_parameters *pa
     }
     for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++)
         nic->sockets->fds[index] = -1;
+    struct rlimit limit; /* each connection is a descriptor here */
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
     return 0;
 }
 

@@ -1,0 +1,12 @@
+/* The NIC driver with a death after a chosen store into its journal (tests/test_nic_kill.py). */
+#ifndef ATOLL_TESTS_NIC_HOOK_H
+#define ATOLL_TESTS_NIC_HOOK_H
+
+#include <stdint.h>
+
+/* cffi:begin */
+/* The process dies by SIGKILL after that many more stores. */
+void nic_die_after(uint64_t stores);
+/* cffi:end */
+
+#endif
