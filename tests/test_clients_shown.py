@@ -47,13 +47,10 @@ def test_a_second_copy_takes_no_space(make_server: Callable[..., Server], tmp_pa
     assert first["stored_bytes"] > 20 * MIB
     assert second["stored_bytes"] - first["stored_bytes"] < first["stored_bytes"] / 100
     assert second["ratio"] > 1.9
-    for volume in ("one", "two"):
-        run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, server.uri(volume))
     server.stop()
     server.start()
     for volume in ("one", "two"):
-        run("nbdcopy", server.uri(volume), tmp_path / volume)
-        run("cmp", image, tmp_path / volume)
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, server.uri(volume))
 
 
 def flushed(server: Server) -> dict[str, Any]:
@@ -155,8 +152,8 @@ def load(server: Server, folder: Path, *options: str) -> Iterator[subprocess.Pop
     """fio writing and verifying in the background."""
     fio = subprocess.Popen(
         [
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={server.uri()}", "--rw=randrw", "--bs=4k", "--size=64m",
-            "--io_size=256m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256", *options,
+            "fio", "--thread", "--name=load", "--ioengine=nbd", f"--uri={server.uri()}", "--rw=randrw", "--bs=4k",
+            "--size=64m", "--io_size=256m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256", *options,
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
     )  # fmt: skip
