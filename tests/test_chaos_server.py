@@ -1,24 +1,21 @@
 """Kill anything under load: no connection drops, no request fails, no byte is wrong, no acknowledged write is lost.
 
-These are `atoll chaos` runs as a user would start them, short ones; and a walk through all named crash points.
+These are `atoll chaos` runs as a user would start them, short ones. Deaths at named places: test_recovery_points.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from serverkit import Server, wait_for
 
-from atoll.ipc.crashpoint import points_in
 from atoll.kernel import chaos
 from atoll.kernel.chaos_load import Shared, churn, work
-from atoll.kernel.client import Client, ControlError
-
-ROOT = Path(__file__).resolve().parent.parent
+from atoll.kernel.client import Client
 
 
 def run_chaos(server: Server, *arguments: str, seconds: float = 6.0) -> dict:
@@ -98,8 +95,6 @@ def test_all_at_once_but_init(module_server):
 
 
 def signal_one(pid: int) -> None:
-    import os
-
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -121,84 +116,3 @@ def assert_right(shared: Shared, reports: list) -> None:
     assert [report.failure for report in reports if report.failure] == []
     totals = shared.totals()
     assert not any(totals[name] for name in ("drops", "errors", "wrong_sectors", "lost_sectors"))
-
-
-# --- Crash points -----------------------------------------------------------------------------------------------------
-
-ROLES = ("nic", "nbd", "dedup", "disk", "kernel")
-# Code that a running server with an io_uring does not come through.
-ELSEWHERE = ("tests/", "models/")
-
-
-def all_points() -> list[tuple[str, str]]:
-    """(role, name as the kernel arms it) of every crash point; those in common code once per role."""
-    found = []
-    for name, file in sorted(points_in(ROOT).items()):
-        if file.startswith(ELSEWHERE) or file.startswith("."):
-            continue
-        if name.startswith(":"):
-            found += [(role, role + name) for role in ROLES]
-        else:
-            found.append((name.split(".")[0], name))
-    return found
-
-
-@pytest.mark.slow
-def test_walk_through_all_crash_points(make_server):
-    """Each named place, armed once while the load runs: whoever comes by dies there, and nobody notices."""
-    server = make_server(config={"testing": {"crash_points": True}}).start()
-    reached, unreached = [], []
-    with Client(server.data, timeout_s=30) as client:
-        shared, jobs = start_load(client, "disk")
-        try:
-            for role, name in all_points():
-                before = incarnation(client, role)
-                client.call("crash-point", name=name)
-                deadline = time.monotonic() + 2.0
-                while incarnation(client, role) == before and time.monotonic() < deadline:
-                    poke(client)
-                if (incarnation(client, role) == before and ".recover." in name) or "promote" in name:
-                    poke_recovery(client, role if "promote" not in name else "disk")
-                died = incarnation(client, role) != before
-                (reached if died else unreached).append(name)
-                client.call("crash-point", name="")
-                count = shared.totals()["replies"]
-                wait_for(f"replies go on after {name}", lambda count=count: shared.totals()["replies"] > count + 20)
-        finally:
-            reports = chaos._end(jobs, print)
-    print(f"{len(reached)} crash points reached: {', '.join(reached)}")
-    print(f"{len(unreached)} not reached by this load: {', '.join(unreached)}")
-    assert_right(shared, reports)
-    check(server)
-    assert len(reached) >= 0.7 * (len(reached) + len(unreached))
-
-
-def incarnation(client: Client, role: str) -> int:
-    rows = patiently(client, "ps")["domains"]
-    return next(row["incarnation"] for row in rows if row["role"] == role)
-
-
-def patiently(client: Client, verb: str, **arguments: object) -> dict:
-    """The kernel may be the one that dies."""
-    for _ in range(50):
-        try:
-            return client.call(verb, **arguments)
-        except ControlError:
-            time.sleep(0.02)
-    raise AssertionError(f"{verb} is not answered")
-
-
-def poke(client: Client) -> None:
-    """Calls to all domains, so that control code is walked through too."""
-    patiently(client, "status")
-
-
-def poke_recovery(client: Client, role: str) -> None:
-    """Points on the way of a successor are met by killing the role."""
-    rows = patiently(client, "ps")["domains"]
-    pid = next(row["pid"] for row in rows if row["role"] == role)
-    before = incarnation(client, role)
-    if pid:
-        signal_one(pid)
-    wait_for(f"{role} is replaced", lambda: incarnation(client, role) > before)
-    time.sleep(0)

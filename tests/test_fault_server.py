@@ -171,6 +171,7 @@ def test_a_lying_device_is_caught(make_server, action):
             assert error.code == 5
 
 
+@pytest.mark.slow
 def test_power_loss(make_server, tmp_path):
     """After the power went at any moment, what a flush had acknowledged is there, and nothing is that never was."""
     seed = random.randrange(1 << 32)
