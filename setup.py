@@ -26,7 +26,7 @@ BUILD_SCRIPTS = (
 )
 
 # While the first release is being written a missing build script is named and passed over; then this becomes True.
-ALL_EXTENSIONS_REQUIRED = False
+ALL_EXTENSIONS_REQUIRED = True
 
 ROOT = Path(__file__).resolve().parent
 
