@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from nicstage import BLOCK, CLOSE, DISCARD, GREETING, LAST, NBD, PART, READ, WRITE, Client, Stage, Use, pattern
+from nicstage import CLOSE, DISCARD, GREETING, LAST, NBD, PART, READ, WRITE, Stage, pattern
 
 from atoll.drivers import nic
 from atoll.ipc._ipc import lib
@@ -392,6 +392,3 @@ def test_idle_costs_nothing(stage: Stage) -> None:
         return stage.counters()["turns"] - before <= 1
 
     assert any(quiet() for _ in range(10))
-
-
-__all__ = ["BLOCK", "Client", "Use"]
