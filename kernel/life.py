@@ -55,6 +55,7 @@ class Life:
     start_progress: int = -1
     hang_progress: int = -1
     hang_since_ns: int = 0
+    hang_ticks: int = -1  # processor time at its bound, if it was running then
     resend_ns: int = 0
     reason: str = ""
     last_end: str = ""

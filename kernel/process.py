@@ -104,6 +104,7 @@ class Look:
     parent: int
     start_time: int  # clock ticks since boot
     exit_status: int  # as waitpid gives it; valid once the process is dying; 0 where it may not be read
+    cpu_ticks: int = 0  # used so far, in user and system mode
 
     @property
     def stopped(self) -> bool:
@@ -128,7 +129,9 @@ def look(pid: int) -> Look | None:
         os.close(descriptor)
     # The name in field 2 may hold anything, parentheses too: what counts begins behind the last one.
     fields = text[text.rindex(b")") + 2 :].split()
-    return Look(fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]))
+    return Look(
+        fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]), int(fields[11]) + int(fields[12])
+    )
 
 
 def start_time(pid: int) -> int:

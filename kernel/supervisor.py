@@ -36,6 +36,7 @@ from atoll.kernel.world import World
 log = logging.getLogger("atoll.kernel")
 
 MS = 1_000_000
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 SECOND = 1_000_000_000
 
 # A promoted standby has the lock within a millisecond; it is told again after the first time, ended after the second.
@@ -465,17 +466,17 @@ class Supervisor:
     # --- Hangs ---
 
     def check_hangs(self) -> None:
-        """Pending work and no turn of the loop for `hang_s`: hung. Without pending work the clock does not run."""
+        """Work to do and no turn of the loop for `hang_s`: hung. In its sleep, without work, the clock does not run."""
         now = time.monotonic_ns()
         for life in self.lives.values():
             if life.phase is not Phase.SERVING or life.active is None:
                 continue
             progress = int(physmap.header(life.role.number).progress)
-            if progress != life.hang_progress or not self._pending(life):
-                life.hang_progress, life.hang_since_ns = progress, now
+            if progress != life.hang_progress or not self._has_work(life):
+                life.hang_progress, life.hang_since_ns, life.hang_ticks = progress, now, -1
             elif now - life.hang_since_ns >= self._hang_ns:
                 found = life.active.look()
-                if found is None or found.gone:
+                if found is None or found.gone or self._starved(life, found):
                     continue
                 stopped = found.stopped
                 log.warning(
@@ -489,6 +490,24 @@ class Supervisor:
                 # Who was stopped from outside has done nothing wrong.
                 self.kill_active(life, blame=signal.SIGSTOP if stopped else signal.SIGABRT)
         self.loop.at(now + min(self._hang_ns // 4, LOOK_MAX_NS), self.check_hangs)
+
+    def _has_work(self, life: Life) -> bool:
+        """A message waits, or it is in the middle of something. A driver's work also comes from where nobody else sees
+        it, from clients and the device: a stopped one is never without."""
+        if self._pending(life) or not physmap.header(life.role.number).sleeping:
+            return True
+        if not life.role.rights:
+            return False
+        found = life.active.look() if life.active is not None else None
+        return found is not None and found.stopped
+
+    def _starved(self, life: Life, found: process.Look) -> bool:
+        """True while it would run and gets no processor; an endless loop has used some after its bound."""
+        if found.state != "R":
+            return False
+        if life.hang_ticks < 0:
+            life.hang_ticks = found.cpu_ticks
+        return (found.cpu_ticks - life.hang_ticks) * SECOND < self._hang_ns // 4 * CLOCK_TICKS
 
     def _pending(self, life: Life) -> bool:
         """True if a message waits on a ring to the role. Others wrote what is read: offsets are checked."""
