@@ -268,6 +268,7 @@ def rows(server: Server) -> dict[str, dict[str, Any]]:
 
 def settled(server: Server, roles: Iterable[str] = DOMAINS) -> None:
     """Everybody serves and has a standby."""
+
     def look() -> bool:
         found = rows(server)
         return all(found[role]["state"] == "serving" and found[role]["standby_pid"] for role in roles)

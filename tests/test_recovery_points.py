@@ -1,4 +1,4 @@
-"""Every named crash point of every role, armed once under a verifying load: whoever comes by dies there, nobody notices."""
+"""Each crash point of each role, armed once under a verifying load: whoever comes by dies there, nobody notices."""
 
 from __future__ import annotations
 
