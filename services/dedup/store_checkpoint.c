@@ -35,10 +35,18 @@ static void leaf_image(const struct store *store, uint64_t frame, uint64_t *imag
         }
 }
 
-/* The page as the device shall hold it. */
-static void page_image(const struct store *store, uint64_t page, uint64_t level, void *image)
+uint64_t store_page_level(const struct store *store, uint64_t page)
+{
+    uint64_t level = 0;
+    while (level < store->shape.levels && page >= store->shape.level_base[level + 1])
+        level++;
+    return level;
+}
+
+void store_page_image(const struct store *store, uint64_t page, void *image)
 {
     const struct format_shape *shape = &store->shape;
+    uint64_t level = store_page_level(store, page);
     if (level != 0) {
         uint64_t first = shape->level_base[level - 1] + (page - shape->level_base[level]) * FORMAT_POINTERS;
         memcpy(image, &store->pointers[first], ATOLL_BLOCK_BYTES);
@@ -59,7 +67,7 @@ static void page_image(const struct store *store, uint64_t page, uint64_t level,
     }
 }
 
-static uint64_t page_key(const struct store *store, uint64_t page)
+uint64_t store_page_key(const struct store *store, uint64_t page)
 {
     if (page < store->shape.leaves_base || page >= store->shape.level_count[0])
         return 0;
@@ -154,14 +162,14 @@ static bool send_batch(struct store *store)
             break;
         scanned++;
         uint8_t *image = staging + count * ATOLL_BLOCK_BYTES;
-        page_image(store, page, level, image);
+        store_page_image(store, page, image);
         clear_dirty(store, page);
         if (store_all_zero(image, ATOLL_BLOCK_BYTES)) {
             install_zero(store, page, level);
             continue;
         }
         batch->page[count] = page;
-        batch->key[count] = page_key(store, page);
+        batch->key[count] = store_page_key(store, page);
         batch->checksum[count] = store_checksum(store, FORMAT_SEED_PAGE, page ^ batch->key[count], image, ATOLL_BLOCK_BYTES);
         count++;
     }
@@ -194,14 +202,6 @@ static bool send_batch(struct store *store)
     return true;
 }
 
-static uint64_t level_of(const struct store *store, uint64_t page)
-{
-    uint64_t level = 0;
-    while (level < store->shape.levels && page >= store->shape.level_base[level + 1])
-        level++;
-    return level;
-}
-
 static void batch_done(struct store *store, uint64_t number, uint32_t status)
 {
     struct store_area *area = store->area;
@@ -218,7 +218,7 @@ static void batch_done(struct store *store, uint64_t number, uint32_t status)
                                          .mirror = batch->mirror + index,
                                          .checksum = batch->checksum[index]};
         if (batch->error == 0) {
-            install(store, batch->page[index], level_of(store, batch->page[index]), &pointer);
+            install(store, batch->page[index], store_page_level(store, batch->page[index]), &pointer);
         } else {
             store_mark_dirty(store, batch->page[index]);
             store_free_metadata(store, pointer.primary);

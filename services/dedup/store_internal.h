@@ -269,6 +269,10 @@ void store_sync_io(struct store *store, enum store_io what, uint32_t status);
 
 /* --- store_checkpoint.c --- */
 bool store_checkpoint_step(struct store *store);
+/* A page of the row as the device shall hold it now (4096 bytes), its pointer's key, its directory level (0: no directory). */
+void store_page_image(const struct store *store, uint64_t page, void *image);
+uint64_t store_page_key(const struct store *store, uint64_t page);
+uint64_t store_page_level(const struct store *store, uint64_t page);
 void store_checkpoint_io(struct store *store, enum store_io what, uint64_t number, uint32_t status);
 
 /* --- store_load.c --- */

@@ -67,6 +67,7 @@ struct rig {
     uint64_t synced_operation;
     uint64_t deleting[VOLUMES];
     /* not journaled */
+    uint64_t sync_one_in, io_percent;  /* how the work is mixed */
     uint64_t fail_one_in;              /* writes and flushes; 0 never */
     uint64_t volatile_cache;           /* keep what is needed for power loss */
     uint64_t pending_count;
@@ -165,6 +166,8 @@ static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool share
     rig->disk.header.buffer_offset = offsetof(struct disk_area, buffer);
     rig->disk.header.buffer_bytes = sizeof rig->disk.buffer;
     rig->volatile_cache = 1;
+    rig->sync_one_in = 1;
+    rig->io_percent = 8;
     fresh_arena();
 }
 
@@ -207,6 +210,7 @@ static void power_loss(uint64_t mode)
     for (uint64_t index = 0; index < rig->pending_count; index++) /* elsewhere they are equal */
         memcpy(device + rig->pending[index].pba * ATOLL_BLOCK_BYTES, stable + rig->pending[index].pba * ATOLL_BLOCK_BYTES,
                ATOLL_BLOCK_BYTES);
+    bool whole = false; /* mode 6: blocks land whole */
     uint64_t prefix = rig->pending_count != 0 ? chance(rig->pending_count + 1) : 0;
     for (uint64_t index = 0; index < rig->pending_count; index++)
         for (uint64_t sector = 0; sector < ATOLL_BLOCK_BYTES / SECTOR; sector++) {
@@ -215,7 +219,9 @@ static void power_loss(uint64_t mode)
                          : mode == 2 ? index < prefix
                          : mode == 3 ? chance(2) == 0
                          : mode == 4 ? index < prefix || (index == prefix && chance(2) == 0)
-                                     : chance(20) != 0;
+                         : mode == 5 ? chance(20) != 0
+                         : sector == 0 ? (whole = chance(2) == 0)
+                                       : whole;
             if (lands)
                 memcpy(device + rig->pending[index].pba * ATOLL_BLOCK_BYTES + sector * SECTOR,
                        rig->pending[index].data + sector * SECTOR, SECTOR);
@@ -551,13 +557,24 @@ static void make_volumes(void)
     commit();
 }
 
+/* Another mix of work: how often somebody flushes, how fast the device is beside the datapath. */
+static void turn_knobs(void)
+{
+    rig->sync_one_in = 1 + chance(12);
+    rig->io_percent = 1 + chance(13);
+    commit();
+}
+
 /* One random operation: one transaction, but for steps and I/O, which are some. */
 static void operate(void)
 {
     uint64_t key = key_of(chance(VOLUMES), chance(2) == 0 ? chance(40) : chance(KEYS));
     struct record *record = &rig->records[chance(RECORDS)];
     uint64_t what = chance(100);
-    if (what < 25) {
+    if (what >= 85 && what < 100 - rig->io_percent) {
+        commit();
+        store_step(&dedup);
+    } else if (what < 25) {
         write_key(key, chance(20) == 0 ? 0 : 2 + chance(CONTENTS));
     } else if (what < 60) {
         for (uint32_t index = 0; index < RECORDS && record->state != 1; index++)
@@ -572,12 +589,10 @@ static void operate(void)
     } else if (what < 84) {
         unmap(key, true);
     } else if (what < 85) {
-        ask_sync();
-        if (chance(6) == 0)
+        if (chance(rig->sync_one_in) == 0)
+            ask_sync();
+        if (chance(8) == 0)
             STORE_SET(dedup.store, checkpoint_wanted, 1);
-    } else if (what < 92) {
-        commit();
-        store_step(&dedup);
     } else {
         run_io();
     }
@@ -658,6 +673,27 @@ static void check_memory(void)
     CHECK(sums[3] == area->metadata_blocks && sums[4] == area->quarantined_blocks && sums[5] == in_flight);
     CHECK(references == area->references);
     free(counted);
+    /* A page that is neither dirty nor on its way is on the device as it is in memory. */
+    for (uint64_t page = 0; page < store->shape.total; page++) {
+        uint8_t image[ATOLL_BLOCK_BYTES];
+        bool dirty = store->dirty[page / 64] >> page % 64 & 1;
+        uint64_t level = store_page_level(store, page);
+        if (page - store->shape.level_base[level] >= store->shape.level_count[level])
+            continue; /* a gap in the row */
+        for (uint32_t number = 0; number < STORE_BATCHES; number++)
+            for (uint64_t index = 0; index < area->batches[number].count; index++)
+                dirty |= area->batches[number].page[index] == page;
+        if (dirty)
+            continue;
+        store_page_image(store, page, image);
+        const struct format_pointer *pointer = &store->pointers[page];
+        if (store_all_zero(image, sizeof image))
+            CHECK(pointer->primary == 0);
+        else
+            CHECK(pointer->checksum == store_checksum(store, FORMAT_SEED_PAGE, page ^ pointer->key, image, sizeof image) &&
+                  (page < store->shape.leaves_base || page >= store->shape.level_count[0] ||
+                   pointer->key == store_page_key(store, page)));
+    }
 }
 
 /* Every key's persistent value is the oracle's. */
@@ -761,8 +797,11 @@ static void mode_work(uint64_t seed)
     start(seed, 4096, 256, false);
     for (uint32_t round = 0; round < 3; round++) {
         rig->fail_one_in = round == 1 ? 30 : 0;
-        for (uint32_t index = 0; index < 4000; index++)
+        for (uint32_t index = 0; index < 4000; index++) {
+            if (index % 1000 == 0)
+                turn_knobs();
             operate();
+        }
         rig->fail_one_in = 0;
         check_memory();
         check_now();
@@ -805,6 +844,7 @@ static void mode_kill(uint64_t seed)
                 hook_left = limit % 5000;
                 load();
             }
+            turn_knobs();
             for (;;)
                 operate();
         }
@@ -836,13 +876,27 @@ static void mode_kill(uint64_t seed)
 }
 
 /* Work, then the lights go out in many ways; each is loaded, checked, worked on and closed. */
+static void load_after_loss(uint64_t mode)
+{
+    if (mode != 7) /* 7: only the processes died, the device's cache lives */
+        power_loss(mode);
+    fresh_arena();
+    load();
+    if (store_state(&dedup) != STORE_READY)
+        fprintf(stderr, "%s: %s\n", rig_context, store_reason(&dedup));
+    CHECK(store_state(&dedup) == STORE_READY);
+    check_memory();
+    check_past();
+    rig->synced_operation = rig->operation; /* loading flushed */
+}
+
 static void mode_power(uint64_t seed, uint32_t states)
 {
     start(seed, 2048, 128, false);
-    for (uint32_t round = 0; round < 4; round++) {
-        rig->fail_one_in = round == 2 ? 50 : 0;
-        uint64_t operations = 200 + chance(2500);
-        commit();
+    for (uint32_t round = 0; round < 12; round++) {
+        rig->fail_one_in = round % 4 == 3 ? 50 : 0;
+        uint64_t operations = 50 + chance(1500);
+        turn_knobs();
         for (uint64_t index = 0; index < operations; index++)
             operate();
         for (uint32_t trial = 0; trial < states; trial++) {
@@ -854,32 +908,20 @@ static void mode_power(uint64_t seed, uint32_t states)
                 for (int warm = 0; warm < 8; warm++)
                     chance(2);
                 snprintf(rig_context, sizeof rig_context, "power: seed %llu round %u trial %u", (unsigned long long)seed, round, trial);
-                power_loss(trial % 6);
+                load_after_loss((trial + round) % 8);
+                for (uint32_t again = 0; again < 2; again++) { /* and again, from what that left */
+                    turn_knobs();
+                    for (uint64_t index = chance(200); index > 0; index--)
+                        operate();
+                    load_after_loss(chance(8));
+                }
+                for (uint32_t index = 0; index < 100; index++)
+                    operate();
+                close_store();
                 fresh_arena();
                 load();
-                if (store_state(&dedup) != STORE_READY)
-                    fprintf(stderr, "%s: %s\n", rig_context, store_reason(&dedup));
                 CHECK(store_state(&dedup) == STORE_READY);
-                check_memory();
-                check_past();
-                rig->synced_operation = rig->operation; /* loading flushed */
-                if (trial % 4 == 0) { /* and once more, from what that left */
-                    for (uint32_t index = 0; index < 300; index++)
-                        operate();
-                    power_loss(3);
-                    fresh_arena();
-                    load();
-                    CHECK(store_state(&dedup) == STORE_READY);
-                    check_memory();
-                    check_past();
-                    for (uint32_t index = 0; index < 100; index++)
-                        operate();
-                    close_store();
-                    fresh_arena();
-                    load();
-                    CHECK(store_state(&dedup) == STORE_READY);
-                    check_now();
-                }
+                check_now();
                 _exit(0);
             }
             int status;
@@ -1131,7 +1173,7 @@ int main(int count, char **arguments)
         if (all || strcmp(mode, "kill") == 0)
             mode_kill(seed);
         if (all || strcmp(mode, "power") == 0)
-            mode_power(seed, 30);
+            mode_power(seed, 8);
         if (all || strcmp(mode, "flip") == 0)
             mode_flip(seed, 60);
         if (strcmp(mode, "time") == 0)
