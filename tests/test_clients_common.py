@@ -1,15 +1,17 @@
 """Ordinary NBD clients, none of them ours, do what they do: qemu, nbdcopy, nbdinfo, libnbd, fio, nbdfuse with ext4."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from libnbd import Libnbd, LibnbdError
-from serverkit import Server, run, wait_for
+from serverkit import ATOLL, Server, run, wait_for
 
 MIB = 1 << 20
 
@@ -169,6 +171,10 @@ def test_errors_carry_the_protocols_codes(module_server: Server, volume: str) ->
         with pytest.raises(LibnbdError) as no_space:
             client.pwrite(bytes(4096), 64 * MIB)
         assert no_space.value.errno == 28  # ENOSPC
+        # Refused at its header, answered behind its payload: libnbd knows no answer to what it is still sending.
+        with pytest.raises(LibnbdError) as large:
+            client.pwrite(bytes(24 * MIB), 64 * MIB - 4096)
+        assert large.value.errno == 28
         assert client.pread(4096, 0) == bytes(4096)
 
 
@@ -186,6 +192,9 @@ def test_a_read_only_volume(module_server: Server, tmp_path: Path) -> None:
                 with pytest.raises(LibnbdError) as refused:
                     call()
                 assert refused.value.errno == 1  # EPERM
+            with pytest.raises(LibnbdError) as large:
+                client.pwrite(bytes(1 * MIB), 0)
+            assert large.value.errno == 1
             assert client.pread(512, 0) == bytes(512)
     finally:
         module_server.cli("volume", "delete", "ro", "--force")
@@ -249,3 +258,41 @@ def test_a_server_for_one_command(make_server, tmp_path: Path) -> None:  # type:
     assert run("nbdinfo", "--size", "--", "[", *command, "]").splitlines()[-1] == str(32 * MIB)
     wait_for("the server has ended", lambda: not server.pids())
     server.note_instance()
+
+
+def test_several_listeners(make_server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    sockets = [str(tmp_path / "one"), str(tmp_path / "two")]
+    server: Server = make_server(config={"listen": ["127.0.0.1:0", "[::1]:0"], "unix": sockets}).start()
+    uris = next(entry["uris"] for entry in server.json("volume", "list") if entry["name"] == "disk")
+    assert len(uris) == 4
+    assert sum("[::1]" in uri for uri in uris) == 1
+    for number, uri in enumerate(uris):
+        with Libnbd(uri) as client:
+            client.pwrite(bytes([number + 1]) * 4096, number * 4096)
+    with Libnbd(uris[0]) as client:
+        for number in range(4):
+            assert client.pread(4096, number * 4096) == bytes([number + 1]) * 4096
+
+
+def test_ps_watches(module_server: Server) -> None:
+    """On a terminal, until interrupted."""
+    master, slave = os.openpty()
+    command = [str(ATOLL), "ps", "--watch", "--interval", "0.05", "--data", str(module_server.data)]
+    watch = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown = b""
+    try:
+        while shown.count(b"dedup") < 3:
+            shown += os.read(master, 65536)
+        watch.send_signal(signal.SIGINT)
+        while watch.poll() is None:
+            try:
+                os.read(master, 65536)
+            except OSError:  # the other end is closed
+                break
+        assert watch.wait(10) in (0, 130)
+    finally:
+        watch.kill()
+        watch.wait()
+        os.close(master)
+    assert b"Traceback" not in shown
