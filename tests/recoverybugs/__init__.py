@@ -65,7 +65,7 @@ def misbehave(kind: str) -> None:
 
 
 def trap() -> int:
-    """The interpreter's own handler of SIGSEGV notes the signal and returns to the same instruction: an endless loop."""
+    """The interpreter's handler of SIGSEGV notes the signal and returns to the same instruction: an endless loop."""
     header = physmap.header(int(Role.NIC))
     base = physmap.address(int(Role.NIC)) + int(header.buffer_offset)
     memory = ffi.buffer(ffi.cast("char *", base), int(header.buffer_bytes))
