@@ -269,7 +269,7 @@ class Supervisor:
 
     def _bury(self, life: Life, pid: int) -> None:
         """The active process is dead: nothing of it runs any more."""
-        crash_point(self.domain, "kernel.bury.before")
+        crash_point(self.domain, "kernel.promote.bury")
         now = time.monotonic_ns()
         header = physmap.header(life.role.number)
         # Said after everything was handed over: it has nothing left to do but to end.
@@ -385,7 +385,7 @@ class Supervisor:
             fresh.close()
             return
         else:
-            crash_point(self.domain, "kernel.standby.before")
+            crash_point(self.domain, "kernel.promote.standby")
             life.standby = fresh
             life.record(self.rows)
             self._follow(fresh, life)
@@ -444,7 +444,7 @@ class Supervisor:
             and header.pid == life.active.pid
             and header.incarnation == life.incarnation
         ):
-            crash_point(self.domain, "kernel.serving.before")
+            crash_point(self.domain, "kernel.promote.serving")
             life.phase = Phase.SERVING
             life.served = True
             life.standby_failures = 0

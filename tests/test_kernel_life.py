@@ -188,8 +188,8 @@ def test_back_off_is_for_those_who_die_by_themselves(service: Service) -> None:
 
 def test_wherever_the_kernel_dies_one_process_is_active(service: Service) -> None:
     """The kernel dies at its crash points, in the middle of a promotion."""
-    promoting = [f"kernel.{name}" for name in ("bury.before", "promote.before", "promote.after", "serving.before")]
-    for point in (*promoting, "kernel.standby.before", "kernel.call.before", "kernel.receive.before"):
+    promoting = [f"kernel.promote.{name}" for name in ("bury", "before", "after", "serving")]
+    for point in (*promoting, "kernel.promote.standby", "kernel.call.before", "kernel.receive.before"):
         rows = service.whole()
         service.call("crash-point", name=point)
         os.kill(rows["nbd"]["pid"], signal.SIGKILL)
