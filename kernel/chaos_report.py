@@ -274,16 +274,16 @@ def plot(result: dict[str, Any], file: str) -> None:
     rate = np.array(timeline["replies"]) * 1000.0 / timeline["bin_ms"]
     axes.plot(np.arange(len(rate)) * timeline["bin_ms"] / 1000, rate, linewidth=0.6, color="0.35")
     roles = sorted(result["roles"])
+    top = 1.1 * max(rate, default=1.0)
     for number, role in enumerate(roles):
         moments = [event["at_s"] for event in result["events"] if event["role"] == role]
-        top = axes.get_ylim()[1]
         axes.vlines(moments, 0, top, colors=f"C{number}", linewidth=0.8, alpha=0.6, label=f"{role} ({len(moments)})")
     axes.set_xlabel("seconds")
     axes.set_ylabel(f"replies/s, in {timeline['bin_ms']:g} ms")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, top)
     axes.set_title("Throughput while domains are killed")
     if roles:
-        axes.legend(loc="lower right", ncols=len(roles))
+        axes.legend(loc="upper right", ncols=len(roles))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

@@ -9,6 +9,7 @@ with Stage(folder, engine="io_uring") as stage:
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import mmap
 import os
@@ -133,7 +134,7 @@ class Stage:
 
     def _open(self, role: int, incarnation: int = 1) -> Context:
         context = Context(
-            role=NAMES[role], incarnation=incarnation, fresh=incarnation == 1, adopted=False, previous_signal=0,
+            role=NAMES[role], incarnation=incarnation, fresh=incarnation == 1, adopted=False, previous_signal=self.last_status & 0x7F,
             config=self.config, arena_bytes=self.sizes, device_fd=self.device_fd, uring=self.uring,
         )  # fmt: skip
         context.open(os.getpid())
@@ -151,6 +152,7 @@ class Stage:
             status = 70
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0)  # the test's watchdog
+                faulthandler.disable()
                 for role in (KERNEL, DEDUP):
                     self._map(role, writable=False)
                 self._map(DISK, writable=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import signal
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from diskkit import BLOCK, DISCARD, EIO, ENOSPC, OK, READ, SYNC, WRITE, Stage, o
 from atoll.drivers import fault
 from atoll.drivers.fault.record import apply, power_loss, read_record
 from atoll.ipc import uring
+from atoll.ipc._ipc import lib
 
 ENGINE = "io_uring" if uring.available()[0] else "threads"
 BLOCKS = 256
@@ -90,6 +93,33 @@ def test_tear_and_forget(tmp_path):
         assert stage.write(0, b"3" * BLOCK) == (EIO, 5)
         assert stage.read(0, BLOCK)[2] == b"3" * 512 + b"1" * (BLOCK - 512)
         assert stage.write(0, b"4" * BLOCK) == (OK, 0)
+
+
+def test_poison(tmp_path):
+    """A request that crashes the driver twice is refused; those beside it are not, and a kill blames nobody."""
+    rule = {"action": "crash", "kinds": ["read"], "offset": 8 * BLOCK, "length": BLOCK}
+    with stage_with(tmp_path, rule) as stage:
+        stage.kill()
+        before = stage.submit(WRITE, 0, [(stage.source, BLOCK)])
+        poison = stage.submit(READ, 8 * BLOCK, [(stage.buffers, BLOCK)])
+        after = [stage.submit(READ, at * BLOCK, [(stage.buffers + at * BLOCK, BLOCK)]) for at in (1, 2, 3)]
+        crashes, found = 0, []
+        deadline = time.monotonic() + 20
+        while len(found) < 5:
+            assert time.monotonic() < deadline
+            if stage.pid == 0:
+                stage.start(wait=False)
+            found += stage.take()
+            pid, status = os.waitpid(stage.pid, os.WNOHANG)
+            if pid:
+                assert os.waitstatus_to_exitcode(status) == -signal.SIGABRT
+                stage.pid, stage.last_status = 0, status
+                crashes += 1
+        assert crashes == 2
+        assert sorted(found) == sorted(
+            [(before, OK, 0), (poison, lib.ATOLL_EPOISON, 5), *((identity, OK, 0) for identity in after)]
+        )
+        assert stage.counters()["poisoned"] == 1
 
 
 def test_chance_is_repeatable_over_kills(tmp_path):

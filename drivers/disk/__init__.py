@@ -13,6 +13,7 @@ After a crash: the table of requests lies in the arena, the outcomes in the outl
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -36,10 +37,14 @@ COUNTERS = (
     "adopted",
     "enters",
     "sleeps",
+    "poisoned",
 )
 assert len(COUNTERS) == lib.DISK_COUNTER_COUNT
 
 ENGINES = {lib.DISK_ENGINE_NONE: "none", lib.DISK_ENGINE_URING: "io_uring", lib.DISK_ENGINE_THREADS: "threads"}
+
+# Signals that a process brings upon itself.
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
 Handlers = dict[str, Callable[[dict[str, Any]], dict[str, Any]]]
 
@@ -50,7 +55,7 @@ def plan(config: dict[str, Any], role: str = "disk") -> tuple[int, int]:
 
 def main(context: Any) -> None:
     error = ffi.new("char[256]")
-    disk = lib.disk_create(context.domain, context.device_fd, passes_discards(context), error)
+    disk = lib.disk_create(context.domain, context.device_fd, passes_discards(context), crashed(context), error)
     if not disk:
         fail(context, ffi.string(error).decode(errors="replace"))
     serve(context, disk, lib, ffi, {})
@@ -86,6 +91,11 @@ def serve(context: Any, disk: Any, lib: Any, ffi: Any, handlers: Handlers) -> No
         if context.stopping:
             lib.disk_stop(disk)  # the loop ends once nothing is in flight
     lib.disk_destroy(disk)
+
+
+def crashed(context: Any) -> bool:
+    """The predecessor ended by its own fault."""
+    return context.previous_signal in CRASHES
 
 
 def passes_discards(context: Any) -> bool:

@@ -52,7 +52,7 @@ static int examine(struct disk *disk, char *error)
     return 0;
 }
 
-struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, char *error)
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, bool crashed, char *error)
 {
     struct atoll_arena_header *self = domain->self;
     struct disk *disk = calloc(1, sizeof *disk);
@@ -76,6 +76,9 @@ struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_d
         return 0;
     }
     disk->table = (void *)((char *)self + self->role_offset);
+    if (crashed)
+        io_note_suspect(disk);
+    self->current = 0;
     return disk;
 }
 
@@ -146,6 +149,8 @@ static uint32_t take(struct disk *disk)
     uint32_t most = takeable(disk), count = 0;
     if (most > DISK_STEP_MESSAGES)
         most = DISK_STEP_MESSAGES;
+    if (most > 1 && io_any_suspect(disk))
+        most = 1;
     while (count < most && atoll_domain_take(disk->domain, ATOLL_ROLE_DEDUP, &message)) {
         disk->domain->self->current = message.identity;
         io_take(disk, &message);

@@ -21,7 +21,8 @@
  * After a crash: the table is as of the last commit. An I/O whose position the operating system did not consume is
  * done again; one that it consumed is still under way or complete, and its outcome arrives in the outliving ring. With
  * threads, all that is not answered is done again (the supervisor waits for the end of the whole process first). dedup
- * notices nothing. A buffer named by an entry that is not FREE belongs to the I/O.
+ * notices nothing. A buffer named by an entry that is not FREE belongs to the I/O. A request during whose taking the
+ * process crashed by itself is taken once more, alone, and then refused.
  */
 #ifndef ATOLL_DISK_H
 #define ATOLL_DISK_H
@@ -52,6 +53,7 @@ enum disk_counter {
     DISK_ADOPTED,       /* I/Os that a predecessor started and this incarnation finished */
     DISK_ENTERS,        /* system calls that start I/O */
     DISK_SLEEPS,
+    DISK_POISONED,      /* requests refused because they crashed this role twice */
     DISK_COUNTER_COUNT
 };
 
@@ -149,8 +151,9 @@ bool disk_apply(struct disk *disk, uint64_t user_data, int64_t result);
 /* cffi:begin */
 uint64_t disk_role_bytes(void);
 /* NULL with the reason in `error` (256 bytes). A fresh arena is zeroed, which is an empty table. `pass_discards`: false
- * for a preallocated file, whose space must not be given back. `device_fd` stays the caller's. */
-struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, char *error);
+ * for a preallocated file, whose space must not be given back. `crashed`: the predecessor ended by its own fault, so the
+ * request that it was taking is suspect (I8). `device_fd` stays the caller's. */
+struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_discards, bool crashed, char *error);
 /* `parameters`: struct atoll_uring_parameters of the outliving ring. 0 or a negative errno with the reason in `error`. */
 int disk_attach_uring(struct disk *disk, int uring_fd, const void *parameters, char *error);
 int disk_attach_threads(struct disk *disk, char *error);

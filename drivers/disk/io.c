@@ -49,6 +49,60 @@ static void refuse(struct disk *disk, const struct atoll_descriptor *message)
     send_done(disk, message->identity, ATOLL_EINVAL, EINVAL);
 }
 
+/* --- Suspects (I8) ------------------------------------------------------------------------------------------------ */
+
+static struct atoll_suspect *suspects(const struct disk *disk)
+{
+    return (void *)((char *)disk->domain->self + ATOLL_SUSPECTS_OFFSET);
+}
+
+static struct atoll_suspect *find_suspect(const struct disk *disk, uint64_t identity)
+{
+    struct atoll_suspect *table = suspects(disk);
+    for (uint32_t index = 0; index < ATOLL_SUSPECT_COUNT; index++)
+        if (table[index].crashes != 0 && table[index].identity == identity)
+            return &table[index];
+    return 0;
+}
+
+bool io_any_suspect(const struct disk *disk)
+{
+    const struct atoll_suspect *table = suspects(disk);
+    for (uint32_t index = 0; index < ATOLL_SUSPECT_COUNT; index++)
+        if (table[index].crashes != 0)
+            return true;
+    return false;
+}
+
+void io_note_suspect(struct disk *disk)
+{
+    struct atoll_journal *journal = disk->domain->journal;
+    uint64_t identity = disk->domain->self->current;
+    if (identity == 0)
+        return;
+    struct atoll_suspect *found = find_suspect(disk, identity), *table = suspects(disk);
+    if (found == 0) { /* a free place, else the first one's: there are never more suspects than messages at the ring's head */
+        found = &table[0];
+        for (uint32_t index = 0; index < ATOLL_SUSPECT_COUNT && found->crashes != 0; index++)
+            found = &table[index];
+        atoll_set64(journal, &found->identity, identity);
+        atoll_set32(journal, &found->crashes, 0);
+    }
+    atoll_set32(journal, &found->crashes, found->crashes + 1);
+    atoll_commit(journal);
+}
+
+/* True if this request must not be tried again. It stops being suspect with the step that answers or enters it. */
+static bool poisoned(struct disk *disk, uint64_t identity)
+{
+    struct atoll_suspect *suspect = find_suspect(disk, identity);
+    if (__builtin_expect(suspect == 0, 1))
+        return false;
+    bool refused = suspect->crashes >= 2;
+    atoll_set32(disk->domain->journal, &suspect->crashes, 0);
+    return refused;
+}
+
 /* --- Taking ------------------------------------------------------------------------------------------------------ */
 
 static bool aligned(uint64_t value) { return value % ATOLL_BLOCK_BYTES == 0; }
@@ -138,6 +192,11 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message)
     struct atoll_journal *journal = disk->domain->journal;
     uint64_t number = message->identity >> 32;
 
+    if (poisoned(disk, message->identity)) {
+        atoll_count(disk->domain, DISK_POISONED, 1);
+        send_done(disk, message->identity, ATOLL_EPOISON, EIO);
+        return;
+    }
     if (number >= ATOLL_IO_COUNT) {
         refuse(disk, message);
         return;

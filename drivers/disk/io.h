@@ -4,6 +4,10 @@
 
 #include "drivers/disk/disk.h"
 
+/* The request that a predecessor crashed at counts as suspect. Commits. */
+void io_note_suspect(struct disk *disk);
+/* True while a request is suspect: then one message is taken at a time, so that no other is blamed. */
+bool io_any_suspect(const struct disk *disk);
 /* After a predecessor: counts what is under way, queues what must be done again, oldest first. Commits. */
 void io_take_over(struct disk *disk);
 /* One message of dedup, in the running transaction: entered into the table, or answered with EINVAL. The caller has made

@@ -6,7 +6,7 @@ Configuration `testing.fault`, all optional:
     seed = 7
     record = "/path/of/a/file"          what reaches the device, in order (read it with record.py)
     [[testing.fault.rules]]             the first that applies to a request decides
-    action = "error"                    error, delay, hang, tear, forget
+    action = "error"                    error, delay, hang, tear, forget, crash (the driver aborts)
     kinds = ["read", "write"]           of read, write, sync, discard; default all
     offset = 0                          bytes of the device that the request must touch; with
     length = 4096                       length 0 (default) all
@@ -41,6 +41,7 @@ ACTIONS = {
     "hang": lib.FAULT_HANG,
     "tear": lib.FAULT_TEAR,
     "forget": lib.FAULT_FORGET,
+    "crash": lib.FAULT_CRASH,
 }
 KINDS = {
     "read": lib.FAULT_READS,
@@ -69,7 +70,9 @@ def main(context: Any) -> None:
             record_fd = os.open(wanted["record"], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except (RuleError, OSError) as problem:
         real.fail(context, f"testing.fault: {problem}")
-    disk = lib.disk_create(context.domain, context.device_fd, real.passes_discards(context), error)
+    disk = lib.disk_create(
+        context.domain, context.device_fd, real.passes_discards(context), real.crashed(context), error
+    )
     if not disk:
         real.fail(context, ffi.string(error).decode(errors="replace"))
     fault = lib.fault_attach(context.domain, disk, record_fd, error)

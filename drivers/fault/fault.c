@@ -74,6 +74,7 @@ static void apply(const struct fault_rule *rule, struct disk_slot *slot)
         slot->fate_error = rule->error;
         break;
     case FAULT_FORGET: slot->fate_bytes = 0; break;
+    case FAULT_CRASH: abort();
     default: assert(!"fault_set checked the action");
     }
 }
@@ -104,7 +105,7 @@ void fault_set(struct fault *fault, const struct fault_rule *rules, uint32_t cou
     assert(count <= FAULT_RULE_COUNT);
     atoll_save(journal, fault->table->rules, count * sizeof rules[0]);
     for (uint32_t index = 0; index < count; index++) {
-        assert(rules[index].action >= FAULT_ERROR && rules[index].action <= FAULT_FORGET);
+        assert(rules[index].action >= FAULT_ERROR && rules[index].action <= FAULT_CRASH);
         fault->table->rules[index] = rules[index];
     }
     atoll_set64(journal, &fault->table->rule_count, count);

@@ -29,7 +29,8 @@ enum fault_action {
     FAULT_DELAY = 2,    /* done after `argument` ns */
     FAULT_HANG = 3,     /* not done before fault_release */
     FAULT_TEAR = 4,     /* only the first `argument` bytes are done; reported as success, or as errno `error` */
-    FAULT_FORGET = 5    /* nothing is done; reported as success */
+    FAULT_FORGET = 5,   /* nothing is done; reported as success */
+    FAULT_CRASH = 6     /* the driver aborts while it takes the request; so uncounted, it meets the request again */
 };
 
 enum fault_kind { FAULT_READS = 1, FAULT_WRITES = 2, FAULT_SYNCS = 4, FAULT_DISCARDS = 8 };
