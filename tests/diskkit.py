@@ -134,7 +134,8 @@ class Stage:
 
     def _open(self, role: int, incarnation: int = 1) -> Context:
         context = Context(
-            role=NAMES[role], incarnation=incarnation, fresh=incarnation == 1, adopted=False, previous_signal=self.last_status & 0x7F,
+            role=NAMES[role], incarnation=incarnation, fresh=incarnation == 1, adopted=False,
+            previous_signal=self.last_status & 0x7F,
             config=self.config, arena_bytes=self.sizes, device_fd=self.device_fd, uring=self.uring,
         )  # fmt: skip
         context.open(os.getpid())
