@@ -164,6 +164,9 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         dp->retry = true;
         did = true;
     }
+    uint64_t due_ms = store_wake_ms(dedup);
+    if (due_ms != 0 && (*wake_ms == 0 || due_ms < *wake_ms))
+        *wake_ms = due_ms;
     return did;
 }
 

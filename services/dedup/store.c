@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
 #define XXH_INLINE_ALL
@@ -302,8 +303,24 @@ bool store_step(struct dedup *dedup)
         did = store->area->format_phase != FORMAT_NONE ? format_step(store) : store_load_step(store);
     else if (store->area->state == STORE_READY)
         did = ready_step(store);
+    if (did)
+        ATOLL_CRASH_POINT(dedup->domain, "dedup.store.step.commit");
     atoll_domain_commit(dedup->domain);
+    if (did)
+        ATOLL_CRASH_POINT(dedup->domain, "dedup.store.step.committed");
     return did;
+}
+
+uint64_t store_wake_ms(struct dedup *dedup)
+{
+    const struct store_area *area = dedup->store->area;
+    uint64_t due = area->sync_wanted && area->sync_phase == SYNC_IDLE ? area->sync_retry_ns : 0;
+    if (area->checkpoint_retry_ns != 0 && (due == 0 || area->checkpoint_retry_ns < due))
+        due = area->checkpoint_retry_ns;
+    if (due == 0)
+        return 0;
+    uint64_t now = atoll_now_ns();
+    return due <= now ? 1 : (due - now) / 1000000 + 1;
 }
 
 void store_close(struct dedup *dedup)

@@ -64,6 +64,8 @@ const char *store_reason(struct dedup *dedup); /* 256 bytes at most, in the aren
  * true if it did something and wants to be called again soon. Own transaction steps inside are allowed: called outside
  * of any transaction. */
 bool store_step(struct dedup *dedup);
+/* Milliseconds after which store_step must be called again at the latest, for what is tried again after a failure; 0: no limit. */
+uint64_t store_wake_ms(struct dedup *dedup);
 
 /* --- Volumes (table in atoll_dedup_public, read by nbd and kernel under `version`) ---------------------------------
  * Return enum atoll_status and leave a text in `reason` (256 bytes). Changes are durable after the next store_sync. */
@@ -124,6 +126,8 @@ bool store_pba_valid(struct dedup *dedup, uint64_t pba);
  * time, the next covers all that came meanwhile. store_failed() counts failures; a failed one is tried again by the next store_sync. */
 uint64_t store_sync(struct dedup *dedup);
 uint64_t store_synced(struct dedup *dedup);
+/* The ticket that changes made now get: they are durable once store_synced() has reached it. Asks for nothing. */
+uint64_t store_epoch(struct dedup *dedup);
 uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status);
 /* True if the metadata log's buffer has room for `records` more persistent changes; else wait (a sync is started by itself). */
 bool store_has_room(struct dedup *dedup, uint32_t records);

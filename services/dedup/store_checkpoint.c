@@ -16,6 +16,7 @@
  */
 #include <time.h>
 
+#include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
 static uint64_t level_end(const struct store *store, uint64_t level)
@@ -142,6 +143,7 @@ static uint32_t take_places(struct store *store, uint32_t want, uint64_t *primar
 static bool send_batch(struct store *store)
 {
     struct store_area *area = store->area;
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.pages");
     uint64_t level = area->checkpoint_level, end = level_end(store, level), cursor = area->checkpoint_cursor;
     struct store_batch *batch = 0;
     for (uint32_t index = 0; index < STORE_BATCHES && batch == 0; index++)
@@ -276,6 +278,7 @@ static bool send_super(struct store *store)
     const struct format_shape *shape = &store->shape;
     if (store->dedup->io->free_count < 2)
         return false;
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.super");
     bool clean = area->log_next == area->checkpoint_log_start && area->log_fill == 0;
     struct format_super super = {.magic = FORMAT_SUPER_MAGIC,
                                  .version = FORMAT_VERSION,
@@ -321,6 +324,7 @@ static void super_done(struct store *store, uint32_t status)
     } else if (area->checkpoint_phase == CHECKPOINT_SUPER) {
         STORE_SET(store, checkpoint_phase, CHECKPOINT_FLUSH);
     } else {
+        ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.root");
         STORE_ADD(store, generation, 1); /* COMMIT POINT of the checkpoint: this root is durable */
         STORE_SET(store, log_start, area->checkpoint_log_start);
         STORE_SET(store, checkpoint_phase, CHECKPOINT_FREE);

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
 #define WANTS STORE_BOUNCE_PAGES
@@ -853,6 +854,7 @@ bool store_load_step(struct store *store)
         return true;
     }
     bool did = true;
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.load");
     if (load->count != 0) {
         switch (load->phase) {
         case LOAD_HEAD:

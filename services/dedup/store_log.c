@@ -12,6 +12,7 @@
  * After a crash: phase, positions and requests in flight are in the arena; completions go on where they were.
  * After power loss: store_load.c replays.
  */
+#include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
 static uint8_t *log_block(const struct store *store, uint64_t sequence)
@@ -93,6 +94,8 @@ uint64_t store_sync(struct dedup *dedup)
     return area->epoch;
 }
 
+uint64_t store_epoch(struct dedup *dedup) { return dedup->store->area->epoch; }
+
 uint64_t store_synced(struct dedup *dedup) { return dedup->store->area->synced_epoch; }
 
 uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status)
@@ -119,6 +122,7 @@ static void sync_failed(struct store *store)
 static void sync_complete(struct store *store)
 {
     struct store_area *area = store->area;
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.synced");
     uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
     STORE_SET(store, log_durable, area->sync_end);
     STORE_SET(store, synced_epoch, area->sync_epoch); /* COMMIT POINT of all changes of this epoch, for power loss */
@@ -133,6 +137,7 @@ static void sync_complete(struct store *store)
 static void sync_begin(struct store *store)
 {
     struct store_area *area = store->area;
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.sync");
     store_log_seal(store);
     STORE_SET(store, sync_wanted, 0);
     STORE_SET(store, changed, 0);

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <time.h>
 
+#include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
 static struct atoll_volume *volume_of(const struct store *store, uint32_t volume)
@@ -274,6 +275,7 @@ bool store_delete_step(struct store *store)
         }
         if (!store_has_room(store->dedup, 2 * STORE_DELETE_ENTRIES))
             return false;
+        ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.delete");
         if (free_entries(store, number, area->delete_frame, (uint32_t)area->delete_index))
             STORE_SET(store, delete_again, 1);
         STORE_ADD(store, delete_index, STORE_DELETE_ENTRIES);
