@@ -122,6 +122,8 @@ class Init:
     def _fork(self, child: Child) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        if child is self.zygote:
+            self.world.zygote_starts += 1
         pid = os.fork()
         if pid != 0:
             child.pid, child.started = pid, time.monotonic()

@@ -3,8 +3,8 @@
     init -> kernel     {"ended": pid, "status": wait status}   {"stop": reason}
     kernel -> init     {"booted": [lines to print]}   {"failed": reason}   {"stopped": clean, "reason": text}
     kernel -> zygote   {"fork": role}   {"sync": number}
-    zygote -> kernel   {"role": role, "pid": pid, "start_time": ticks}   {"hello": pid, "start_time": ticks}
-                       {"synced": number, "pid": pid, "start_time": ticks}
+    zygote -> kernel   {"role": role, "pid": pid, "start_time": ticks}   {"hello": true, "pid", "start_time", "starts"}
+                       {"synced": number, "pid", "start_time", "starts"}
     kernel -> standby  {"pid", "start_time", "incarnation", "previous_signal", "fresh", "adopted"} and the descriptors
                        of arena and lock, both writable; for another pid or start time: not meant for the reader
 

@@ -84,6 +84,15 @@ class Service:
             self._begin_stop()
         elif not self.booted:
             self._boot_step()
+            self.supervisor.loop.at(time.monotonic_ns() + SAY_EVERY_NS, self._say_starting)
+
+    def _say_starting(self) -> None:
+        if self.booted or self.stopping or self.given_up:
+            return
+        waiting = [life.role.name for life in self.supervisor.lives.values() if not life.served]
+        seconds = (time.monotonic_ns() - self.world.started_ns) / SECOND
+        log.info("starting for %.0f s, waiting for %s", seconds, ", ".join(waiting) or "the volumes")
+        self.supervisor.loop.at(time.monotonic_ns() + SAY_EVERY_NS, self._say_starting)
 
     def may_start(self, life: Life) -> bool:
         """While the service starts: each role after those it stands on."""

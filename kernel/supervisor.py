@@ -66,6 +66,7 @@ class Supervisor:
         self.calls = calls
         self.lives = {role.name: Life(role, table.threaded(role, world.config)) for role in table.DOMAINS}
         self.zygote: Process | None = None
+        self.zygote_starts = 0
         self.synced = False
         self.ending = False  # the service stops: nobody who ended in order is replaced
         self.may_start: Callable[[Life], bool] = lambda life: True
@@ -365,7 +366,8 @@ class Supervisor:
                 continue
             if self.zygote is not None:
                 self.zygote.close()
-            self.zygote = Process.open(message.get("hello") or message["pid"], message["start_time"])
+            self.zygote = Process.open(message["pid"], message["start_time"])
+            self.zygote_starts = message["starts"]
             if "hello" in message and not self.synced:
                 self._ask_zygote({"sync": self.loop.turns})  # the first may have died with another zygote
                 continue

@@ -118,11 +118,11 @@ class Verbs:
         return document
 
     def _ps(self, arguments: dict[str, Any], reply: Reply) -> None:
-        incarnation = int(self.domain.incarnation)
+        incarnation, starts = int(self.domain.incarnation), self.supervisor.zygote_starts
         rows = [
             views.process_row("init", views.this_process(self.world.init_pid), 1, 0),
             views.process_row("kernel", views.this_process(os.getpid()), incarnation, incarnation - 1),
-            views.process_row("zygote", self.supervisor.zygote, 1, 0),
+            views.process_row("zygote", self.supervisor.zygote, starts, max(0, starts - 1)),
         ]
         for role in table.STOP_ORDER:
             life = self.supervisor.lives[role.name]

@@ -58,6 +58,7 @@ class World:
     record: Record
     init_pid: int
     started_ns: int
+    zygote_starts: int = 0  # counted by init, told by the zygote
     eventfds: dict[str, int] = field(default_factory=dict)
     urings: dict[str, uring.UringHandle] = field(default_factory=dict)
     engines: dict[str, str] = field(default_factory=dict)

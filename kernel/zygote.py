@@ -35,7 +35,8 @@ def run(world: World) -> NoReturn:
     gc.freeze()  # what is there stays: a collection in a child would touch, and so copy, all of it
     pid = os.getpid()
     own_start_time = process.start_time(pid)
-    messages.send(channel, {"hello": pid, "start_time": own_start_time})
+    itself = {"pid": pid, "start_time": own_start_time, "starts": world.zygote_starts}
+    messages.send(channel, {"hello": True, **itself})
     while True:
         try:
             received = messages.receive(channel, wait=True)
@@ -48,7 +49,7 @@ def run(world: World) -> NoReturn:
             child, start_time = fork_standby(world, role_name)
             answer = {"role": role_name, "pid": child, "start_time": start_time}
         else:
-            answer = {"synced": message["sync"], "pid": pid, "start_time": own_start_time}
+            answer = {"synced": message["sync"], **itself}
         channel.setblocking(True)
         messages.send(channel, answer)
 

@@ -112,6 +112,7 @@ def test_kill_the_zygote_and_standbys(service: Service) -> None:
     )
     assert all(after[role]["pid"] == rows[role]["pid"] for role in ROLES)
     assert after["zygote"]["pid"] != rows["zygote"]["pid"]
+    assert after["zygote"]["restarts"] == 1
 
 
 def test_all_but_init_at_once(service: Service) -> None:
