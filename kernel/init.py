@@ -65,10 +65,11 @@ class Child:
         self.short_lives = 0
         self.not_before = 0.0
 
-    def ended(self) -> None:
+    def ended(self, status: int) -> None:
         now = time.monotonic()
         self.pid = 0
-        self.short_lives = self.short_lives + 1 if now - self.started < SHORT_LIFE_S else 0
+        by_itself = process.signal_of(status) != signal.SIGKILL  # a kill from outside is nobody's fault
+        self.short_lives = self.short_lives + 1 if by_itself and now - self.started < SHORT_LIFE_S else 0
         late = self.short_lives - SHORT_LIVES
         self.not_before = now + (0.0 if late < 0 else min(BACKOFF_MAX_S, 0.1 * 2**late))
 
@@ -155,7 +156,7 @@ class Init:
                 return
             for child in (self.kernel, self.zygote):
                 if pid == child.pid:
-                    child.ended()
+                    child.ended(status)
                     log.warning("%s: process %d %s", child.name, pid, process.describe(status))
                     break
             else:

@@ -118,7 +118,8 @@ def _play(world: World, role: table.Role, order: dict[str, Any], descriptors: li
     physmap.map_arena(number, arena_fd, world.arenas[role.name].arena_bytes, writable=True)
     messages.close_all(descriptors)
     process.name_this(f"atoll-{role.name}")
-    fresh = bool(order["fresh"])
+    # A predecessor may have served and died before the kernel saw it.
+    fresh = bool(order["fresh"]) and physmap.header(number).serving_ns == 0
     half_made = fresh and physmap.header(number).incarnation != 0
     context = Context(
         role=role.name,

@@ -46,8 +46,10 @@ LOCK_BOUND_NS = 2 * SECOND
 START_BOUND_NS = 5 * SECOND
 # A zygote that has not answered by then is ended; init makes another.
 ZYGOTE_BOUND_NS = 3 * SECOND
-# Crashes are "in a row" if the one before was not longer ago.
-CRASH_ROW_NS = 10 * SECOND
+# A crash continues a row if its process had not served longer than this; the row's first ones cost no wait, so that a
+# single crash shows to clients as briefly as a kill.
+SHORT_LIFE_NS = SECOND
+FREE_CRASHES = 2
 FIRST_BACKOFF_NS = 50 * MS
 # How long the signal of a death may stay unknown before the successor is promoted without it.
 SIGNAL_WAIT_S = 0.005
@@ -291,9 +293,10 @@ class Supervisor:
         life.reason = ffi.string(header.reason).decode(errors="replace") if failed else ""
         own = number in process.OWN_SIGNALS or life.blame in process.OWN_SIGNALS or (status is not None and number == 0)
         if own:
-            life.crashes = life.crashes + 1 if now - life.died_ns < CRASH_ROW_NS else 1
-            if life.crashes > 1 and life.role.backoff:
-                wait_ns = min(FIRST_BACKOFF_NS << min(life.crashes - 2, 20), self._backoff_ns)
+            served_ns = now - int(header.serving_ns) if int(header.serving_ns) >= life.promoted_ns else 0
+            life.crashes = life.crashes + 1 if served_ns < SHORT_LIFE_NS else 1
+            if life.crashes > FREE_CRASHES and life.role.backoff:
+                wait_ns = min(FIRST_BACKOFF_NS << min(life.crashes - FREE_CRASHES - 1, 20), self._backoff_ns)
                 life.not_before_ns = now + wait_ns
                 life.reason = life.reason or f"{life.last_end}, {life.crashes} times in a row"
             life.died_ns = now
@@ -314,17 +317,19 @@ class Supervisor:
 
         None where neither does.
         """
-        found = life.active.look() if life.active is not None else None
-        if found is not None and (found.exit_status or found.gone):
-            self._ended.pop(pid, None)
-            return found.exit_status
         deadline = time.monotonic() + SIGNAL_WAIT_S
-        while pid not in self._ended and time.monotonic() < deadline:
+        while True:
             found = life.active.look() if life.active is not None else None
-            if found is not None and (found.exit_status or found.gone):
+            if found is not None and found.exit_status:
+                self._ended.pop(pid, None)
                 return found.exit_status
+            # Zero may mean that this user may not read it (a process that has changed its user): init knows.
             self.loop.drain_init()
-        return self._ended.pop(pid, None)
+            if pid in self._ended:
+                return self._ended.pop(pid)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(SIGNAL_WAIT_S / 50)
 
     def note_ended(self, pid: int, status: int) -> None:
         """Init has reaped a process."""
