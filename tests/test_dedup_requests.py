@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from dedupkit import BLOCK, FUA, NO_HOLE, OK, ONE, Io, Request, Stage
@@ -533,3 +534,102 @@ def test_against_a_bytearray(steps: list[tuple[str, int, int, int, bool]], seed:
         stage.check()
         verify(stage, volume, bytes(expected))
         assert stage.free_pages == set(range(stage.nic_pages))
+
+
+@pytest.mark.parametrize("rewrite_fails", [False, True])
+def test_after_a_failed_sync_everything_since_the_last_good_one_is_written_again(rewrite_fails: bool) -> None:
+    """The device forgets what it has not flushed and says so once; a flush succeeds only when it is there again."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 60 * BLOCK, block(99) + block(98))
+        stage.flush(volume)
+        stage.drain()
+        good = bytes(stage.device)
+        stage.write(volume, 0, b"".join(block(seed) for seed in range(9)))
+        stage.run_until_idle()
+        while stage.lent_pages:  # destaged, not flushed
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        stage.cache(volume, 0, 9 * BLOCK)
+        stage.run_until_idle()
+        places = {stage.device.find(block(seed)) for seed in range(9)}
+        assert min(places) > 0
+        failures = {"sync": 1, "write": 1 if rewrite_fails else 0}
+
+        def rule(io: Io) -> int:
+            if io.opcode == lib.ATOLL_OP_IO_SYNC and failures["sync"]:
+                failures["sync"] -= 1
+                for place in places:
+                    stage.device[place : place + BLOCK] = good[place : place + BLOCK]
+                return int(lib.ATOLL_EIO)
+            if io.opcode == lib.ATOLL_OP_IO_SYNC:
+                assert all(stage.device.find(block(seed)) in places for seed in range(9)), "flushed before it was there"
+            if io.opcode == lib.ATOLL_OP_IO_WRITE and io.offset in places and failures["write"]:
+                failures["write"] -= 1
+                return int(lib.ATOLL_EIO)
+            return OK
+
+        stage.io_rule = rule
+        first = stage.flush(volume)
+        stage.run_until_idle()
+        assert first.status == lib.ATOLL_EIO
+        if rewrite_fails:
+            second = stage.flush(volume)
+            stage.run_until_idle()
+            assert second.status == lib.ATOLL_EUNFLUSHED, "a failed flush stays failed"
+            assert failures["write"] == 0
+            stage.check()
+            while stage.counters()["rewritten_blocks"] < 18:
+                stage.turn()
+                stage.disk()
+        last = stage.flush(volume)
+        stage.run_until_idle()
+        assert last.status == OK
+        assert stage.counters()["rewritten_blocks"] >= 9 and stage.counters()["rewrite_lost"] == 0
+        stage.check()
+        stage.drain()
+        expected = b"".join(block(seed) for seed in range(9)).ljust(60 * BLOCK, b"\0") + block(99) + block(98)
+        verify(stage, volume, expected.ljust(SIZE, b"\0"))
+
+
+def test_many_syncs_fail_while_writes_go_on() -> None:
+    chance = random.Random(4)
+    with Stage(seed=4, nic_pages=256) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.drain()
+
+        def rule(io: Io) -> int:
+            failing = {lib.ATOLL_OP_IO_SYNC: 0.4, lib.ATOLL_OP_IO_WRITE: 0.1}.get(io.opcode, 0.0)
+            return int(lib.ATOLL_EIO) if chance.random() < failing else OK
+
+        stage.io_rule = rule
+        expected = bytearray(SIZE)
+        statuses = set()
+        for round_number in range(60):
+            at = chance.randrange(SIZE // BLOCK - 8)
+            data = b"".join(block(chance.randrange(1000)) for _ in range(8))
+            write, flush = stage.write(volume, at * BLOCK, data), stage.flush(volume)
+            stage.run_until_idle()
+            assert write.status == OK
+            statuses.add(flush.status)
+            expected[at * BLOCK : (at + 8) * BLOCK] = data
+            if round_number % 10 == 0:
+                stage.check()
+            if len(stage.free_pages) < 64:
+                stage.io_rule = None
+                stage.drain()
+                stage.io_rule = rule
+        stage.io_rule = None
+        stage.drain()
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        deadline = time.monotonic() + 20
+        while flush.status != OK and time.monotonic() < deadline:  # until the device is tried again
+            flush = stage.flush(volume)
+            stage.run_until_idle()
+        assert flush.status == OK and len(statuses) > 1
+        stage.check()
+        verify(stage, volume, bytes(expected))

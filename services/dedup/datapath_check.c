@@ -46,6 +46,7 @@ static void check_map(struct datapath *dp, struct findings *findings, uint32_t *
         if (volume->state == ATOLL_VOLUME_FREE)
             continue;
         uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK), mapped = 0;
+        dp->domain->self->progress++; /* not hung */
         for (uint64_t leaf = 0; (leaf = store_map_next_leaf(dedup, id, leaf, leaves)) < leaves; leaf++) {
             const uint64_t *entries = store_map_leaf(dedup, id, leaf);
             for (uint32_t index = 0; entries != 0 && index < 512; index++) {
@@ -173,6 +174,8 @@ static void check_pins(struct datapath *dp, struct findings *findings)
         for (uint32_t index = 0; arena->runs[number].state == RUN_MATCHING && index < arena->runs[number].record_count; index++)
             if (arena->runs[number].link[index] != DP_NONE)
                 pages[arena->runs[number].link[index]]++;
+    for (uint32_t index = 0; index < arena->rewrite.count; index++)
+        pages[arena->rewrite.pages[index]]++;
     for (uint64_t record = 0; record < dp->record_count; record++)
         if (records[record] != dp->records[record].pins)
             found(findings, "log record %llu: %u pins, slots have %u", U(record), dp->records[record].pins, records[record]);
