@@ -21,7 +21,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,8 @@ DOMAINS = ROLES[:4]
 LONG = int(os.environ.get("ATOLL_LONG", "1"))
 MIB = 1 << 20
 HEADER_BYTES = 8192
+# A test says so when something took longer.
+SLOW_S = 3.0
 
 
 class Eyes:
@@ -87,16 +89,29 @@ class Eyes:
     def wait_serving(self, before: dict[str, int], timeout_s: float = 30.0) -> None:
         """Until each role is served by a later incarnation than `before` says."""
         for role, incarnation in before.items():
-            wait_for(
-                f"a successor of {role} {incarnation} serves",
-                lambda role=role, incarnation=incarnation: self.incarnation(role) > incarnation and self.serving(role),
-                timeout_s,
-            )
+            with told_if_slow(f"a successor of {role}"):
+                wait_for(
+                    f"a successor of {role} {incarnation} serves",
+                    lambda role=role, incarnation=incarnation: (
+                        self.incarnation(role) > incarnation and self.serving(role)
+                    ),
+                    timeout_s,
+                )
 
 
 def send(pid: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def told_if_slow(what: str) -> Iterator[None]:
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        if time.monotonic() - began > SLOW_S:
+            print(f"SLOW: {what} took {time.monotonic() - began:.1f} s, at {time.strftime('%H:%M:%S')}")
 
 
 class Load:
@@ -138,7 +153,8 @@ class Load:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.reports = chaos._end(self.jobs, lambda line: None)
+        with told_if_slow("the end of the load"):
+            self.reports = chaos._end(self.jobs, lambda line: None)
         self.tell()
         if kind is None:
             self.assert_unharmed()
@@ -168,7 +184,8 @@ class Load:
             now = self.totals()
             return now["replies"] >= before["replies"] + replies and now["churns"] > before["churns"]
 
-        wait_for(f"replies after {what}", look, timeout_s)
+        with told_if_slow(f"replies after {what}"):
+            wait_for(f"replies after {what}", look, timeout_s)
 
     def longest_silence_s(self) -> float:
         """Of a connection with requests outstanding; after the end."""
@@ -239,7 +256,7 @@ def patiently(server: Server, verb: str, timeout_s: float = 60.0, **arguments: A
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            with Client(server.data, timeout_s=timeout_s) as client:
+            with told_if_slow(verb), Client(server.data, timeout_s=timeout_s) as client:
                 return client.call(verb, **arguments)
         except ControlError as error:
             if "no volume" in str(error) and verb == "volume-delete":

@@ -1,6 +1,6 @@
 """The real domains with bugs that tests call for (testing.modules: {role: "recoverybugs.ROLE"}).
 
-Control call "bug", `kind`:
+A file DATA/fails-ROLE makes each start fail, with its text as reason. Control call "bug", `kind`:
     loop, block         the handler runs for ever, or waits for ever in a system call; `incarnation` alone does so
     segv, abort         dies of it; `incarnation` alone does so
     trap                the pages of nic's buffer that begin with CRASH or ENDLESS become unreadable here, in each later
@@ -48,6 +48,10 @@ def wrap(real: Any) -> Callable[[Any], None]:
             return {"incarnation": context.incarnation}
 
         context.serve_control = lambda handlers: serve_control({**handlers, "bug": bug})
+        fails = Path(context.config["data"]) / f"fails-{context.role}"
+        if fails.exists():
+            context.fail(fails.read_text())
+            sys.exit(1)
         if mark.exists():
             trap()
         real.main(context)
@@ -69,9 +73,10 @@ def trap() -> int:
     header = physmap.header(int(Role.NIC))
     base = physmap.address(int(Role.NIC)) + int(header.buffer_offset)
     memory = ffi.buffer(ffi.cast("char *", base), int(header.buffer_bytes))
+    heads = [(at, memory[at : at + 64]) for at in range(0, len(memory), PAGE)]  # all of them before any is closed
     found = 0
     for text, handler in ((CRASH, signal.SIG_DFL), (ENDLESS, lambda *_: None)):
-        pages = [at for at in range(0, len(memory), PAGE) if memory[at : at + len(text)] == text]
+        pages = [at for at, head in heads if head.startswith(text)]
         if pages:
             signal.signal(signal.SIGSEGV, handler)
         for at in pages:
