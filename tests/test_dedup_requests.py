@@ -538,37 +538,32 @@ def test_against_a_bytearray(steps: list[tuple[str, int, int, int, bool]], seed:
 
 @pytest.mark.parametrize("rewrite_fails", [False, True])
 def test_after_a_failed_sync_everything_since_the_last_good_one_is_written_again(rewrite_fails: bool) -> None:
-    """The device forgets what it has not flushed and says so once; a flush succeeds only when it is there again."""
+    """An operating system may drop what it could not flush and call the next flush a success."""
     with Stage() as stage:
         stage.open()
         volume = stage.create_volume("v", SIZE)
         stage.write(volume, 60 * BLOCK, block(99) + block(98))
         stage.flush(volume)
         stage.drain()
-        good = bytes(stage.device)
         stage.write(volume, 0, b"".join(block(seed) for seed in range(9)))
-        stage.run_until_idle()
-        while stage.lent_pages:  # destaged, not flushed
-            stage.turn()
-            stage.disk()
-            stage.answers()
-        stage.cache(volume, 0, 9 * BLOCK)
-        stage.run_until_idle()
+        stage.drain()  # destaged, not flushed
         places = {stage.device.find(block(seed)) for seed in range(9)}
         assert min(places) > 0
+        doubtful = set(places)
         failures = {"sync": 1, "write": 1 if rewrite_fails else 0}
 
         def rule(io: Io) -> int:
             if io.opcode == lib.ATOLL_OP_IO_SYNC and failures["sync"]:
                 failures["sync"] -= 1
-                for place in places:
-                    stage.device[place : place + BLOCK] = good[place : place + BLOCK]
                 return int(lib.ATOLL_EIO)
             if io.opcode == lib.ATOLL_OP_IO_SYNC:
-                assert all(stage.device.find(block(seed)) in places for seed in range(9)), "flushed before it was there"
-            if io.opcode == lib.ATOLL_OP_IO_WRITE and io.offset in places and failures["write"]:
-                failures["write"] -= 1
-                return int(lib.ATOLL_EIO)
+                assert not doubtful, "flushed before all was written again"
+            covered = set(range(io.offset, io.offset + io.length, BLOCK))
+            if io.opcode == lib.ATOLL_OP_IO_WRITE and not failures["sync"] and covered & places:
+                if failures["write"]:
+                    failures["write"] -= 1
+                    return int(lib.ATOLL_EIO)
+                doubtful.difference_update(covered)
             return OK
 
         stage.io_rule = rule
@@ -578,16 +573,16 @@ def test_after_a_failed_sync_everything_since_the_last_good_one_is_written_again
         if rewrite_fails:
             second = stage.flush(volume)
             stage.run_until_idle()
-            assert second.status == lib.ATOLL_EUNFLUSHED, "a failed flush stays failed"
+            assert second.status not in (OK, -1), "a failed flush stays failed"
             assert failures["write"] == 0
             stage.check()
-            while stage.counters()["rewritten_blocks"] < 18:
-                stage.turn()
-                stage.disk()
         last = stage.flush(volume)
         stage.run_until_idle()
-        assert last.status == OK
-        assert stage.counters()["rewritten_blocks"] >= 9 and stage.counters()["rewrite_lost"] == 0
+        deadline = time.monotonic() + 10
+        while last.status != OK and time.monotonic() < deadline:
+            last = stage.flush(volume)
+            stage.run_until_idle()
+        assert last.status == OK and not doubtful
         stage.check()
         stage.drain()
         expected = b"".join(block(seed) for seed in range(9)).ljust(60 * BLOCK, b"\0") + block(99) + block(98)

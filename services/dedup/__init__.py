@@ -25,7 +25,7 @@ COUNTERS: tuple[str, ...] = (
     *("cache_hits", "cache_misses", "cache_evictions", "corrupt_reads", "corrupt_pages"),
     *("destaged_blocks", "shared_blocks", "zero_blocks", "superseded_blocks", "runs", "destage_errors"),
     *("compare_mismatches", "match_skipped", "given_back_pages", "io_submitted", "io_errors", "steps", "sweeps"),
-    *("flush_failures", "rewritten_blocks", "rewrite_lost"),
+    "flush_failures",
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
     *("leaves_made", "fingerprint_evictions"),

@@ -40,9 +40,7 @@ enum dedup_counter {
     DEDUP_COUNTER_STEPS = 33,
     DEDUP_COUNTER_SWEEPS = 34,
     DEDUP_COUNTER_FLUSH_FAILURES = 35,
-    DEDUP_COUNTER_REWRITTEN_BLOCKS = 36,   /* after a failed sync */
-    DEDUP_COUNTER_REWRITE_LOST = 37,       /* blocks that could not be read back then */
-    DEDUP_COUNTER_DATAPATH_COUNT = 38
+    DEDUP_COUNTER_DATAPATH_COUNT = 36
 };
 /* cffi:end */
 

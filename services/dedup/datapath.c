@@ -473,10 +473,10 @@ static bool run_flushes(struct datapath *dp)
             continue;
         }
         slot_save(dp, slot);
-        if (slot->phase == PHASE_DESTAGE && (dp->arena->failed_records != 0 || rewrite_failing(dp))) {
+        if (slot->phase == PHASE_DESTAGE && dp->arena->failed_records != 0) {
             over = true;
             status = ATOLL_EUNFLUSHED;
-        } else if (slot->phase == PHASE_DESTAGE && slot->target < pending && !rewrite_pending(dp)) {
+        } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
             if (ticket == 0)
                 ticket = store_sync(dp->dedup);
             ATOLL_CRASH_POINT(dp->domain, "dedup.flush.sync");
@@ -513,7 +513,6 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     uint64_t wake = 0;
     if (++dp->sweep_age >= 1024 || dp->arena->pinned_records != 0 || dp->blocked != 0)
         dp_sweep(dp);
-    did |= rewrite_step(dp, &wake);
     if (dp->retry_count == 0)
         dp->retry = false, dp->blocked = 0, dp->space_target = 0;
     else if (dp->retry || dp->now_ms - dp->retry_ms >= 5)
@@ -536,8 +535,6 @@ void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t 
 {
     if (slot->kind == IO_FILL)
         cache_io_done(dedup->datapath, slot, status);
-    else if (slot->kind == IO_REWRITE)
-        rewrite_io_done(dedup->datapath, status);
     else
         destage_io_done(dedup->datapath, slot, status);
 }

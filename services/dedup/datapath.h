@@ -58,8 +58,6 @@
 #define DP_EXTENTS_LEAVES 64
 /* Blocks that one CACHE request reads ahead. */
 #define DP_PREFETCH_BLOCKS 256
-/* Runs written since the last sync; half of them have one asked for. */
-#define DP_PLACED 4096
 /* Smallest read cache: two parts of reads at once. */
 #define DP_CACHE_MINIMUM 256
 
@@ -153,24 +151,6 @@ struct dp_slot {
 _Static_assert(DP_SLOT_HOT_BYTES % 8 == 0, "saved by words");
 _Static_assert(sizeof(struct atoll_extent) == sizeof(struct atoll_segment), "extents lie where segments do");
 
-/* A run that was written and that no sync is known to cover. */
-struct dp_placed {
-    uint64_t pba;
-    uint64_t epoch;   /* durable when store_synced() has reached it */
-    uint32_t count;
-    uint32_t reserved;
-};
-
-enum rewrite_state { REWRITE_IDLE = 0, REWRITE_LOADING = 1, REWRITE_WRITING = 2 };
-
-struct dp_rewrite {
-    uint32_t state;        /* enum rewrite_state */
-    uint32_t count;        /* of pages, pinned */
-    uint32_t outstanding;  /* writes */
-    uint32_t status;       /* of the last entry: not OK, it is tried again */
-    uint32_t pages[ATOLL_IO_BLOCKS];
-};
-
 struct dp_arena {
     uint64_t nic_pages, merge_pages, cache_pages; /* sizes of the tables (cache: of which dp.cache_pages are used) */
     uint64_t next_order, next_acceptance;
@@ -185,11 +165,6 @@ struct dp_arena {
     uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
     uint32_t current_part;       /* with header.current: not transactional */
     uint32_t reserved;
-    uint64_t placed_head, placed_tail;     /* free-running */
-    uint64_t rewrite_at, rewrite_end;      /* entries being written again after a failed sync */
-    uint64_t sync_failures_seen;
-    struct dp_placed placed[DP_PLACED];
-    struct dp_rewrite rewrite;
     struct dp_run runs[DP_RUNS];
     struct dp_slot slots[ATOLL_SLOT_COUNT];
 };
@@ -247,7 +222,6 @@ struct datapath {
     uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
     uint64_t space_failures;    /* of syncs, when it was drawn */
     bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
-    uint64_t rewrite_ms;        /* after a failed rewrite: not before */
     uint64_t now_ms;
 };
 
@@ -357,15 +331,6 @@ uint64_t destage_pending_order(const struct datapath *dp);
 bool destage_protected(const struct datapath *dp, uint32_t record);
 void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 void destage_adopt(struct datapath *dp, bool quarantine);
-
-/* --- datapath_rewrite.c --------------------------------------------------------------------------------------------------- */
-void rewrite_note(struct datapath *dp, uint64_t pba, uint32_t count);
-bool rewrite_room(struct datapath *dp);    /* for one more note; asks for a sync if they become many */
-bool rewrite_pending(const struct datapath *dp);
-bool rewrite_failing(const struct datapath *dp);   /* and the device refuses */
-bool rewrite_step(struct datapath *dp, uint64_t *wake_ms);
-void rewrite_io_done(struct datapath *dp, uint32_t status);
-void rewrite_adopt(struct datapath *dp);
 
 /* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
 struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages; };

@@ -174,8 +174,6 @@ static void check_pins(struct datapath *dp, struct findings *findings)
         for (uint32_t index = 0; arena->runs[number].state == RUN_MATCHING && index < arena->runs[number].record_count; index++)
             if (arena->runs[number].link[index] != DP_NONE)
                 pages[arena->runs[number].link[index]]++;
-    for (uint32_t index = 0; index < arena->rewrite.count; index++)
-        pages[arena->rewrite.pages[index]]++;
     for (uint64_t record = 0; record < dp->record_count; record++)
         if (records[record] != dp->records[record].pins)
             found(findings, "log record %llu: %u pins, slots have %u", U(record), dp->records[record].pins, records[record]);

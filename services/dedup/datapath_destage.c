@@ -449,8 +449,6 @@ static void finish_run(struct datapath *dp, uint32_t number)
             errors++;
         }
     }
-    if (errors < writers)
-        rewrite_note(dp, run->pba, writers);
     for (uint32_t index = writers; index < run->record_count; index++)
         finish_follower(dp, run, run->records[index], run->link[index]);
     for (uint32_t index = 0; index < writers; index++) {
@@ -495,7 +493,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
     for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
         struct dp_run *run = &dp->arena->runs[number];
         if (run->state == RUN_WRITTEN) {
-            if (!store_has_room(dp->dedup, run->record_count) || !rewrite_room(dp))
+            if (!store_has_room(dp->dedup, run->record_count))
                 continue; /* a sync is under way and will wake */
             finish_run(dp, number);
             did = true;

@@ -177,7 +177,6 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
             atoll_domain_commit(dp->domain);
     }
     dp_set32(dp, &arena->pinned_count, 0);
-    rewrite_adopt(dp);
     for (uint64_t page = 0; page < arena->cache_pages; page++) {
         atoll_save(dp->journal, &dp->pages[page], sizeof dp->pages[page]);
         dp->pages[page] = (struct dp_page){0};

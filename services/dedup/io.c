@@ -1,7 +1,8 @@
 /* I/O requests of dedup to its storage drivers; see io.h. Entering, sending and releasing are journal changes only. */
 #include "services/dedup/io.h"
 
-#include "services/dedup/datapath.h"
+#include "services/dedup/counters.h"
+#include "services/dedup/dedup.h"
 
 /* I/O slots that only IO_STORE may take: metadata must be able to move when data fills everything else. */
 #define IO_STORE_SHARE 64
@@ -44,8 +45,6 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
     struct io_table *table = dedup->io;
     assert(segment_count <= ATOLL_IO_BLOCKS);
     if (io_room(dedup, kind) == 0)
-        return -1;
-    if (opcode == ATOLL_OP_IO_SYNC && store_state(dedup) == STORE_READY && rewrite_pending(dedup->datapath))
         return -1;
     uint32_t number = table->free[table->free_count - 1];
     struct io_slot *slot = &table->slots[number];

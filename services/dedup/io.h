@@ -21,8 +21,7 @@ enum io_kind {
     IO_FREE = 0,
     IO_DESTAGE = 1,    /* datapath: argument = run index */
     IO_FILL = 2,       /* datapath: read into cache pages; argument as datapath wants */
-    IO_STORE = 3,      /* store: argument as store wants */
-    IO_REWRITE = 4     /* datapath: what a failed sync may have lost */
+    IO_STORE = 3       /* store: argument as store wants */
 };
 
 struct io_slot {
@@ -45,8 +44,7 @@ struct io_table {
 };
 
 /* Enters and sends a request in the running transaction. `segments` (count <= ATOLL_IO_BLOCKS) is copied into the slot.
- * Returns the slot number, or -1 if none is free (IO_STORE may take the last 64, the others leave them). IO_SYNC is refused too
- * while the datapath writes again what a failed one may have lost: try again in a later step. */
+ * Returns the slot number, or -1 if none is free (IO_STORE may take the last 64, the others leave them). */
 int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
               uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count);
 
