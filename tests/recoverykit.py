@@ -100,6 +100,8 @@ class Eyes:
 
 
 def send(pid: int, number: signal.Signals) -> None:
+    if pid <= 0:  # would be a whole group
+        return
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -130,7 +132,10 @@ class Load:
         size: int = 48 * MIB,
         seed: int = 1,
         odd: bool = True,
+        mortal: bool = False,
     ) -> None:
+        """`mortal`: the server will end altogether meanwhile, so that connections drop; what was acknowledged counts."""
+        self.mortal = mortal
         self.server, self.volume = server, volume
         options = chaos.Options(
             Path(), connections=connections, depth=depth, small=small, rate=rate, workers=1, read_percent=read_percent,
@@ -140,11 +145,10 @@ class Load:
             client.call("volume-create", name=volume, size_bytes=size, read_only=False)
             targets, size = chaos._targets(client, volume, transport)
         self.shared = Shared(3)
-        self.jobs = [
-            chaos._start(work, (chaos._plans(options, targets, size, 1)[0], self.shared)),
-            chaos._start(churn, (1, targets, self.shared)),
-        ]
-        if odd:
+        self.jobs = [chaos._start(work, (chaos._plans(options, targets, size, 1)[0], self.shared))]
+        if not mortal:
+            self.jobs.append(chaos._start(churn, (1, targets, self.shared)))
+        if odd and not mortal:
             self.jobs.append(chaos._start(oddities, (2, targets, self.shared, seed)))
         self.reports: list[Report] = []
 
@@ -165,7 +169,7 @@ class Load:
 
     def tell(self) -> None:
         for report in self.reports:
-            for trouble in report.troubles[:20]:
+            for trouble in [each for each in report.troubles if not self.mortal or each.kind != "drop"][:20]:
                 print("TROUBLE", round(trouble.time_ns / 1e9, 4), trouble.kind, trouble.text)
             if report.failure:
                 print("FAILURE", report.failure)
@@ -173,16 +177,19 @@ class Load:
 
     def assert_unharmed(self) -> None:
         assert [report.failure for report in self.reports if report.failure] == []
-        assert [trouble.text for report in self.reports for trouble in report.troubles][:10] == []
+        allowed = {"drop"} if self.mortal else set()
+        troubles = [trouble for report in self.reports for trouble in report.troubles if trouble.kind not in allowed]
+        assert [trouble.text for trouble in troubles][:10] == []
         totals = self.totals()
-        assert not any(totals[name] for name in ("drops", "errors", "wrong_sectors", "lost_sectors")), totals
+        assert not any(totals[name] for name in ("errors", "wrong_sectors", "lost_sectors")), totals
+        assert self.mortal or totals["drops"] == 0, totals
 
     def goes_on(self, what: str, replies: int = 60, timeout_s: float = 30.0) -> None:
         before = self.totals()
 
         def look() -> bool:
             now = self.totals()
-            return now["replies"] >= before["replies"] + replies and now["churns"] > before["churns"]
+            return now["replies"] >= before["replies"] + replies and (self.mortal or now["churns"] > before["churns"])
 
         with told_if_slow(f"replies after {what}"):
             wait_for(f"replies after {what}", look, timeout_s)
