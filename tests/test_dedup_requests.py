@@ -398,6 +398,23 @@ def test_damage_on_the_device_is_found() -> None:
         stage.check()
 
 
+def test_a_thousand_reads_wait_for_one_bad_read() -> None:
+    """All of them fail, in as many steps as their pins need: the journal of one step does not hold them."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, b"".join(block(seed) for seed in range(64)))
+        stage.flush(volume)
+        stage.drain()
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
+        requests = [stage.read(volume, 0, 64 * BLOCK) for _ in range(1000)]
+        while stage.figures().accepted < len(requests):
+            stage.turn()
+        stage.run_until_idle()
+        assert {request.status for request in requests} == {lib.ATOLL_EIO}
+        stage.check()
+
+
 def test_reads_survive_the_place_being_used_for_something_else() -> None:
     """A read is under way while its block is overwritten, its place freed and written again."""
     with Stage(device_blocks=1024) as stage:

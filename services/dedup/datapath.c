@@ -239,6 +239,11 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
                 failed = page;
         }
     }
+    if (dp->journal->count >= DP_STEP_JOURNAL) { /* all slots may have waited for this page: the others in later steps */
+        queue_retry(dp, number);
+        dp->retry = true;
+        return;
+    }
     slot_save(dp, slot);
     if (stale) {
         slot_unpin(dp, slot);
@@ -409,6 +414,10 @@ static void commit_now(struct datapath *dp)
 static void execute_again(struct datapath *dp, uint32_t number)
 {
     struct dp_slot *slot = &dp->arena->slots[number];
+    if (slot->phase == PHASE_LOADING) {
+        slot_wait_page(dp, number);
+        return;
+    }
     struct atoll_suspect *suspect = find_suspect(dp, slot->identity, slot->part);
     slot_save(dp, slot);
     if (__builtin_expect(suspect == 0, 1)) {
