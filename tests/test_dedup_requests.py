@@ -239,6 +239,33 @@ def test_promised_space_is_there_when_the_store_is_full() -> None:
         stage.check()
 
 
+def test_a_write_that_comes_while_space_is_coming_back_waits_its_turn() -> None:
+    """All that is free is reserved by copies, which give it back; a write each turn meanwhile."""
+    with Stage(device_blocks=1024, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 4096 * BLOCK)
+        used = 0
+        while stage.figures().available_blocks > 50:
+            stage.write(volume, used * BLOCK, block(used))
+            stage.run_until_idle()
+            used += 1
+        stage.flush(volume)
+        stage.run_until_idle()
+        while stage.figures().available_blocks:
+            stage.write(volume, used * BLOCK, block(0))
+            stage.run_until_idle()
+            used += 1
+        requests = []
+        for number in range(40):
+            requests.append(stage.write(volume, (used + number) * BLOCK, block(10_000 + number)))
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        stage.run_until_idle()
+        assert {request.status for request in requests} == {OK}
+        stage.check()
+
+
 def test_more_data_than_pages_and_device() -> None:
     """Duplicates beyond the device's size: reservations wait for the log to be destaged, nothing is refused."""
     with Stage(device_blocks=2048, nic_pages=256, cache_pages=512) as stage:

@@ -188,7 +188,8 @@ static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, uint64
         return OUTCOME_DONE;
     if (slot->target == 0)
         slot->target = dp->arena->next_order - 1;
-    if (dp->arena->failed_records == 0 && destage_pending_order(dp) <= slot->target) {
+    /* Behind one that waits already, even if what it waits for has come in this very step: its turn is first. */
+    if ((dp->blocked & RESOURCE_SPACE) || (dp->arena->failed_records == 0 && destage_pending_order(dp) <= slot->target)) {
         if (slot->target > dp->space_target)
             dp->space_target = slot->target;
         return wait_for(dp, RESOURCE_SPACE);
