@@ -123,7 +123,7 @@ class Server:
         """All processes at once, without warning."""
         assert self.process is not None
         self.note_instance()
-        for pid in self.pids():
+        for pid in {*self.pids(), self.process.pid}:  # at its beginning it does not hold the lock yet
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(STOP_S)

@@ -1,0 +1,80 @@
+"""All processes die at once, init too: the next start has every acknowledged write, whatever was under way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+from recoverykit import LONG, Load, check_all, check_live
+from serverkit import Server, wait_for
+
+SEED = 3
+UNIX = {"transport": "unix", "mortal": True, "size": 32 << 20, "read_percent": 25.0}
+
+
+def test_all_die_under_load(make_server: Callable[..., Server]) -> None:
+    server = make_server().start()
+    with Load(server, rate=1500, **UNIX) as load:
+        for number in range(3 * LONG):
+            server.die()
+            server.start()
+            assert server.json("status")["adopted"]
+            load.goes_on(f"death {number} of all")
+            check_all(server)
+        server.stop()
+        server.start()
+        assert not server.json("status")["adopted"]
+        load.goes_on("the clean stop")
+    check_live(server)
+
+
+def test_again_while_it_starts(make_server: Callable[..., Server]) -> None:
+    """Deaths at chance moments of the start that adopts; nothing is lost by any number of them."""
+    chance = random.Random(SEED)
+    server = make_server().start()
+    with Load(server, **UNIX) as load:
+        for _ in range(LONG):
+            server.die()
+            for _ in range(8):
+                server.start(wait=False)
+                time.sleep(chance.random() * 1.2)
+                server.die()
+            server.start()
+            load.goes_on("many deaths in a row")
+        check_all(server)
+
+
+def test_init_alone(make_server: Callable[..., Server]) -> None:
+    """Its children die with it."""
+    server = make_server().start()
+    with Load(server, **UNIX) as load:
+        for _ in range(2 * LONG):
+            assert server.process is not None
+            server.note_instance()
+            os.kill(server.process.pid, signal.SIGKILL)
+            server.process.wait(10)
+            server.process = None
+            wait_for("all are gone", lambda: not server.pids(), 10)
+            server.start()
+            load.goes_on("the death of init")
+        check_all(server)
+
+
+def test_with_writes_on_their_way_to_the_device(make_server: Callable[..., Server]) -> None:
+    """Each device write waits 0.2 s before it is done, so that some are under way at each death."""
+    fault = {"rules": [{"action": "delay", "kinds": ["write"], "ms": 200, "probability": 0.7}]}
+    server = make_server(config={"testing": {"modules": {"disk": "atoll.drivers.fault"}, "fault": fault}}).start()
+    with Load(server, rate=1500, **UNIX) as load:
+        for number in range(3 * LONG):
+            wait_for("writes are under way", lambda: server.json("status")["log"]["runs"] > 0)
+            server.die()
+            server.start()
+            load.goes_on(f"death {number} of all")
+            check_live(server)
+        server.stop()
+        server.start()
+        load.goes_on("the clean stop")
+    check_all(server)
