@@ -208,7 +208,8 @@ class Stage:
             sizes[number] = size
         error = ffi.new("char[256]")
         assert lib.atoll_domain_open(domain, role, incarnation, os.getpid(), 0, sizes, error) == 0, ffi.string(error)
-        lib.atoll_domain_serving(domain)
+        if role != DEDUP:
+            lib.atoll_domain_serving(domain)
         return domain
 
     def __enter__(self) -> Stage:
@@ -230,6 +231,7 @@ class Stage:
         fresh = self.incarnation == 1
         self.state = self.lib.dedup_open(here, self.config, fresh, adopted, crashed, quarantine, error)
         assert self.state != self.ffi.NULL, self.ffi.string(error)
+        lib.atoll_domain_serving(self.domain)
 
     def open(self, crashed: bool = False) -> None:
         """An incarnation in this process, its store loaded or made."""

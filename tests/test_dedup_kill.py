@@ -279,3 +279,25 @@ def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None
             read = stage.read(volume, 0, SIZE)
             stage.run_until_idle()
             assert read.data == expected
+
+
+def test_a_death_soon_after_an_adoption_drops_no_request(hooked: ModuleType) -> None:
+    """The next incarnation is told of the adoption too, and nothing has been sent to the disk yet."""
+    with Stage(device_blocks=4096, extension=hooked) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 1024 * BLOCK)
+        for at in range(0, 640, 32):
+            stage.write(volume, at * BLOCK, b"".join(block(at + index) for index in range(32)))
+            stage.flush(volume)
+            stage.drain()
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        trim = stage.trim(volume, 0, 640 * BLOCK)
+        stage.turn()
+        stage.take_ios()
+        assert not trim.done and not stage.ios, "more than a step's work, and nothing of it goes to the disk"
+        stage.attach(adopted=True)
+        stage.run_until_idle()
+        assert trim.status == OK
+        stage.check()

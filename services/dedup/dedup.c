@@ -112,9 +112,10 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     if (crashed)
         datapath_note_suspect(dp);
     domain->self->current = 0;
-    /* An adoption that has been finished shows in the ring to the disk, which was empty when it began. */
+    /* An adoption that has been finished shows: something was sent to the disk, whose ring was empty when it began, or requests
+     * have been served since. */
     const struct atoll_ring_producer *ring = domain->rings->tx[ATOLL_ROLE_DISK].producer;
-    bool anew = adopted && (ring == 0 || ring->tail_committed == 0);
+    bool anew = adopted && (ring == 0 || ring->tail_committed == 0) && domain->self->serving_ns == 0;
     if (!made && (anew || dp->arena->adopting)) {
         datapath_adopt(dp, quarantine);
         io_adopt(dedup);
