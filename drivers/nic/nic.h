@@ -196,7 +196,7 @@ struct nic_area {
     uint64_t role_bytes;
     uint32_t stopping;
     uint32_t engine;          /* enum nic_engine_kind */
-    uint64_t formed;          /* instance (atoll_arena_header) that the tables belong to, 0: none yet */
+    uint64_t formed;          /* instance (atoll_arena_header) that made the tables, 0: none yet */
     uint64_t stop_call;       /* number of the control call "stop" that waits for its answer, 0 none */
     struct nic_connection connections[2048];
     struct nic_slot slots[2048];
@@ -267,6 +267,8 @@ _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a 
 
 /* --- Private to the process -------------------------------------------------------------------------------------- */
 
+/* Words of the journal at which a step takes up nothing new; the rest is for what it has begun. */
+#define NIC_JOURNAL_LIMIT (ATOLL_JOURNAL_ENTRIES / 2)
 /* Messages that one turn may send to nbd, operations it may start, and their vectors. */
 #define NIC_TURN_MESSAGES 256
 #define NIC_TURN_OPERATIONS 128

@@ -181,7 +181,7 @@ static void clear_intents(struct nic *nic, bool sockets_live)
             nic_set32(nic, &connection->socket_open, 0);
             nic_gone(nic, connection);
         }
-        if (nic->journal->count > ATOLL_JOURNAL_ENTRIES / 2)
+        if (nic->journal->count > NIC_JOURNAL_LIMIT)
             nic_commit(nic);
     }
     nic_commit(nic);
@@ -252,7 +252,7 @@ static int open_all(struct nic *nic, const struct atoll_uring_parameters *parame
     /* By the arena's own word, so that a predecessor that died while it laid out is no matter. */
     if (nic->area->formed == 0)
         result = make_fresh(nic, error);
-    else if (nic->area->formed != domain->self->instance)
+    else if (domain->self->serving_ns == 0) /* nobody has served since init laid this out or adopted it */
         result = adopt(nic, error);
     if (result < 0)
         return result;
