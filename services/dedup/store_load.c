@@ -402,6 +402,21 @@ static bool log_block_good(const struct store *store, const uint8_t *block, uint
     return header->checksum == store_checksum(store, FORMAT_SEED_LOG, header->sequence, block + 8, ATOLL_BLOCK_BYTES - 8);
 }
 
+/* Leaves that the log has emptied so far leave the map, as they did while it was written: others have their frames now. */
+static bool release_empty(struct store *store)
+{
+    bool did = false;
+    for (uint64_t frame = 0; frame < store->area->frames_high; frame++) {
+        if (store->frame_key[frame] == 0 || store->frame_used[frame] != 0)
+            continue;
+        store_release_frame(store, frame);
+        did = true;
+        if (store->journal->count > ATOLL_JOURNAL_ENTRIES / 2)
+            atoll_domain_commit(store->dedup->domain);
+    }
+    return did;
+}
+
 static bool replay_map(struct store *store, uint32_t volume, uint64_t lba, uint64_t count, uint64_t value)
 {
     bool sane = volume < ATOLL_VOLUME_COUNT && count <= FORMAT_HOLES_MAX && count <= FORMAT_LEAF_ENTRIES - lba % FORMAT_LEAF_ENTRIES &&
@@ -411,6 +426,8 @@ static bool replay_map(struct store *store, uint32_t volume, uint64_t lba, uint6
     if (!sane)
         return false;
     uint64_t frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, value != 0);
+    if (frame == UINT64_MAX && value != 0 && release_empty(store))
+        frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, true);
     if (frame == UINT64_MAX)
         return value == 0; /* nothing to make a hole of; or no frame */
     for (uint64_t index = 0; index < count; index++)

@@ -79,8 +79,13 @@ uint64_t store_find_frame(struct store *store, uint32_t volume, uint64_t leaf, b
         /* While loading, what is on the device has its place already. */
         if (area->state == STORE_READY && store_available(store) < 4)
             return NO_FRAME;
-        if (area->hash_entries + LEVEL_TOP + 1 > store->hash_mask / 8 * 7)
+        /* A leaf needs up to LEVEL_TOP + 1 entries, how many depends on who was there before: so that leaves that once had room have
+         * it in whatever order they are loaded, an eighth is kept free for that. */
+        if (area->hash_entries + LEVEL_TOP + 1 > (area->state == STORE_READY ? store->hash_mask / 8 * 7 : store->hash_mask)) {
+            if (area->state == STORE_READY && !area->checkpoint_wanted) /* it gives empty leaves back */
+                STORE_SET(store, checkpoint_wanted, 1);
             return NO_FRAME;
+        }
         if (area->frames_free != 0) {
             frame = store->frame_stack[area->frames_free - 1];
             STORE_ADD(store, frames_free, -1);
