@@ -298,3 +298,22 @@ def settled(server: Server, roles: Iterable[str] = DOMAINS) -> None:
         return all(found[role]["state"] == "serving" and found[role]["standby_pid"] for role in roles)
 
     wait_for("all serve and have standbys", look, 30)
+
+
+def check_nothing_left(server: Server) -> None:
+    """When the clients are gone and all is written, nothing is in use or lent any more."""
+    patiently(server, "call", role="dedup", message={"call": "flush"}, timeout_s=60.0)
+    found: dict[str, Any] = {}
+
+    def look() -> bool:
+        domains = patiently(server, "status")["domains"]
+        names = ("connections", "slots_in_use", "stream_buffers_in_use", "buffer_pages_lent", "buffer_pages_taken")
+        found.update({name: domains["nic"][name] for name in names})
+        found.update({f"log {name}": domains["dedup"]["log"][name] for name in ("used_bytes", "runs", "pinned_blocks")})
+        return not any(found.values())
+
+    try:
+        wait_for("nothing is in use", look, 10)
+    except AssertionError:
+        raise AssertionError(f"still in use without clients: {found}") from None
+    check_live(server)

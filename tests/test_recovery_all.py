@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from recoverykit import LONG, Load, check_all, check_live
+from recoverykit import LONG, Load, check_all, check_live, check_nothing_left
 from serverkit import Server, wait_for
 
 SEED = 3
@@ -18,7 +18,7 @@ UNIX = {"transport": "unix", "mortal": True, "size": 32 << 20, "read_percent": 2
 def test_all_die_under_load(make_server: Callable[..., Server]) -> None:
     server = make_server().start()
     with Load(server, rate=1500, **UNIX) as load:
-        for number in range(3 * LONG):
+        for number in range(2 * LONG):
             server.die()
             server.start()
             assert server.json("status")["adopted"]
@@ -28,7 +28,7 @@ def test_all_die_under_load(make_server: Callable[..., Server]) -> None:
         server.start()
         assert not server.json("status")["adopted"]
         load.goes_on("the clean stop")
-    check_live(server)
+    check_nothing_left(server)
 
 
 def test_again_while_it_starts(make_server: Callable[..., Server]) -> None:
@@ -45,6 +45,7 @@ def test_again_while_it_starts(make_server: Callable[..., Server]) -> None:
             server.start()
             load.goes_on("many deaths in a row")
         check_all(server)
+    check_nothing_left(server)
 
 
 def test_init_alone(make_server: Callable[..., Server]) -> None:
@@ -61,6 +62,7 @@ def test_init_alone(make_server: Callable[..., Server]) -> None:
             server.start()
             load.goes_on("the death of init")
         check_all(server)
+    check_nothing_left(server)
 
 
 def test_with_writes_on_their_way_to_the_device(make_server: Callable[..., Server]) -> None:
@@ -68,13 +70,30 @@ def test_with_writes_on_their_way_to_the_device(make_server: Callable[..., Serve
     fault = {"rules": [{"action": "delay", "kinds": ["write"], "ms": 200, "probability": 0.7}]}
     server = make_server(config={"testing": {"modules": {"disk": "atoll.drivers.fault"}, "fault": fault}}).start()
     with Load(server, rate=1500, **UNIX) as load:
-        for number in range(3 * LONG):
+        for number in range(2 * LONG):
             wait_for("writes are under way", lambda: server.json("status")["log"]["runs"] > 0)
             server.die()
             server.start()
             load.goes_on(f"death {number} of all")
             check_live(server)
+    check_nothing_left(server)
+    with Load(server, rate=1500, **UNIX) as load:
         server.stop()
         server.start()
         load.goes_on("the clean stop")
-    check_all(server)
+    check_nothing_left(server)
+
+
+def test_volumes_are_changed_after_the_death_of_all(make_server: Callable[..., Server]) -> None:
+    """The new kernel numbers its calls from the beginning; none is taken for one of the dead."""
+    server = make_server().start()
+    for name in ("a", "b", "c"):
+        server.cli("volume", "create", name, "8MiB")
+    for number in range(2):
+        server.die()
+        server.start()
+        for name in ("a", "b", "c"):
+            server.cli("volume", "delete", name)
+            server.cli("volume", "create", name, f"{16 + number}MiB")
+            found = {volume["name"]: volume["size_bytes"] for volume in server.json("volume", "list")}
+            assert found[name] == (16 + number) << 20

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_live, patiently, send
+from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_live, check_nothing_left, patiently, send
 from serverkit import Server
 
 from atoll.ipc.crashpoint import points_in
@@ -49,7 +49,7 @@ def test_each_crash_point(make_server, transport: str) -> None:
                 check_live(server)
         print(f"{len(reached)} reached: {', '.join(reached)}")
         print(f"{len(passed)} not reached: {', '.join(passed)}")
-        check_live(server)
+    check_nothing_left(server)
     assert set(passed) <= NOT_HERE, f"the load must reach {sorted(set(passed) - NOT_HERE)}"
 
 

@@ -11,7 +11,7 @@ import pytest
 from nbdclient import Command, Connection, ErrorCode, request_bytes
 from nbdclient import Request as NbdRequest
 from recoverybugs import CRASH, ENDLESS
-from recoverykit import Eyes, Load, check_all, check_live, patiently, rows, settled
+from recoverykit import Eyes, Load, check_all, check_nothing_left, patiently, rows, settled
 from serverkit import Server, wait_for
 
 HANG_S = 0.5
@@ -68,6 +68,7 @@ def test_a_write_that_crashes_dedup(trapped: Server, text: bytes) -> None:
         assert culprit.read(0, 4096) == b"well" * 1024
         load.goes_on("the end of the trap")
     check_all(server)
+    check_nothing_left(server)
 
 
 def call_bug(server: Server, kind: str) -> dict:
@@ -101,4 +102,4 @@ def test_a_role_that_cannot_start_says_why(
         eyes.wait_serving(before, 10)
         load.goes_on("the cause is gone")
         assert rows(server)[role]["reason"] is None
-    check_live(server)
+    check_nothing_left(server)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_all, check_live, patiently, rows, send, settled
+from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_all, check_live, check_nothing_left, patiently, rows, send, settled
 from serverkit import Server, wait_for
 
 SEED = 5
@@ -22,7 +22,7 @@ def test_each_pair(module_server: Server, transport: str) -> None:
         for pair in list(itertools.combinations(ROLES, 2)) * 2 * LONG:
             eyes.wait_serving(eyes.kill(*pair))
             load.goes_on(f"deaths of {pair}", 20)
-        check_live(module_server)
+    check_nothing_left(module_server)
 
 
 def test_the_second_dies_while_the_first_recovers(module_server: Server) -> None:
@@ -37,7 +37,7 @@ def test_the_second_dies_while_the_first_recovers(module_server: Server) -> None
             before |= eyes.kill(second)
             eyes.wait_serving(before)
             load.goes_on(f"{second} after {first}", 20)
-        check_live(module_server)
+    check_nothing_left(module_server)
 
 
 def spin(seconds: float) -> None:
@@ -61,7 +61,7 @@ def test_ten_successors_die_recovering(module_server: Server, role: str) -> None
                 send(known, signal.SIGKILL)
             eyes.wait_serving({role: began + 10})
             load.goes_on(f"ten deaths of {role}", 40)
-        check_live(module_server)
+    check_nothing_left(module_server)
 
 
 def test_all_but_init_at_once(module_server: Server) -> None:
@@ -72,7 +72,7 @@ def test_all_but_init_at_once(module_server: Server) -> None:
                 send(rows(module_server)["zygote"]["pid"] or 0, signal.SIGKILL)
             eyes.wait_serving(before)
             load.goes_on("the death of all", 40)
-        check_live(module_server)
+    check_nothing_left(module_server)
     settled(module_server)
     check_all(module_server)
 
@@ -99,4 +99,4 @@ def test_a_promotion_that_a_dead_kernel_began(make_server: Callable[..., Server]
             }
             (its,) = next(who for name, who in writers.items() if name.endswith(f"-{role}"))
             assert its["pid"] == eyes.pid(role)
-        check_live(server)
+    check_nothing_left(server)
