@@ -356,8 +356,10 @@ static bool free_step(struct store *store)
         freed++;
     }
     STORE_SET(store, checkpoint_cursor, page);
-    if (page == store->shape.total)
+    if (page == store->shape.total) {
+        STORE_SET(store, leaves_released, 0);
         STORE_SET(store, checkpoint_phase, CHECKPOINT_IDLE);
+    }
     return true;
 }
 

@@ -161,6 +161,7 @@ struct store_area {
     uint64_t frames_high;       /* frames that were ever in use */
     uint64_t frames_free;       /* stack of those that are free again */
     uint64_t leaves;            /* frames in use */
+    uint64_t leaves_released;   /* since the durable root: it still has their pages */
     uint64_t hash_entries;
 
     /* Deletion. */

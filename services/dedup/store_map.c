@@ -136,6 +136,7 @@ void store_release_frame(struct store *store, uint64_t frame)
     atoll_set32(store->journal, &store->frame_stack[store->area->frames_free], (uint32_t)frame);
     STORE_ADD(store, frames_free, 1);
     STORE_ADD(store, leaves, -1);
+    STORE_ADD(store, leaves_released, 1);
     store->last_key = 0;
 }
 

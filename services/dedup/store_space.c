@@ -2,7 +2,8 @@
  * Space: reference words and their group sums, reservations, allocation of runs, fingerprints and the cache of them.
  *
  * available = usable - stored - quarantined - reserved - what metadata may need at worst, where the last is four blocks
- * for each page that can be dirty: two copies, old and new. So a checkpoint always finds its places (I7).
+ * for each page that can be dirty: two copies, old and new; and two for each leaf that left the map, until the root that
+ * has it is not needed any more. So a checkpoint always finds its places (I7).
  *
  * After a crash: all of it is in the arena and journaled. After power loss: counts come from pages and log, the rest
  * (in flight, pending, quarantined) is free, sums and fingerprint cache are made again.
@@ -91,7 +92,7 @@ bool store_sweep(struct store *store)
 int64_t store_available(const struct store *store)
 {
     const struct store_area *area = store->area;
-    uint64_t metadata = 4 * (store->shape.fixed_pages + area->leaves) + STORE_SPACE_SLACK;
+    uint64_t metadata = 4 * (store->shape.fixed_pages + area->leaves) + 2 * area->leaves_released + STORE_SPACE_SLACK;
     return (int64_t)(area->usable_end - area->usable_first) - (int64_t)area->stored_blocks - (int64_t)area->quarantined_blocks -
            (int64_t)area->reserved_blocks - (int64_t)metadata;
 }

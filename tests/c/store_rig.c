@@ -1017,10 +1017,64 @@ static void mode_flip(uint64_t seed, uint32_t trials)
     drop_rig();
 }
 
+/* While a checkpoint lets go of emptied leaves, whose places the old root still has, all that is granted is written: it must not take
+ * the places of the pages to come. */
+static void fill_while_leaves_go(uint64_t seed)
+{
+    enum { LEAVES = 200 };
+    uint64_t old, pba, lba = LEAVES * FORMAT_LEAF_ENTRIES;
+    make_rig(seed, 2048, 300, false);
+    rig->volatile_cache = 0;
+    format();
+    make_volumes();
+    settle();
+    for (uint32_t pass = 0; pass < 2; pass++) {
+        for (uint64_t leaf = 0; leaf < LEAVES; leaf++) {
+            uint64_t at = leaf * FORMAT_LEAF_ENTRIES;
+            if (pass == 0) {
+                CHECK(store_reserve(&dedup, 1) && store_map_log(&dedup, 0, at, 0, &old) == ATOLL_OK);
+                CHECK(store_allocate(&dedup, 1, &pba) == 1);
+                store_place(&dedup, 0, at, 0, pba, content_print(leaf + 2));
+            } else {
+                store_unmap(&dedup, 0, at, store_map_get(&dedup, 0, at));
+            }
+            commit();
+        }
+        store_sync(&dedup);
+        STORE_SET(dedup.store, checkpoint_wanted, pass == 0);
+        commit();
+        settle();
+    }
+    STORE_SET(dedup.store, checkpoint_wanted, 1);
+    commit();
+    while (dedup.store->area->leaves != 0) {
+        store_step(&dedup);
+        run_io();
+    }
+    for (bool more = true; more; lba++) {
+        more = store_reserve(&dedup, 1) && store_map_log(&dedup, 0, lba, 0, &old) == ATOLL_OK;
+        if (more) {
+            CHECK(store_allocate(&dedup, 1, &pba) == 1);
+            store_place(&dedup, 0, lba, 0, pba, content_print(lba));
+        }
+        commit();
+        while (!store_has_room(&dedup, 1)) {
+            commit();
+            store_step(&dedup);
+            run_io();
+        }
+    }
+    commit();
+    settle();
+    CHECK(dedup.store->area->checkpoint_phase == CHECKPOINT_IDLE && dedup.store->area->leaves_released == 0);
+    drop_rig();
+}
+
 /* A device is filled to the last block; every reservation is honoured, checkpoints find their places, deletion frees. */
 static void mode_full(uint64_t seed)
 {
     char reason[256];
+    fill_while_leaves_go(seed);
     start(seed, 1024, 64, false);
     uint64_t content = 1000, filled = 0;
     struct store_space space;
