@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import random
 import signal
+import time
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -279,6 +280,33 @@ def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None
             read = stage.read(volume, 0, SIZE)
             stage.run_until_idle()
             assert read.data == expected
+
+
+def test_adopted_after_it_was_closed(hooked: ModuleType) -> None:
+    """All die between dedup's end and that of the service: the next run makes volumes, deletes them and closes again."""
+    with Stage(device_blocks=4096, extension=hooked) as stage:
+        stage.open()
+        first = stage.create_volume("first", SIZE)
+        stage.write(first, 0, block(1))
+        for run in range(2):
+            deadline = time.monotonic() + 20
+            while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+                stage.disk()
+                assert time.monotonic() < deadline
+            stage.answers()
+            stage.everybody_dies()
+            stage.attach(adopted=True)
+            stage.nic_starts_anew()
+            volume = stage.create_volume(f"volume {run}", SIZE)
+            stage.write(volume, 0, block(run + 2))
+            reason = stage.ffi.new("char[256]")
+            if run == 0:
+                assert stage.lib.dedup_volume_delete(stage.state, first, 0, reason) == OK, stage.ffi.string(reason)
+                lib.atoll_domain_commit(stage.domain)
+            stage.drain()
+            stage.check()
+        assert stage.generation(first) == 2, "deleted, and its place in the table used again"
+        assert stage.figures().stored_blocks == 2
 
 
 def test_a_death_soon_after_an_adoption_drops_no_request(hooked: ModuleType) -> None:

@@ -119,6 +119,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     if (!made && (anew || dp->arena->adopting)) {
         datapath_adopt(dp, quarantine);
         io_adopt(dedup);
+        store_reopen(dedup);
         atoll_set64(domain->journal, &dp->arena->control_number, 0); /* the new kernel counts its calls from 1 */
         atoll_set64(domain->journal, &dp->arena->adopting, 0);
     } else {

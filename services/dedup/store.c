@@ -329,6 +329,12 @@ void store_close(struct dedup *dedup)
         STORE_SET(dedup->store, closing, 1);
 }
 
+void store_reopen(struct dedup *dedup)
+{
+    STORE_SET(dedup->store, closing, 0);
+    STORE_SET(dedup->store, closed, 0);
+}
+
 bool store_closed(struct dedup *dedup)
 {
     const struct store_area *area = dedup->store->area;

@@ -134,6 +134,8 @@ bool store_has_room(struct dedup *dedup, uint32_t records);
 /* Sync, checkpoint, mark the superblock clean; then store_step until it returns false and store_closed() is true. */
 void store_close(struct dedup *dedup);
 bool store_closed(struct dedup *dedup);
+/* A new run serves on from an arena whose last run had begun to close, or had closed, and did not come to its end. */
+void store_reopen(struct dedup *dedup);
 /* The base value of a write-log record, provided by the datapath: a checkpoint writes it in place of MAP_LOG. */
 uint64_t datapath_record_base(struct dedup *dedup, uint64_t record);
 
