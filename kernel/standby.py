@@ -64,7 +64,8 @@ def _become_child_of_init(world: World) -> None:
     """The process in between is about to end; only then does dying with the parent mean dying with init."""
     deadline = time.monotonic() + 5
     while os.getppid() != world.init_pid:
-        if time.monotonic() > deadline:
+        init = process.look(world.init_pid)
+        if init is None or init.gone or time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.0002)
     process.die_with_parent(world.init_pid)
