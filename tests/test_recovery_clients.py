@@ -122,7 +122,7 @@ def test_fio_with_verify(module_server: Server, volume: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="no /dev/fuse")
 def test_ext4_on_nbdfuse(module_server: Server, volume: str, tmp_path: Path) -> None:
-    """A file system on a file of nbdfuse, mounted by loop where that is permitted; else only made, filled and checked."""
+    """A file system on a file of nbdfuse, mounted by loop where that is permitted; else made, filled and checked."""
     mountpoint, disk = tmp_path / "fuse", tmp_path / "fuse" / "nbd"
     mountpoint.mkdir()
     tree = tmp_path / "tree"
