@@ -177,7 +177,7 @@ class Init:
                 for line in message["booted"]:
                     print(line, flush=True)
                 self.world.record.served = True
-                self.world.record.write(self.world.directory.path)
+                self._write_record()  # if it cannot be: the arenas tell it too
                 notify("READY=1\nSTATUS=serving")
             elif "failed" in message:
                 print(f"atoll: {message['failed']}", file=sys.stderr)
@@ -214,8 +214,16 @@ class Init:
                 os.waitpid(pids[0], 0)
         if not keep:  # before the objects go: their absence must not look like a loss
             self.world.record.clean = True
-            self.world.record.write(self.world.directory.path)
+            keep = not self._write_record()  # not known to be clean: taken over by the next start
         self.world.close(keep=table.KEPT if keep else ())
+
+    def _write_record(self) -> bool:
+        try:
+            self.world.record.write(self.world.directory.path)
+        except OSError as error:
+            log.error("%s/instance.json cannot be written: %s", self.world.directory.path, error.strerror)
+            return False
+        return True
 
     # --- The kernel's hangs ---
 

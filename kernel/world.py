@@ -140,7 +140,11 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         listeners=listeners,
         device=device,
     )
-    record.write(directory.path)  # before the first object exists: the next start finds all of them by it
+    try:
+        record.write(directory.path)  # before the first object exists: the next start finds all of them by it
+    except OSError as error:
+        world.close(keep=table.KEPT)
+        raise BootError(f"{directory.path}: {error.strerror}") from None
     try:
         _make_descriptors(world)
         _make_objects(world)

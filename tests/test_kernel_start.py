@@ -220,6 +220,24 @@ def test_bad_data_directories(service: Service, tmp_path: Path) -> None:
     assert status == 2 and "not writable" in last_line(said)
 
 
+def test_a_record_that_cannot_be_written(service: Service) -> None:
+    """As on a full file system, which a sparse device can bring about while the service runs."""
+    obstacle = service.data / "instance.json.new"
+    obstacle.mkdir(parents=True)
+    status, said = fails(service)
+    assert status == 1 and "Is a directory" in last_line(said) and "Traceback" not in said
+    obstacle.rmdir()
+    service.start()
+    obstacle.mkdir()
+    assert service.stop() == 0
+    assert "instance.json cannot be written" in service.log_text() and "Traceback" not in service.log_text()
+    obstacle.rmdir()
+    service.start()
+    assert "taken over" in service.log_text()
+    assert service.stop() == 0
+    assert [objects.list_objects(instance) for instance in service.instances] == [[]]
+
+
 def test_bad_devices(service: Service, tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(bytes(4096))
     service.config["device"] = str(tmp_path / "small")
