@@ -134,7 +134,7 @@ class Load:
         odd: bool = True,
         mortal: bool = False,
     ) -> None:
-        """`mortal`: the server will end altogether meanwhile, so that connections drop; what was acknowledged counts."""
+        """`mortal`: the server will end altogether meanwhile: connections drop, what was acknowledged counts."""
         self.mortal = mortal
         self.server, self.volume = server, volume
         options = chaos.Options(

@@ -1,5 +1,5 @@
-"""What is in flight at a kill is in use until its completion: no place on the device is written for anybody else, no page
-lent with it is received into, before that; and the contents are right afterwards."""
+"""What is in flight at a kill is in use until its completion: no place on the device is written for anybody else, no
+page lent with it is received into, before that; and the contents are right afterwards."""
 
 from __future__ import annotations
 

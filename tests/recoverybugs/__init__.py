@@ -3,10 +3,9 @@
 A file DATA/fails-ROLE makes each start fail, with its text as reason. Control call "bug", `kind`:
     loop, block         the handler runs for ever, or waits for ever in a system call; `incarnation` alone does so
     segv, abort         dies of it; `incarnation` alone does so
-    trap                the pages of nic's buffer that begin with CRASH or ENDLESS become unreadable here, in each later
-                        incarnation from its start on: {"pages": how many}. Whoever executes a request with such a
-                        payload dies by SIGSEGV, or loops for ever.
-    release             no later incarnation sets the trap
+    trap                the pages of nic's buffer that begin with CRASH or ENDLESS become unreadable here, and in the next
+                        incarnation: {"pages": how many}. Whoever executes a request with such a payload dies by SIGSEGV,
+                        or loops for ever. (The one after it must refuse the request; the page is anybody's then.)
 """
 
 from __future__ import annotations
@@ -40,9 +39,6 @@ def wrap(real: Any) -> Callable[[Any], None]:
             if kind == "trap":
                 mark.touch()
                 return {"pages": trap()}
-            if kind == "release":
-                mark.unlink(missing_ok=True)
-                return {}
             if context.incarnation == message["incarnation"]:
                 misbehave(kind)
             return {"incarnation": context.incarnation}
@@ -53,6 +49,7 @@ def wrap(real: Any) -> Callable[[Any], None]:
             context.fail(fails.read_text())
             sys.exit(1)
         if mark.exists():
+            mark.unlink()
             trap()
         real.main(context)
 
