@@ -165,7 +165,11 @@ class Client:
 class Stage:
     def __init__(self, seed: int = 1, **settings: Any) -> None:
         self.random = random.Random(seed)
-        self.config: dict[str, Any] = {"nic": {**CONFIG, **settings}, "testing": {"fault": {}}}
+        self.config: dict[str, Any] = {
+            "nic": {**CONFIG, **settings},
+            "disk": {"cache_bytes": 64 << 20},
+            "testing": {"fault": {}},
+        }
         self.instance = secrets.randbits(63) + 1
         self.incarnation = self.pid = self.last_status = 0
         self.folder = tempfile.mkdtemp(prefix="nic")

@@ -214,6 +214,7 @@ def test_after_the_death_of_all_only_what_dedup_holds_is_kept() -> None:
             table[page] = 1
         stage._map(NIC, writable=True)
         physmap.header(NIC).instance += 1
+        physmap.header(NIC).serving_ns = 0  # as atoll_arena_adopt does
         stage._map(NIC, writable=False)
         message = ffi.new("struct atoll_descriptor *")
         while lib.atoll_domain_take(stage.peers[lib.ATOLL_ROLE_NBD].domain, NIC, message):

@@ -69,8 +69,9 @@ def plan(config: dict[str, Any]) -> tuple[int, int]:
     return int(lib.nic_role_bytes(buffer_bytes)), buffer_bytes
 
 
-def limits_of(settings: dict[str, Any]) -> Any:
-    """struct nic_limits * of section "nic" of the configuration."""
+def limits_of(config: dict[str, Any]) -> Any:
+    """struct nic_limits * of the configuration."""
+    settings = config["nic"]
 
     def nanoseconds(name: str) -> int:
         return int(settings[name] * 1_000_000_000)
@@ -80,6 +81,8 @@ def limits_of(settings: dict[str, Any]) -> Any:
         {
             "max_connections": min(settings["max_connections"], lib.ATOLL_CONNECTION_COUNT),
             "requests_per_connection": min(settings["requests_per_connection"], lib.ATOLL_SLOT_COUNT),
+            # Replies refer to what the device's cache holds: three quarters of it at most, so that it can be read into.
+            "reply_pages": config["disk"]["cache_bytes"] // 2 // lib.ATOLL_BLOCK_BYTES,
             "handshake_ns": nanoseconds("handshake_timeout_s"),
             "payload_ns": nanoseconds("payload_timeout_s"),
             "reply_ns": nanoseconds("reply_timeout_s"),
@@ -148,7 +151,7 @@ def open_nic(context: Any, engine: str) -> Any:
         else ffi.NULL
     )
     error = ffi.new("char[256]")
-    nic = lib.nic_open(context.domain, limits_of(context.config["nic"]), options, parameters, error)
+    nic = lib.nic_open(context.domain, limits_of(context.config), options, parameters, error)
     if not nic:
         context.fail(ffi.string(error).decode(errors="replace"))
     return nic

@@ -25,6 +25,21 @@ void nic_put(struct nic *nic, uint32_t role, const struct atoll_descriptor *mess
         atoll_count(nic->domain, NIC_LOST_MESSAGES, 1);
 }
 
+bool nic_slot_share(struct nic *nic, const struct nic_connection *connection, uint32_t pages)
+{
+    uint32_t index = nic_index(nic, connection);
+    uint64_t most = nic->limits.reply_pages;
+    if (nic->hints[index].reply_pages == 0)
+        most += most / 2;
+    bool slots = connection->outstanding == 0 || nic->free_slot_count > NIC_KEPT_SLOTS;
+    if (slots && (pages == 0 || nic->reply_pages == 0 || nic->reply_pages + pages <= most))
+        return true;
+    if (!nic->slot_waiters.member[index])
+        atoll_count(nic->domain, NIC_SLOT_WAITS, 1);
+    nic_queue_add(&nic->slot_waiters, index);
+    return false;
+}
+
 struct nic_slot *nic_slot_take(struct nic *nic, struct nic_connection *connection, uint32_t state)
 {
     if (nic->free_slot_count == 0) {
@@ -44,6 +59,7 @@ struct nic_slot *nic_slot_take(struct nic *nic, struct nic_connection *connectio
     slot->part = slot->part_begin = slot->lent_part = 0;
     memset(slot->segments, 0, sizeof slot->segments);
     slot->next = 0;
+    slot->reply_pages = 0;
     atoll_set32(nic->journal, &slot->state, state);
     atoll_set32(nic->journal, &connection->outstanding, connection->outstanding + 1);
     return slot;
@@ -55,6 +71,8 @@ void nic_slot_free(struct nic *nic, struct nic_slot *slot)
     assert(slot->state != NIC_SLOT_FREE && connection->outstanding > 0);
     atoll_set32(nic->journal, &slot->state, NIC_SLOT_FREE);
     atoll_set32(nic->journal, &connection->outstanding, connection->outstanding - 1);
+    nic->reply_pages -= slot->reply_pages;
+    nic->hints[slot->connection].reply_pages -= slot->reply_pages;
     nic->freed_slots[nic->freed_slot_count++] = (uint16_t)(slot - nic->area->slots);
     nic_schedule(nic, slot->connection);
 }

@@ -7,6 +7,7 @@
 #define MAGIC_OPTION 0x49484156454F5054u /* IHAVEOPT */
 #define MAGIC_REQUEST 0x25609513u
 #define MAGIC_EXTENDED 0x21e41c71u
+#define TYPE_READ 0
 #define TYPE_WRITE 1
 #define FLAG_PAYLOAD_LEN 32
 
@@ -23,6 +24,8 @@ static uint32_t read32(const uint8_t *bytes)
     memcpy(&value, bytes, sizeof value);
     return be32toh(value);
 }
+
+static uint32_t part_of(uint64_t length) { return length < ATOLL_PART_BYTES ? (uint32_t)length : ATOLL_PART_BYTES; }
 
 static uint64_t read64(const uint8_t *bytes)
 {
@@ -62,6 +65,8 @@ void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *fr
         frame->volume_offset = read64(bytes + 16);
         if (read16(bytes + 6) == TYPE_WRITE)
             frame->payload_bytes = read32(bytes + 24);
+        else if (read16(bytes + 6) == TYPE_READ)
+            frame->reply_bytes = part_of(read32(bytes + 24));
         break;
     case ATOLL_FRAMING_EXTENDED:
         longest = ATOLL_REQUEST_BYTES;
@@ -69,6 +74,8 @@ void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *fr
         frame->volume_offset = read64(bytes + 16);
         if (read16(bytes + 4) & FLAG_PAYLOAD_LEN)
             frame->payload_bytes = read64(bytes + 24);
+        else if (read16(bytes + 6) == TYPE_READ)
+            frame->reply_bytes = part_of(read64(bytes + 24));
         break;
     }
     if (!header) {

@@ -23,7 +23,8 @@ struct nic_frame {
     uint64_t volume_offset;  /* bytes of a request; 0 for an option */
     bool hold;               /* nothing behind it is parsed before nbd's answer */
     bool deliver_payload;    /* false: too long, or not a header; delivered alone */
-    uint8_t reserved[6];
+    uint8_t reserved[2];
+    uint32_t reply_bytes;    /* data that one reply to it may refer to: a part of a READ */
 };
 
 /* 0: the framing awaits no header. */

@@ -23,8 +23,6 @@
 
 #include "drivers/nic/engine.h"
 
-/* Words of the journal that a turn leaves to what it has begun. */
-#define JOURNAL_LIMIT (ATOLL_JOURNAL_ENTRIES / 2)
 #define TURN_CONNECTIONS 64
 #define TURN_NBD_MESSAGES 64
 #define ACCEPT_BATCH 16
@@ -50,12 +48,12 @@ void nic_commit(struct nic *nic)
         nic->free_connections[nic->free_connection_count++] = nic->freed_connections[index];
     for (uint32_t index = 0; index < nic->freed_stream_count; index++)
         nic->free_streams[nic->free_stream_count++] = nic->freed_streams[index];
+    while (nic->freed_slot_count != 0 && !nic_queue_empty(&nic->slot_waiters)) /* all: the one that may go on may be the last */
+        nic_schedule(nic, nic_queue_take(&nic->slot_waiters));
     nic->freed_slot_count = nic->freed_connection_count = nic->freed_stream_count = 0;
     nic_pages_committed(nic);
     if (!nic_queue_empty(&nic->page_waiters))
         nic_schedule(nic, nic_queue_first(&nic->page_waiters));
-    for (uint32_t count = nic->free_slot_count; count > 0 && !nic_queue_empty(&nic->slot_waiters); count--)
-        nic_schedule(nic, nic_queue_take(&nic->slot_waiters));
 }
 
 uint64_t nic_intent(struct nic *nic, struct nic_connection *connection, enum nic_operation kind)
@@ -200,7 +198,7 @@ static uint32_t work(struct nic *nic)
     uint32_t count = nic_queue_count(&nic->work), done = 0;
     if (count > TURN_CONNECTIONS)
         count = TURN_CONNECTIONS;
-    for (; done < count && nic->journal->count < JOURNAL_LIMIT; done++) {
+    for (; done < count && nic->journal->count < NIC_JOURNAL_LIMIT; done++) {
         struct nic_connection *connection = &nic->area->connections[nic_queue_take(&nic->work)];
         nic_send(nic, connection);
         nic_receive(nic, connection);
@@ -267,11 +265,16 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         bool blocked = room < NIC_TURN_MESSAGES; /* never, with as many entries as the contract says */
         nic->message_budget = blocked ? 0 : NIC_TURN_MESSAGES;
 
-        uint32_t done = nic_messages(nic, TURN_NBD_MESSAGES);
-        if (nic->now_ns >= nic->next_deadline_ns)
-            nic_timeouts(nic);
-        accept_connections(nic);
-        done += work(nic);
+        /* Where the bytes of an operation landed follows from the connection's state: nothing may change it (a DISCARD, a
+         * timeout) before all outcomes of the last turn are applied, of which `flush` gives 64 at once. */
+        uint32_t done = 0;
+        if (nic->operation_count == 0) {
+            done = nic_messages(nic, TURN_NBD_MESSAGES);
+            if (nic->now_ns >= nic->next_deadline_ns)
+                nic_timeouts(nic);
+            accept_connections(nic);
+            done += work(nic);
+        }
 
         nic_commit(nic);
         nic->engine->retire(nic);
@@ -289,7 +292,8 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             done++;
         }
         if (done > 0 || !nic_queue_empty(&nic->work)) {
-            if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK)
+            /* Not between an operation and its outcome: "it was empty" would undo "more has come", which is not told again. */
+            if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK && nic->operation_count == 0)
                 look(nic, 0);
             continue;
         }

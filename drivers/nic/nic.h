@@ -42,6 +42,8 @@
 #define NIC_STREAM_COUNT 128
 /* Two halves of 128 bytes: a partial header (32 at most) and room to receive. */
 #define NIC_OWN_BYTES 256
+/* Slots kept for connections that have none. */
+#define NIC_KEPT_SLOTS 256
 /* Longest option data that is delivered; a chunk. Longer options are delivered without data. */
 #define NIC_OPTION_BYTES 65536
 /* Listeners at most. */
@@ -68,7 +70,7 @@ enum nic_counter {
     NIC_WAITS = 11,
     NIC_TURNS = 12,
     NIC_PAGE_WAITS = 13,       /* a payload had to wait for pages */
-    NIC_SLOT_WAITS = 14,       /* a frame had to wait for a slot */
+    NIC_SLOT_WAITS = 14,       /* a frame had to wait for a slot, or for its share of what replies may hold */
     NIC_BAD_GIVE_BACK = 15,    /* refused: not lent, or no such page */
     NIC_BAD_MESSAGE = 16,      /* refused: unknown identity or out of turn */
     NIC_BAD_REFERENCE = 17,    /* reply outside of all arenas: connection dropped */
@@ -175,7 +177,7 @@ struct nic_slot {
     uint32_t reply_length;
     uint16_t reply_segments;
     uint8_t reply_flags;
-    uint8_t reply_reserved;
+    uint8_t reply_pages;       /* of others, that its reply may refer to */
     uint16_t reply_part;
     uint8_t reserved[6];
     uint8_t header[32];
@@ -208,6 +210,7 @@ enum nic_engine_kind { NIC_ENGINE_URING = 1, NIC_ENGINE_SOCKETS = 2 };
 struct nic_limits {
     uint32_t max_connections;
     uint32_t requests_per_connection;
+    uint64_t reply_pages;     /* that replies of all connections may refer to; half as many again are kept for those without */
     uint64_t handshake_ns;
     uint64_t payload_ns;
     uint64_t reply_ns;
@@ -263,6 +266,7 @@ _Static_assert(sizeof(struct nic_connection) == 256, "connection");
 _Static_assert(sizeof(struct nic_slot) == 128, "slot");
 _Static_assert(NIC_OWN_BYTES * ATOLL_CONNECTION_COUNT == 524288, "own buffers");
 _Static_assert(NIC_OPTION_BYTES == NIC_CHUNK_PAGES * ATOLL_BLOCK_BYTES, "option data is one run");
+_Static_assert(NIC_KEPT_SLOTS < ATOLL_SLOT_COUNT / 2, "more for use than kept");
 _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a part");
 
 /* --- Private to the process -------------------------------------------------------------------------------------- */
@@ -321,6 +325,7 @@ struct nic_hint {
     bool large;                /* the last payload was large */
     uint32_t asked;            /* bytes that the pending receive asked for; 0 unknown */
     uint32_t asked_send;
+    uint32_t reply_pages;      /* of its slots */
     uint64_t linger_until_ns;
     uint64_t poll;             /* user_data of its poll in the ring */
 };
@@ -361,6 +366,7 @@ struct nic {
     struct nic_queue slot_waiters;
     struct nic_hint hints[ATOLL_CONNECTION_COUNT];
 
+    uint64_t reply_pages;      /* of all slots */
     uint32_t free_slot_count, free_connection_count, free_stream_count;
     uint16_t free_slots[ATOLL_SLOT_COUNT];
     uint16_t free_connections[ATOLL_CONNECTION_COUNT];
@@ -445,6 +451,9 @@ void nic_pages_count(const struct nic *nic, struct nic_status *status);
 /* connection.c */
 void nic_put(struct nic *nic, uint32_t role, const struct atoll_descriptor *message);
 /* A slot in use for the connection, or NULL: none is free. */
+/* True if the connection may have one more slot, whose reply refers to `pages` pages; else it waits. Something is kept for
+ * those who have nothing yet, so that those who do not read their replies do not hold up all others. */
+bool nic_slot_share(struct nic *nic, const struct nic_connection *connection, uint32_t pages);
 struct nic_slot *nic_slot_take(struct nic *nic, struct nic_connection *connection, uint32_t state);
 void nic_slot_free(struct nic *nic, struct nic_slot *slot);
 void nic_accepted(struct nic *nic, struct nic_connection *connection);

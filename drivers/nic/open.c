@@ -142,9 +142,15 @@ static void make_lists(struct nic *nic)
         if (buffer >= 2)
             stream_used[buffer - 2] = true;
     }
-    for (uint32_t index = ATOLL_SLOT_COUNT; index-- > 0;)
-        if (nic->area->slots[index].state == NIC_SLOT_FREE)
+    for (uint32_t index = ATOLL_SLOT_COUNT; index-- > 0;) {
+        const struct nic_slot *slot = &nic->area->slots[index];
+        if (slot->state == NIC_SLOT_FREE) {
             nic->free_slots[nic->free_slot_count++] = (uint16_t)index;
+        } else {
+            nic->reply_pages += slot->reply_pages;
+            nic->hints[slot->connection].reply_pages += slot->reply_pages;
+        }
+    }
     for (uint32_t index = NIC_STREAM_COUNT; index-- > 0;)
         if (!stream_used[index])
             nic->free_streams[nic->free_stream_count++] = (uint16_t)index;

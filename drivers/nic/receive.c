@@ -357,10 +357,17 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
     }
     struct nic_frame frame;
     nic_frame_read(connection->framing, base + window->begin, &frame);
+    uint32_t pages = frame.reply_bytes == 0 ? 0 :
+        (uint32_t)((frame.volume_offset % ATOLL_BLOCK_BYTES + frame.reply_bytes + ATOLL_BLOCK_BYTES - 1) / ATOLL_BLOCK_BYTES);
+    if (!nic_slot_share(nic, connection, pages))
+        return PARSED_BLOCKED;
     struct nic_slot *slot =
         nic_slot_take(nic, connection, frame.opcode == ATOLL_OP_OPTION ? NIC_SLOT_OPTION : NIC_SLOT_REQUEST);
     if (slot == 0)
         return PARSED_BLOCKED;
+    slot->reply_pages = (uint8_t)pages;
+    nic->reply_pages += pages;
+    nic->hints[slot->connection].reply_pages += pages;
     nic->domain->self->current = nic_identity(nic, slot);
     memset(slot->header, 0, sizeof slot->header);
     memcpy(slot->header, base + window->begin, needed);

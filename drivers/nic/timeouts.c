@@ -63,6 +63,9 @@ void nic_timeouts(struct nic *nic)
     nic->next_deadline_ns = UINT64_MAX;
     if (nic->accept_retry_ns > nic->now_ns)
         nic_deadline(nic, nic->accept_retry_ns);
-    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++)
+    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++) {
         look_at(nic, &nic->area->connections[index]);
+        if (nic->journal->count >= NIC_JOURNAL_LIMIT) /* all at once (after a pause of the machine) are more than one step */
+            nic_commit(nic);
+    }
 }

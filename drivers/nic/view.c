@@ -11,9 +11,12 @@
 void nic_stop(struct nic *nic, uint64_t call)
 {
     nic_set32(nic, &nic->area->stopping, 1);
-    atoll_set64(nic->journal, &nic->area->stop_call, call);
-    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++)
+    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++) {
         nic_end(nic, &nic->area->connections[index]);
+        if (nic->journal->count >= NIC_JOURNAL_LIMIT)
+            nic_commit(nic); /* should we die here, the kernel asks again */
+    }
+    atoll_set64(nic->journal, &nic->area->stop_call, call);
     nic_commit(nic);
 }
 

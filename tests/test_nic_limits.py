@@ -1,0 +1,134 @@
+"""The NIC driver where much happens at once: more outcomes than one look takes, more endings than one step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import time
+from typing import Any
+
+import pytest
+from nicstage import DEDUP, DISCARD, LAST, NBD, NIC, PART, READ, REPLY_MAGIC, REQUEST_MAGIC, WRITE, Stage, Use
+
+from atoll.ipc._ipc import ffi, lib
+
+MIB = 1 << 20
+CLIENTS = 64
+
+
+def taken_requests(stage: Stage) -> dict[int, list[Use]]:
+    """Requests that wait for nbd, by connection, in their order."""
+    message = ffi.new("struct atoll_descriptor *")
+    found: dict[int, list[Use]] = {}
+    while lib.atoll_domain_take(stage.peers[NBD].domain, NIC, message):
+        header = bytes(message.bytes)
+        use = Use(int(message.identity), message.opcode, *struct.unpack_from(">H", header, 6), header[8:16])
+        stage.uses[use.identity >> 32 & 0xFFFF] = use
+        found.setdefault(use.identity >> 48, []).append(use)
+    return found
+
+
+def test_writes_refused_while_many_receives_are_under_way() -> None:
+    """A refusal takes the pages of a part away; bytes of a receive that ended before it belong to them all the same.
+
+    Now and then a turn starts a send and a receive on each of 64 connections, twice as many outcomes as are looked at
+    at once. After how many replies that is, is nic's own affair: all are tried.
+    """
+    with Stage(buffer_bytes=64 * MIB) as stage:
+        stage.start()
+        clients = [stage.connect() for _ in range(CLIENTS)]
+        stage.until(lambda: not any(client.greeting for client in clients))
+        for reads in range(1, 18):
+            stage.hold = True
+            before = stage.counters()["received_bytes"]
+            first = 28 * (reads + 1) + PART + 20_000
+            rest = []
+            for client in clients:
+                for _ in range(reads):
+                    client.request(READ, 0, 100)
+                client.request(WRITE, 0, MIB)
+                rest.append(client.out[first:])
+                del client.out[first:]
+            stage.until(lambda: stage.counters()["received_bytes"] == before + first * CLIENTS, "a part and a bit")  # noqa: B023
+            os.kill(stage.pid, signal.SIGSTOP)
+            requests = taken_requests(stage).values()
+            for turn in range(reads):
+                for uses in requests:
+                    uses[turn].length = 100
+                    stage._read_part(uses[turn])
+            for uses in requests:
+                stage.reply(uses[reads], struct.pack(">II", REPLY_MAGIC, 0) + uses[reads].cookie, LAST | DISCARD)
+            lib.atoll_domain_commit(stage.peers[NBD].domain)
+            for client, more in zip(clients, rest, strict=True):
+                client.out += more
+                client.turn(100_000)
+            os.kill(stage.pid, signal.SIGCONT)
+            stage.hold = False
+            stage.settle()
+        stage.check()
+        assert stage.counters()["bad_message"] == 0
+
+
+@pytest.mark.parametrize("end", ["timeout", "stop"])
+def test_all_connections_end_at_once(end: str) -> None:
+    """Each has a part of 64 pages that lie apart: together they are more words than a step may change."""
+    with Stage(payload_timeout_s=1.0, buffer_bytes=384 * MIB) as stage:
+        stage.take_share = 1.0
+        stage._give_back = lambda share: None  # type: ignore[method-assign]
+        stage.start()
+        filler = stage.connect()
+        for _ in range(384):
+            filler.request(WRITE, 0, MIB)
+        stage.until(lambda: len(stage.taken_pages) >= 384 * 256 - 300, "all pages are taken")
+        apart = [page for page in stage.taken_pages if page % 2]
+        for first in range(0, len(apart), 8):
+            give_back(stage, apart[first : first + 8])
+        lib.atoll_domain_commit(stage.peers[DEDUP].domain)
+        clients = [stage.connect() for _ in range(700)]
+        for client in clients:
+            client.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 0, MIB) + bytes(10)
+        stage.until(lambda: stage.counters()["received_bytes"] >= 384 * MIB - 300 * 4096 + 700 * 38, "headers")
+        stage.until(lambda: stage.call("status")["buffer_pages_free"] < 49152 - 600 * 64, "pages are in use")
+        if end == "stop":
+            assert stage.call("stop")["connections_left"] == 0
+            return
+        os.kill(stage.pid, signal.SIGSTOP)
+        time.sleep(1.1)  # it is the clock that must have passed when nic looks again
+        os.kill(stage.pid, signal.SIGCONT)
+        stage.until(lambda: stage.counters()["payload_timeouts"] >= 700 and len(stage.connections) <= 1, "all are gone")
+        stage.check()
+
+
+def test_who_does_not_read_leaves_slots_and_pages_to_others() -> None:
+    """Clients with all the requests they may have outstanding, and none that reads, use up neither slots nor pages."""
+    with Stage() as stage:
+        stage.start()
+        greedy = [stage.connect() for _ in range(40)]
+        for client in greedy:
+            client.reads = False
+            for _ in range(64):
+                client.request(READ, 0, PART)
+        stage.until(lambda: not any(client.out for client in greedy), "all is sent")
+        stage.until(lambda: stage.call("status")["waiting_for_slots"] >= 30, "they wait for a share")
+        others = [stage.connect(("unix", "tcp")[number % 2]) for number in range(8)]
+        for other in others:
+            for _ in range(20):
+                other.request(READ, 100, PART)
+                other.request(WRITE, 100, 5000)
+        stage.until(lambda: all(other.results == 40 for other in others), "others are served", 20)
+        stage.kill()
+        stage.start()  # the shares are counted anew
+        for other in others:
+            other.request(READ, 0, PART)
+        stage.until(lambda: all(other.results == 41 for other in others), "and by the successor", 20)
+        for client in greedy:
+            client.reads = True
+        stage.settle()
+        stage.check()
+
+
+def give_back(stage: Stage, pages: list[Any]) -> None:
+    domain = stage.peers[DEDUP].domain
+    stage.poll(lambda: lib.atoll_domain_room(domain, NIC) > 0 or lib.atoll_domain_commit(domain))
+    stage.put(DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=len(pages), halves=pages)
