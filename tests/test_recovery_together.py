@@ -10,7 +10,19 @@ import time
 from collections.abc import Callable
 
 import pytest
-from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_all, check_live, check_nothing_left, patiently, rows, send, settled
+from recoverykit import (
+    DOMAINS,
+    LONG,
+    ROLES,
+    Eyes,
+    Load,
+    check_all,
+    check_nothing_left,
+    patiently,
+    rows,
+    send,
+    settled,
+)
 from serverkit import Server, wait_for
 
 SEED = 5

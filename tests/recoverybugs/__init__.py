@@ -3,9 +3,9 @@
 A file DATA/fails-ROLE makes each start fail, with its text as reason. Control call "bug", `kind`:
     loop, block         the handler runs for ever, or waits for ever in a system call; `incarnation` alone does so
     segv, abort         dies of it; `incarnation` alone does so
-    trap                the pages of nic's buffer that begin with CRASH or ENDLESS become unreadable here, and in the next
-                        incarnation: {"pages": how many}. Whoever executes a request with such a payload dies by SIGSEGV,
-                        or loops for ever. (The one after it must refuse the request; the page is anybody's then.)
+    trap                the pages of nic's buffer that begin with CRASH or ENDLESS become unreadable here, and in the
+                        next incarnation: {"pages": how many}. Whoever executes a request with such a payload dies by
+                        SIGSEGV, or loops for ever. (The one after it must refuse it; the page is anybody's then.)
 """
 
 from __future__ import annotations
