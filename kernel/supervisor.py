@@ -13,6 +13,7 @@ start times: what runs is adopted, what died is replaced, a promotion under way 
 recorded are ended.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -146,7 +147,8 @@ class Supervisor:
         owner = rolelock.owner(life.role.number)
         if owner:  # recorded by nobody, and alive: it goes first
             log.error("%s is held by process %d, which nobody recorded: ended", life.role.name, owner)
-            os.kill(owner, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                os.kill(owner, signal.SIGKILL)
             self.loop.at(now + RESEND_NS, lambda: self.decide(life))
             return
         found = life.standby.look()
@@ -356,7 +358,10 @@ class Supervisor:
         messages.send(self._to_zygote, message)
 
         def late() -> None:
-            if self._zygote_asked_ns == asked and self.zygote is not None:
+            silent = self._zygote_asked_ns == asked or any(
+                0 < life.standby_asked_ns <= asked for life in self.lives.values()
+            )  # it may have answered another before
+            if silent and self.zygote is not None:
                 log.error("zygote: process %d does not answer: killed", self.zygote.pid)
                 self.zygote.send(signal.SIGKILL)
 

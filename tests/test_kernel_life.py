@@ -115,6 +115,26 @@ def test_kill_the_zygote_and_standbys(service: Service) -> None:
     assert after["zygote"]["restarts"] == 1
 
 
+def test_zygote_that_answers_one_and_then_no_more(service: Service) -> None:
+    """What it owes is remembered for each role. Whether it is stopped between two answers is chance: a few tries."""
+    for _ in range(5):
+        rows = service.whole()
+        os.kill(rows["zygote"]["pid"], signal.SIGSTOP)
+        for role in ROLES:
+            os.kill(rows[role]["standby_pid"], signal.SIGKILL)
+        wait_for("no standbys", lambda: not any(service.rows()[role]["standby_pid"] for role in ROLES))
+        os.kill(rows["zygote"]["pid"], signal.SIGCONT)
+        wait_for("one standby", lambda: any(service.rows()[role]["standby_pid"] for role in ROLES))
+        os.kill(rows["zygote"]["pid"], signal.SIGSTOP)
+        owes = not all(service.rows()[role]["standby_pid"] for role in ROLES)
+        if not owes:
+            os.kill(rows["zygote"]["pid"], signal.SIGCONT)
+            continue
+        wait_for("the other standbys", lambda: all(service.rows()[role]["standby_pid"] for role in ROLES), 20)
+        assert service.rows()["zygote"]["pid"] != rows["zygote"]["pid"]
+        return
+
+
 def test_all_but_init_at_once(service: Service) -> None:
     service.ping(3000)
     for _ in range(3):
