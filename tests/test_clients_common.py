@@ -204,7 +204,8 @@ def test_a_read_only_volume(module_server: Server, tmp_path: Path) -> None:
 def test_fio_verifies(module_server: Server, volume: str, transport: str, tmp_path: Path) -> None:
     out = run(
         "fio", "--name=v", "--ioengine=nbd", f"--uri={module_server.uri(volume, transport)}", "--rw=randrw",
-        "--bsrange=4k-128k", "--bs_unaligned=0", "--size=32m", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1",
+        "--bsrange=4k-128k", "--bs_unaligned=0", "--size=32m", "--iodepth=16", "--verify=crc32c",
+        "--verify_state_save=0", "--verify_fatal=1",
         "--do_verify=1", "--randseed=5", "--output-format=normal", cwd=tmp_path,
     )  # fmt: skip
     assert "err= 0" in out, out

@@ -153,7 +153,8 @@ def load(server: Server, folder: Path, *options: str) -> Iterator[subprocess.Pop
     fio = subprocess.Popen(
         [
             "fio", "--thread", "--name=load", "--ioengine=nbd", f"--uri={server.uri()}", "--rw=randrw", "--bs=4k",
-            "--size=64m", "--io_size=256m", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1",
+            "--size=64m", "--io_size=256m", "--iodepth=16", "--verify=crc32c",
+            "--verify_state_save=0", "--verify_fatal=1",
             "--verify_backlog=256", *options,
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,

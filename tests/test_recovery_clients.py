@@ -114,7 +114,8 @@ def test_fio_with_verify(module_server: Server, volume: str) -> None:
     with Killing(module_server):
         run(
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={module_server.uri(volume)}", "--rw=randwrite",
-            "--bsrange=4k-64k", "--size=128M", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", "--do_verify=1",
+            "--bsrange=4k-64k", "--size=128M", "--iodepth=16", "--verify=crc32c",
+            "--verify_state_save=0", "--verify_fatal=1", "--do_verify=1",
             "--verify_backlog=64", "--fsync=200", "--rate=20M", "--randseed=5",
         )  # fmt: skip
 
