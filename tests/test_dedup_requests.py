@@ -399,6 +399,22 @@ def test_a_page_that_changes_after_the_acknowledgement_is_named() -> None:
         stage.check()
 
 
+def test_a_store_without_superblocks_is_damaged_not_strange() -> None:
+    """Nobody is told to zero it."""
+    with Stage(device_blocks=4096) as stage:
+        stage.open()
+        stage.write(stage.create_volume("v", SIZE), 0, block(1))
+        stage.flush(0)
+        stage.drain()
+        left = bytearray(stage.device)
+    for place in (0, 1, 4094, 4095):
+        left[place * BLOCK : (place + 1) * BLOCK] = bytes(BLOCK)
+    with Stage(device_blocks=4096) as stage:
+        stage.device[:] = bytes(left)
+        with pytest.raises(AssertionError, match="all copies of the superblock are damaged"):
+            stage.open()
+
+
 def test_damage_on_the_device_is_found() -> None:
     with Stage(cache_pages=512) as stage:
         stage.open()

@@ -46,8 +46,8 @@ static void check_map(struct datapath *dp, struct findings *findings, uint32_t *
         if (volume->state == ATOLL_VOLUME_FREE)
             continue;
         uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK), mapped = 0;
-        dp->domain->self->progress++; /* not hung */
         for (uint64_t leaf = 0; (leaf = store_map_next_leaf(dedup, id, leaf, leaves)) < leaves; leaf++) {
+            dp->domain->self->progress++; /* not hung */
             const uint64_t *entries = store_map_leaf(dedup, id, leaf);
             for (uint32_t index = 0; entries != 0 && index < 512; index++) {
                 uint64_t value = entries[index], lba = leaf * 512 + index;
@@ -213,6 +213,7 @@ uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
         check_pins(dp, &findings);
         for (uint64_t pba = 0; pba < space.device_blocks; pba++) {
             uint32_t counted = store_references(dp->dedup, pba);
+            dp->domain->self->progress += pba % 65536 == 0;
             stored += counted != 0;
             total += counted;
             if (references[pba] != counted)

@@ -42,7 +42,7 @@ struct store_load {
     bool collected;           /* all pages of this level have been asked for */
     struct want wants[WANTS];
     bool nonzero;             /* something other than zeros where a store has its superblocks and log */
-    bool magic;               /* a superblock's magic was seen */
+    bool magic;               /* a superblock's or log block's magic was seen */
     uint32_t other_version;
     bool unreadable;          /* a superblock's block could not be read */
     struct format_super super;
@@ -813,6 +813,9 @@ static void take_head(struct store *store)
         }
         memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
         load->nonzero |= !store_all_zero(block, sizeof block);
+        struct format_log_header header;
+        memcpy(&header, block, sizeof header);
+        load->magic |= pba >= FORMAT_SUPER_BLOCKS && header.magic == FORMAT_LOG_MAGIC; /* a store was here: nobody should zero it */
         if (pba < 2)
             look_at_super(store, pba, pba, block);
         else if (load->phase == LOAD_SUPER)
