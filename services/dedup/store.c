@@ -3,7 +3,7 @@
  * Interface: store.h; parts: store_internal.h; form on the device: format.h.
  *
  * Memory, in this order, each part page-aligned: struct store_area, log buffer, staging pages, superblock images,
- * reference words, groups, fingerprints, pointers, previous places, dirty bits, frames with key, use and stack, hash, fingerprint cache.
+ * reference words, groups, fingerprints, pointers, previous places, dirty and written bits, frames with key, use and stack, hash, fingerprint cache.
  *
  * After a crash: store_attach sets pointers. What was in flight stays in flight; completions come to store_io_done.
  */
@@ -60,6 +60,7 @@ void store_lay_out(struct store *store, void *memory, const struct store_geometr
     store->pointers = carve(&next, shape.total * sizeof *store->pointers);
     store->previous = carve(&next, shape.total * sizeof *store->previous);
     store->dirty = carve(&next, (shape.total + 63) / 64 * 8);
+    store->written = carve(&next, (shape.total + 63) / 64 * 8);
     store->frames = carve(&next, geometry->map_frames * ATOLL_BLOCK_BYTES);
     store->frame_key = carve(&next, geometry->map_frames * sizeof *store->frame_key);
     store->frame_used = carve(&next, geometry->map_frames * sizeof *store->frame_used);
@@ -134,6 +135,15 @@ uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, u
     return XXH3_64bits_withSeed(bytes, count, format_seed(kind, store == 0 ? 0 : store_identity(store), number));
 }
 
+const uint8_t *store_bounce(const struct store *store)
+{
+    const struct atoll_arena_header *disk = store->dedup->domain->peers[ATOLL_ROLE_DISK];
+    uint64_t offset = disk->buffer_offset, bytes = disk->buffer_bytes, arena = store->dedup->domain->peer_bytes[ATOLL_ROLE_DISK];
+    if (bytes < STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES || offset > arena || bytes > arena - offset)
+        return 0;
+    return (const uint8_t *)disk + offset + bytes - STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
+}
+
 /* --- I/O ------------------------------------------------------------------------------------------------------------ */
 
 bool store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
@@ -170,6 +180,7 @@ void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t sta
     case STORE_IO_LOAD_FLUSH: store_load_io(store, what, number, status); break;
     case STORE_IO_FORMAT: format_io(store, status); break;
     case STORE_IO_SYNC_FLUSH:
+    case STORE_IO_REWRITE:
     case STORE_IO_LOG: store_sync_io(store, what, status); break;
     case STORE_IO_PAGES:
     case STORE_IO_SUPER:

@@ -9,7 +9,7 @@
  *   FREE    places of the old root's pages become free
  *
  * Changes go on meanwhile; docs/format.md says why that is right. A failed page write leaves the page dirty and its new
- * place free; PAGES begins anew after a while. A failed superblock write is repeated as it was: once tried, it may count.
+ * place free; PAGES begins anew after a while, and after a failed flush with all pages written so far. A failed superblock write is repeated as it was: once tried, it may count.
  *
  * After a crash: phase, cursor, batches and their images are in the arena, so a successor goes on. After power loss: either root
  * is whole.
@@ -93,6 +93,9 @@ static void install(struct store *store, uint64_t page, uint64_t level, const st
     }
     atoll_save(store->journal, place, sizeof *place);
     *place = *pointer;
+    uint64_t *word = &store->written[page / 64], bit = (uint64_t)1 << page % 64;
+    if (!(*word & bit))
+        atoll_set64(store->journal, word, *word | bit);
     if (level < store->shape.levels)
         store_mark_dirty(store, store->shape.level_base[level + 1] + (page - store->shape.level_base[level]) / FORMAT_POINTERS);
 }
@@ -244,6 +247,33 @@ static void note_failure(struct store *store)
     store_count(store, STORE_COUNTER_SYNC_FAILURES, 1);
 }
 
+/* A flush failed while pages were on their way: those written so far are written again, to new places. In bounded steps; a page
+ * that is made dirty twice does no harm. */
+static bool redo_step(struct store *store)
+{
+    struct store_area *area = store->area;
+    uint64_t words = (store->shape.total + 63) / 64;
+    if (area->checkpoint_outstanding != 0)
+        return false;
+    if (area->checkpoint_redo == 1) {
+        STORE_SET(store, checkpoint_redo, 2);
+        STORE_SET(store, checkpoint_cursor, 0);
+    }
+    for (uint32_t work = 0; work < 4096 && area->checkpoint_cursor < words; work++) {
+        uint64_t at = area->checkpoint_cursor;
+        if (store->written[at] & ~store->dirty[at])
+            atoll_set64(store->journal, &store->dirty[at], store->dirty[at] | store->written[at]);
+        STORE_ADD(store, checkpoint_cursor, 1);
+    }
+    if (area->checkpoint_cursor == words) {
+        STORE_SET(store, checkpoint_redo, 0);
+        STORE_SET(store, checkpoint_phase, CHECKPOINT_PAGES);
+        STORE_SET(store, checkpoint_level, 0);
+        STORE_SET(store, checkpoint_cursor, 0);
+    }
+    return true;
+}
+
 static bool pages_step(struct store *store)
 {
     struct store_area *area = store->area;
@@ -309,12 +339,14 @@ static bool send_super(struct store *store)
     return true;
 }
 
-static void super_done(struct store *store, uint32_t status)
+static void super_done(struct store *store, enum store_io what, uint32_t status)
 {
     struct store_area *area = store->area;
     STORE_ADD(store, checkpoint_outstanding, -1);
     if (status != ATOLL_OK)
         STORE_SET(store, checkpoint_error, status);
+    if (status != ATOLL_OK && what == STORE_IO_SUPER_FLUSH)
+        store_flush_failed(store, status);
     if (area->checkpoint_outstanding != 0)
         return;
     STORE_SET(store, checkpoint_cursor, 0);
@@ -337,7 +369,7 @@ void store_checkpoint_io(struct store *store, enum store_io what, uint64_t numbe
     if (what == STORE_IO_PAGES)
         batch_done(store, number, status);
     else
-        super_done(store, status);
+        super_done(store, what, status);
 }
 
 static bool free_step(struct store *store)
@@ -347,6 +379,8 @@ static bool free_step(struct store *store)
     if (end > page + 32 * STORE_FREE_PER_STEP)
         end = page + 32 * STORE_FREE_PER_STEP;
     for (uint32_t freed = 0; page < end && freed < STORE_FREE_PER_STEP; page++) {
+        if (page % 64 == 0 && store->written[page / 64] != 0)
+            atoll_set64(store->journal, &store->written[page / 64], 0);
         if (store->previous[page][0] == 0)
             continue;
         store_free_metadata(store, store->previous[page][0]);
@@ -394,6 +428,8 @@ bool store_checkpoint_step(struct store *store)
             return false;
         STORE_SET(store, checkpoint_retry_ns, 0);
     }
+    if (area->checkpoint_redo != 0 && area->checkpoint_error == 0)
+        return redo_step(store);
     switch ((enum checkpoint_phase)area->checkpoint_phase) {
     case CHECKPOINT_PAGES: return pages_step(store);
     case CHECKPOINT_SYNC:
@@ -404,6 +440,12 @@ bool store_checkpoint_step(struct store *store)
         return true;
     case CHECKPOINT_SUPER: return area->checkpoint_cursor == 0 && send_super(store);
     case CHECKPOINT_FLUSH:
+        if (area->checkpoint_error != 0 && area->checkpoint_outstanding == 0) { /* somebody else's flush failed */
+            note_failure(store);
+            STORE_SET(store, checkpoint_cursor, 0);
+            STORE_SET(store, checkpoint_phase, CHECKPOINT_SUPER);
+            return false;
+        }
         if (area->checkpoint_cursor != 0 || !store_submit(store, STORE_IO_SUPER_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
             return false;
         STORE_SET(store, checkpoint_outstanding, 1);

@@ -5,6 +5,7 @@
  *   store_map.c         leaves in frames, hash, persistent changes of entries
  *   store_space.c       reference words, groups, allocation, reservations, fingerprint cache
  *   store_log.c         metadata log's buffer, sync
+ *   store_rewrite.c     after a failed flush: what it was for is written again
  *   store_checkpoint.c  copy-on-write of pages, root switch
  *   store_load.c        reading it all back
  *   store_volume.c      volume table, deletion
@@ -59,7 +60,7 @@ _Static_assert(16 + STORE_DELETE_ENTRIES * 16 <= FORMAT_LOG_RECORD_BYTES, "a del
 #define GROUP(free_count, pending_count, epoch) \
     ((uint64_t)(epoch) << 32 | (uint64_t)(pending_count) << 16 | (uint64_t)(free_count))
 
-enum sync_phase { SYNC_IDLE = 0, SYNC_FLUSH_DATA = 1, SYNC_WRITE = 2, SYNC_FLUSH_LOG = 3 };
+enum sync_phase { SYNC_IDLE = 0, SYNC_FLUSH_DATA = 1, SYNC_WRITE = 2, SYNC_FLUSH_LOG = 3, SYNC_REWRITE = 4 };
 enum checkpoint_phase {
     CHECKPOINT_IDLE = 0,
     CHECKPOINT_PAGES = 1,  /* dirty pages, level by level, go to new places */
@@ -79,7 +80,8 @@ enum store_io {
     STORE_IO_LOG = 5,
     STORE_IO_PAGES = 6,       /* number = batch */
     STORE_IO_SUPER = 7,
-    STORE_IO_SUPER_FLUSH = 8
+    STORE_IO_SUPER_FLUSH = 8,
+    STORE_IO_REWRITE = 9
 };
 
 /* Pages on their way to the device; their images lie in the staging area. */
@@ -135,7 +137,17 @@ struct store_area {
     uint64_t sync_failures;
     uint64_t sync_status;       /* of the last one */
 
+    /* After a failed flush. */
+    uint64_t rewrite_wanted;    /* the next sync begins by writing data again */
+    uint64_t flush_failures;    /* noted in a block's fingerprint while it is in flight, compared when it is placed */
+    uint64_t rewrite_sequence, rewrite_word; /* cursor: log block, word of its records */
+    uint64_t rewrite_stage;     /* 0 collect, 1 being read, 2 being written */
+    uint64_t rewrite_lost;      /* blocks that are not what they should be */
+    uint64_t rewrite_count;
+    uint64_t rewrite_pba[STORE_BOUNCE_PAGES];
+
     /* Checkpoint. */
+    uint64_t checkpoint_redo;   /* a flush failed: pages written in this checkpoint are to be written again */
     uint64_t checkpoint_phase;
     uint64_t checkpoint_wanted;
     uint64_t checkpoint_cursor;
@@ -190,6 +202,7 @@ struct store {
     struct format_pointer *pointers;   /* row of pages: where each is (newest) */
     uint64_t (*previous)[2];           /* ... and was in the durable root, while a checkpoint goes on; 0: as newest */
     uint64_t *dirty;                   /* bit per page of the row */
+    uint64_t *written;                 /* bit per page: written in the running checkpoint */
     uint64_t *frames;                  /* FORMAT_LEAF_ENTRIES words each; free ones are all zeros */
     uint64_t *frame_key;               /* FORMAT_KEY(volume, leaf) + 1; 0 free */
     uint32_t *frame_used;              /* entries that are not HOLE */
@@ -242,6 +255,8 @@ uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, u
 /* Fills a superblock copy (4096 bytes); `place` is 0..3: block 0, block 1, block N-2, block N-1. */
 void store_seal_super(struct format_super *super, uint64_t place, void *block);
 bool store_all_zero(const void *memory, uint64_t bytes);
+/* The STORE_BOUNCE_PAGES in the disk driver's buffer area, or NULL if that is too small. */
+const uint8_t *store_bounce(const struct store *store);
 
 /* --- store_map.c --- */
 /* Frame of a leaf or UINT64_MAX; with `create` a new one of all holes (UINT64_MAX: no frame, or no space for it). */
@@ -255,6 +270,7 @@ uint32_t store_drop_value(struct store *store, uint64_t value, uint64_t *records
 
 /* --- store_space.c --- */
 void store_free_block(struct store *store, uint64_t pba);      /* last reference gone: pending */
+bool store_keeps_content(const struct store *store, uint64_t pba); /* data that cannot be overwritten before the next sync */
 void store_free_metadata(struct store *store, uint64_t pba);   /* free at once: no durable root has it any more */
 uint32_t store_take_run(struct store *store, uint32_t cursor, uint32_t want, uint32_t word, uint64_t *pba);
 int64_t store_available(const struct store *store);            /* blocks that may still be promised to data */
@@ -267,6 +283,13 @@ void store_log_append(struct store *store, const uint64_t *records, uint32_t wor
 void store_log_seal(struct store *store);                      /* the open block, if it holds anything */
 bool store_sync_step(struct store *store);
 void store_sync_io(struct store *store, enum store_io what, uint32_t status);
+void store_sync_fail(struct store *store, uint32_t status);    /* the running sync fails */
+/* Some device flush failed: all that was written since the last good one is in doubt, whoever wrote it. */
+void store_flush_failed(struct store *store, uint32_t status);
+
+/* --- store_rewrite.c --- */
+void store_rewrite_begin(struct store *store);
+bool store_rewrite_step(struct store *store);
 
 /* --- store_checkpoint.c --- */
 bool store_checkpoint_step(struct store *store);

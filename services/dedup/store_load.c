@@ -71,15 +71,6 @@ static void give_up(struct store *store)
 
 /* --- Batches of reads ------------------------------------------------------------------------------------------------ */
 
-static const uint8_t *bounce(const struct store *store)
-{
-    const struct atoll_arena_header *disk = store->dedup->domain->peers[ATOLL_ROLE_DISK];
-    uint64_t offset = disk->buffer_offset, bytes = disk->buffer_bytes, arena = store->dedup->domain->peer_bytes[ATOLL_ROLE_DISK];
-    if (bytes < STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES || offset > arena || bytes > arena - offset)
-        return 0;
-    return (const uint8_t *)disk + offset + bytes - STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
-}
-
 static void want(struct store_load *load, uint64_t primary, uint64_t mirror, uint64_t page)
 {
     assert(load->count < WANTS);
@@ -90,7 +81,7 @@ static void want(struct store_load *load, uint64_t primary, uint64_t mirror, uin
 static bool send_wants(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = bounce(store);
+    const uint8_t *memory = store_bounce(store);
     bool did = false;
     if (memory == 0) {
         store_fail(store, "the disk driver's buffer area is too small: %u pages are needed to load", STORE_BOUNCE_PAGES);
@@ -319,7 +310,7 @@ static bool take_page(struct store *store, uint64_t page, uint64_t level, const 
 static void take_pages(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = bounce(store);
+    const uint8_t *memory = store_bounce(store);
     uint8_t image[ATOLL_BLOCK_BYTES];
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];
@@ -485,7 +476,7 @@ static bool replay(struct store *store, const uint64_t *words, uint32_t count)
 static void take_log(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = bounce(store);
+    const uint8_t *memory = store_bounce(store);
     uint8_t block[ATOLL_BLOCK_BYTES];
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];
@@ -553,7 +544,7 @@ static void ask_log(struct store *store)
 static void take_tail(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = bounce(store);
+    const uint8_t *memory = store_bounce(store);
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];
         uint8_t block[ATOLL_BLOCK_BYTES];
@@ -796,7 +787,7 @@ static void ask_head(struct store *store)
 static void take_head(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = bounce(store);
+    const uint8_t *memory = store_bounce(store);
     uint64_t blocks = store->area->geometry.device_blocks;
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];

@@ -3,7 +3,7 @@
  *
  *   store_log_append     records of one change into the open block
  *   store_sync           asks; store_synced tells
- *   store_sync_step      IDLE -> device flush (data placed so far) -> log blocks, both copies -> device flush -> IDLE
+ *   store_sync_step      IDLE -> (after a failed flush: store_rewrite.c) -> device flush (data placed so far) -> log blocks, both copies -> device flush -> IDLE
  *
  * A sync seals the open block at its beginning, so that it covers no change whose data had not been placed by then. Its end is the
  * commit point of everything noted before: log_durable, and with synced_epoch the blocks freed by it may be used again.
@@ -105,10 +105,25 @@ uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status)
     return dedup->store->area->sync_failures;
 }
 
-static void sync_failed(struct store *store)
+void store_flush_failed(struct store *store, uint32_t status)
 {
     struct store_area *area = store->area;
-    STORE_SET(store, sync_status, area->sync_error);
+    if (area->sync_phase != SYNC_IDLE)
+        STORE_SET(store, sync_error, status); /* a good flush after it would say nothing */
+    if (area->checkpoint_phase == CHECKPOINT_FLUSH || (area->checkpoint_phase == CHECKPOINT_SUPER && area->checkpoint_cursor != 0))
+        STORE_SET(store, checkpoint_error, status);
+    STORE_SET(store, rewrite_wanted, 1);
+    STORE_ADD(store, flush_failures, 1);
+    STORE_SET(store, data_unflushed, 1);
+    if (area->checkpoint_phase == CHECKPOINT_PAGES || area->checkpoint_phase == CHECKPOINT_SYNC)
+        STORE_SET(store, checkpoint_redo, 1);
+}
+
+void store_sync_fail(struct store *store, uint32_t status)
+{
+    if (store->area->sync_phase == SYNC_REWRITE)
+        STORE_SET(store, rewrite_wanted, 1);
+    STORE_SET(store, sync_status, status);
     STORE_ADD(store, sync_failures, 1);
     STORE_SET(store, sync_error, 0);
     STORE_SET(store, sync_phase, SYNC_IDLE);
@@ -148,6 +163,11 @@ static void sync_begin(struct store *store)
     STORE_SET(store, sync_position[0], area->log_durable);
     STORE_SET(store, sync_position[1], area->log_durable);
     STORE_SET(store, sync_phase, area->data_unflushed || area->sync_forced ? SYNC_FLUSH_DATA : SYNC_WRITE);
+    if (area->rewrite_wanted) {
+        STORE_SET(store, rewrite_wanted, 0);
+        STORE_SET(store, sync_phase, SYNC_REWRITE);
+        store_rewrite_begin(store);
+    }
     STORE_SET(store, data_unflushed, 0);
     STORE_SET(store, sync_forced, 0);
 }
@@ -195,10 +215,12 @@ void store_sync_io(struct store *store, enum store_io what, uint32_t status)
     STORE_ADD(store, sync_outstanding, -1);
     if (status != ATOLL_OK)
         STORE_SET(store, sync_error, status);
+    if (status != ATOLL_OK && what == STORE_IO_SYNC_FLUSH)
+        store_flush_failed(store, status);
     if (area->sync_outstanding != 0)
         return;
     if (area->sync_error != 0)
-        sync_failed(store);
+        store_sync_fail(store, (uint32_t)area->sync_error);
     else if (what == STORE_IO_SYNC_FLUSH && area->sync_phase == SYNC_FLUSH_DATA)
         STORE_SET(store, sync_phase, SYNC_WRITE);
     else if (what == STORE_IO_SYNC_FLUSH && area->sync_phase == SYNC_FLUSH_LOG)
@@ -214,6 +236,10 @@ bool store_sync_step(struct store *store)
         sync_begin(store);
         did = true;
     }
+    if (area->sync_phase != SYNC_IDLE && area->sync_error != 0 && area->sync_outstanding == 0)
+        store_sync_fail(store, (uint32_t)area->sync_error);
+    if (area->sync_phase == SYNC_REWRITE)
+        did |= store_rewrite_step(store);
     if (area->sync_phase == SYNC_FLUSH_DATA && area->sync_outstanding == 0)
         did |= submit_flush(store);
     if (area->sync_phase == SYNC_WRITE) {

@@ -247,6 +247,8 @@ void store_place(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t ba
     uint64_t records[STORE_CHANGE_BYTES / 8];
     uint64_t frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, false);
     assert(store_usable(store, pba) && store->refs[pba] == REF_IN_FLIGHT);
+    if (store->prints[pba].low != store->area->flush_failures && !store->area->rewrite_wanted)
+        STORE_SET(store, rewrite_wanted, 1); /* perhaps it was written before a flush failed: store_rewrite.c */
     atoll_set32(store->journal, &store->refs[pba], 1);
     atoll_set64(store->journal, &store->prints[pba].low, print.low);
     atoll_set64(store->journal, &store->prints[pba].high, print.high);

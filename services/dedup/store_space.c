@@ -24,6 +24,12 @@ static bool takeable(const struct store *store, uint32_t word)
     return word == 0 || ((word & REF_PENDING) != 0 && synced(store, word & ~REF_PENDING));
 }
 
+bool store_keeps_content(const struct store *store, uint64_t pba)
+{
+    uint32_t word = store->refs[pba];
+    return REF_IS_COUNT(word) || ((word & REF_PENDING) != 0 && !synced(store, word & ~REF_PENDING));
+}
+
 static void set_ref(struct store *store, uint64_t pba, uint32_t word) { atoll_set32(store->journal, &store->refs[pba], word); }
 
 static void group_change(struct store *store, uint64_t pba, int32_t free_change, int32_t pending_change)
@@ -220,6 +226,10 @@ uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba)
     uint32_t length = store_take_run(store, 0, want, REF_IN_FLIGHT, pba);
     if (length == 0)
         return 0;
+    for (uint64_t at = *pba; at < *pba + length; at++) {
+        atoll_set64(store->journal, &store->prints[at].low, store->area->flush_failures); /* store_rewrite.c */
+        store_mark_dirty(store, store->shape.prints_base + at / FORMAT_PRINTS_PER_PAGE);
+    }
     STORE_ADD(store, reserved_blocks, -(uint64_t)length);
     STORE_ADD(store, stored_blocks, length);
     return length;

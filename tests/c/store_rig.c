@@ -1,5 +1,5 @@
 /* The store between stand-ins: random work against an oracle; killed at any store, after power loss, with flipped bits. */
-/* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_log.c services/dedup/store_checkpoint.c services/dedup/store_load.c services/dedup/store_volume.c */
+/* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_load.c services/dedup/store_volume.c */
 /*
  *   store_rig [MODE [SEED [ROUNDS]]]     modes: work, kill, power, flip, full, time; without: all of them, briefly
  *
@@ -20,6 +20,9 @@
 
 #include "services/dedup/store_internal.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 enum {
     VOLUMES = 3, KEYS = 300, RECORDS = 256, HISTORY = 1 << 16, PENDING = 1 << 14, CONTENTS = 400, SYNCS = 64,
     DISK_PAGES = STORE_BOUNCE_PAGES + 4
@@ -37,7 +40,7 @@ enum {
 static char rig_context[200];
 
 struct record { /* of the write log's stand-in */
-    uint64_t state; /* 0 free, 1 logged, 2 being written to pba */
+    uint64_t state; /* 0 free, 1 logged, 2 to be written to pba, 3 written there */
     uint64_t key, base, content, pba;
 };
 struct event { uint64_t operation, key, content; };
@@ -67,10 +70,12 @@ struct rig {
     uint64_t synced_operation;
     uint64_t deleting[VOLUMES];
     /* not journaled */
-    uint64_t sync_one_in, io_percent;  /* how the work is mixed */
+    uint64_t sync_one_in, checkpoint_one_in, io_percent; /* how the work is mixed */
     uint64_t fail_one_in;              /* writes and flushes; 0 never */
+    uint64_t fail_flush_one_in;
     uint64_t volatile_cache;           /* keep what is needed for power loss */
     uint64_t pending_count;
+    uint8_t doomed[1 << 13];           /* blocks whose flush failed: never on the device unless written again */
     struct event events[HISTORY];
     struct pending pending[PENDING];
 };
@@ -167,6 +172,7 @@ static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool share
     rig->disk.header.buffer_bytes = sizeof rig->disk.buffer;
     rig->volatile_cache = 1;
     rig->sync_one_in = 1;
+    rig->checkpoint_one_in = 8;
     rig->io_percent = 8;
     fresh_arena();
 }
@@ -187,6 +193,7 @@ static void write_block(uint64_t pba, const void *data)
     memcpy(device + pba * ATOLL_BLOCK_BYTES, data, ATOLL_BLOCK_BYTES);
     if (!rig->volatile_cache)
         return;
+    rig->doomed[pba] = 0;
     if (rig->pending_count == PENDING) { /* the cache writes its oldest back by itself */
         for (uint64_t index = 0; index < PENDING / 2; index++)
             memcpy(stable + rig->pending[index].pba * ATOLL_BLOCK_BYTES, rig->pending[index].data, ATOLL_BLOCK_BYTES);
@@ -195,6 +202,14 @@ static void write_block(uint64_t pba, const void *data)
     }
     rig->pending[rig->pending_count].pba = pba;
     memcpy(rig->pending[rig->pending_count++].data, data, ATOLL_BLOCK_BYTES);
+}
+
+/* A flush fails as Linux has it: what was to be flushed is dropped, but reads still find it, and the next flush is a success. */
+static void fail_flush(void)
+{
+    for (uint64_t index = 0; index < rig->pending_count; index++)
+        rig->doomed[rig->pending[index].pba] = 1;
+    rig->pending_count = 0;
 }
 
 static void flush_device(void)
@@ -210,6 +225,10 @@ static void power_loss(uint64_t mode)
     for (uint64_t index = 0; index < rig->pending_count; index++) /* elsewhere they are equal */
         memcpy(device + rig->pending[index].pba * ATOLL_BLOCK_BYTES, stable + rig->pending[index].pba * ATOLL_BLOCK_BYTES,
                ATOLL_BLOCK_BYTES);
+    for (uint64_t pba = 0; pba < geometry.device_blocks && pba < sizeof rig->doomed; pba++)
+        if (rig->doomed[pba])
+            memcpy(device + pba * ATOLL_BLOCK_BYTES, stable + pba * ATOLL_BLOCK_BYTES, ATOLL_BLOCK_BYTES);
+    memset(rig->doomed, 0, sizeof rig->doomed);
     bool whole = false; /* mode 6: blocks land whole */
     uint64_t prefix = rig->pending_count != 0 ? chance(rig->pending_count + 1) : 0;
     for (uint64_t index = 0; index < rig->pending_count; index++)
@@ -270,12 +289,17 @@ static bool run_io(void)
         return false;
     uint32_t number = busy[chance(count)];
     struct io_slot *slot = &rig->io.slots[number];
-    uint32_t status = slot->opcode != ATOLL_OP_IO_READ && rig->fail_one_in != 0 && chance(rig->fail_one_in) == 0 ? ATOLL_EIO : ATOLL_OK;
+    uint64_t one_in = slot->opcode == ATOLL_OP_IO_SYNC && rig->fail_flush_one_in != 0 ? rig->fail_flush_one_in
+                      : slot->opcode != ATOLL_OP_IO_READ                              ? rig->fail_one_in
+                                                                                      : 0;
+    uint32_t status = one_in != 0 && chance(one_in) == 0 ? ATOLL_EIO : ATOLL_OK;
     uint64_t pba = slot->offset_bytes / ATOLL_BLOCK_BYTES;
     commit();
     if (slot->opcode == ATOLL_OP_IO_SYNC) {
         if (status == ATOLL_OK)
             flush_device();
+        else
+            fail_flush();
     } else {
         for (uint32_t index = 0; index < slot->segment_count; index++) {
             uint8_t *address = (uint8_t *)(uintptr_t)slot->segments[index].address;
@@ -305,6 +329,15 @@ uint64_t datapath_record_base(struct dedup *unused, uint64_t number)
     return rig->records[number].base;
 }
 
+/* What waits for its time to be tried again may be. */
+static void time_flies(void)
+{
+    if (dedup.store->area->sync_retry_ns != 0)
+        dedup.store->area->sync_retry_ns = 1;
+    if (dedup.store->area->checkpoint_retry_ns != 0)
+        dedup.store->area->checkpoint_retry_ns = 1;
+}
+
 /* Steps and I/O until nothing is left to do. */
 static void settle(void)
 {
@@ -315,10 +348,7 @@ static void settle(void)
         bool waits = area->sync_retry_ns > 1 || area->checkpoint_retry_ns > 1;
         if (!run_io() && !did && !waits)
             break;
-        if (area->sync_retry_ns != 0)
-            area->sync_retry_ns = 1; /* time flies */
-        if (area->checkpoint_retry_ns != 0)
-            area->checkpoint_retry_ns = 1;
+        time_flies();
     }
 }
 
@@ -356,7 +386,10 @@ static void content_bytes(uint64_t content, uint64_t *block)
 }
 static struct fingerprint content_print(uint64_t content)
 {
-    return (struct fingerprint){content * 0xbf58476d1ce4e5b9u, content * 0x94d049bb133111ebu};
+    uint64_t block[ATOLL_BLOCK_BYTES / 8];
+    content_bytes(content, block);
+    XXH128_hash_t hash = XXH3_128bits(block, sizeof block);
+    return (struct fingerprint){hash.low64, hash.high64};
 }
 
 /* The content that a map value stands for, looked up on the device. */
@@ -429,7 +462,7 @@ static void write_key(uint64_t key, uint64_t content)
         return;
     RIG_SET(reserved, rig->reserved + 1);
     struct record *before = logged(key, &base);
-    if (before != 0 && before->state == 2) { /* being written: this rig does not overtake it */
+    if (before != 0 && before->state >= 2) { /* being written: this rig does not overtake it */
         store_unreserve(&dedup, 1);
         RIG_SET(reserved, rig->reserved - 1);
         return;
@@ -475,20 +508,24 @@ static void destage(struct record *record)
     }
 }
 
-/* Second half: the write is done; or it failed. */
+/* Second half: it is written, or the write fails; then placed, perhaps much later. */
 static void place(struct record *record)
 {
     uint64_t block[ATOLL_BLOCK_BYTES / 8];
-    if (record->state != 2 || !store_has_room(&dedup, 1))
+    if (record->state < 2 || !store_has_room(&dedup, 1))
         return;
-    if (chance(16) == 0) {
+    if (record->state == 2 && chance(16) == 0) {
         store_abandon(&dedup, record->pba, 1, chance(50) == 0);
         RIG_SET(reserved, rig->reserved + 1);
         atoll_set64(&rig->journal, &record->state, 1);
         return;
     }
-    content_bytes(record->content, block);
-    write_block(record->pba, block);
+    if (record->state == 2) {
+        content_bytes(record->content, block);
+        write_block(record->pba, block);
+        atoll_set64(&rig->journal, &record->state, 3);
+        return;
+    }
     store_place(&dedup, key_volume(record->key), key_lba(record->key), record->base, record->pba, content_print(record->content));
     note(record->key, record->content);
     set_record(record, (struct record){0});
@@ -498,7 +535,7 @@ static void unmap(uint64_t key, bool promise)
 {
     uint64_t base;
     struct record *record = logged(key, &base);
-    if (!ready(key) || (record != 0 && record->state == 2) || !store_has_room(&dedup, 1))
+    if (!ready(key) || (record != 0 && record->state >= 2) || !store_has_room(&dedup, 1))
         return;
     if (promise) {
         if (!store_reserve(&dedup, 1))
@@ -561,6 +598,7 @@ static void make_volumes(void)
 static void turn_knobs(void)
 {
     rig->sync_one_in = 1 + chance(12);
+    rig->checkpoint_one_in = 1 + chance(12);
     rig->io_percent = 1 + chance(13);
     commit();
 }
@@ -573,6 +611,7 @@ static void operate(void)
     uint64_t what = chance(100);
     if (what >= 85 && what < 100 - rig->io_percent) {
         commit();
+        time_flies();
         store_step(&dedup);
     } else if (what < 25) {
         write_key(key, chance(20) == 0 ? 0 : 2 + chance(CONTENTS));
@@ -581,7 +620,7 @@ static void operate(void)
             record = &rig->records[(index * 7 + what) % RECORDS];
         destage(record);
     } else if (what < 78) {
-        for (uint32_t index = 0; index < RECORDS && record->state != 2; index++)
+        for (uint32_t index = 0; index < RECORDS && record->state < 2; index++)
             record = &rig->records[(index * 7 + what) % RECORDS];
         place(record);
     } else if (what < 82) {
@@ -591,7 +630,7 @@ static void operate(void)
     } else if (what < 85) {
         if (chance(rig->sync_one_in) == 0)
             ask_sync();
-        if (chance(8) == 0)
+        if (chance(rig->checkpoint_one_in) == 0)
             STORE_SET(dedup.store, checkpoint_wanted, 1);
     } else {
         run_io();
@@ -647,7 +686,7 @@ static void check_memory(void)
         CHECK(seen == 0);
     }
     for (uint32_t number = 0; number < RECORDS; number++)
-        in_flight += rig->records[number].state == 2;
+        in_flight += rig->records[number].state >= 2;
     CHECK(zeros == area->zero_promises && area->reserved_blocks == zeros + rig->reserved);
     uint64_t sums[6] = {0}, references = 0;
     for (uint64_t group = 0; group < (geometry.device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS; group++) {
@@ -751,7 +790,7 @@ static void close_store(void)
 {
     for (uint32_t turns = 0; turns < 100; turns++) {
         for (uint32_t number = 0; number < RECORDS; number++) {
-            if (rig->records[number].state == 2)
+            if (rig->records[number].state >= 2)
                 place(&rig->records[number]);
             else
                 destage(&rig->records[number]);
@@ -878,8 +917,9 @@ static void mode_kill(uint64_t seed)
 /* Work, then the lights go out in many ways; each is loaded, checked, worked on and closed. */
 static void load_after_loss(uint64_t mode)
 {
-    if (mode != 7) /* 7: only the processes died, the device's cache lives */
-        power_loss(mode);
+    bool doomed = !store_all_zero(rig->doomed, sizeof rig->doomed);
+    if (mode != 7 || doomed) /* 7: only the processes died, the device's cache lives */
+        power_loss(mode != 7 ? mode : 1);
     fresh_arena();
     load();
     if (store_state(&dedup) != STORE_READY)
@@ -895,15 +935,18 @@ static void mode_power(uint64_t seed, uint32_t states)
     start(seed, 2048, seed % 2 == 0 ? 128 : 16 + seed % 48, false); /* with few frames, leaves make room for others */
     for (uint32_t round = 0; round < 12; round++) {
         rig->fail_one_in = round % 4 == 3 ? 50 : 0;
+        rig->fail_flush_one_in = round % 4 == 1 ? 3 : 0;
         uint64_t operations = 50 + chance(1500);
         turn_knobs();
+        if (rig->fail_flush_one_in != 0)
+            rig->sync_one_in = rig->checkpoint_one_in = 1;
         for (uint64_t index = 0; index < operations; index++)
             operate();
         for (uint32_t trial = 0; trial < states; trial++) {
             pid_t child = fork();
             CHECK(child >= 0);
             if (child == 0) {
-                rig->fail_one_in = 0;
+                rig->fail_one_in = rig->fail_flush_one_in = 0;
                 rig->random += 2 * trial + 2;
                 for (int warm = 0; warm < 8; warm++)
                     chance(2);
