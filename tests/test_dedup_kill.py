@@ -283,7 +283,7 @@ def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None
 
 
 def test_adopted_after_it_was_closed(hooked: ModuleType) -> None:
-    """All die between dedup's end and that of the service: the next run makes volumes, deletes them and closes again."""
+    """All die between dedup's end and the service's: the next run makes volumes, deletes them and closes again."""
     with Stage(device_blocks=4096, extension=hooked) as stage:
         stage.open()
         first = stage.create_volume("first", SIZE)

@@ -35,7 +35,7 @@ def feed(stage: Stage, chance: random.Random, depth: int) -> None:
             kind = chance.choice((READ, WRITE))
             size = chance.choice(SIZES)
             client.request(kind, chance.randrange(1 << 30), max(size, 1) if kind == READ else size)
-        # One that was served: else those that come fill the backlog of a nic that dies before it accepts, and connect waits.
+        # One that was served: else those that come fill the backlog of a nic that dies before it accepts.
         if client.results and chance.random() < 0.01:
             client.close()
             stage.clients.remove(client)

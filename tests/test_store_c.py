@@ -1,4 +1,4 @@
-"""The store's C rig (tests/c/store_rig.c) with its seeds: random work, kills at any store, power loss, flipped bits, a full device.
+"""The store's C rig (tests/c/store_rig.c) with its seeds: work, kills at any store, power loss, flips, a full device.
 
 Built once under the sanitizers and once as shipped, where it is fast enough for thousands of states.
 """
