@@ -7,7 +7,7 @@
  *   store_log.c         metadata log's buffer, sync
  *   store_rewrite.c     after a failed flush: what it was for is written again
  *   store_checkpoint.c  copy-on-write of pages, root switch
- *   store_load.c        reading it all back
+ *   store_load.c        reading it all back; with store_replay.c, store_sums.c
  *   store_volume.c      volume table, deletion
  *
  * After a crash: struct store_area and everything that it stands before are as at the last commit (transaction.h); struct store is
@@ -31,6 +31,7 @@
 #define STORE_GROUP_BLOCKS 1024        /* blocks that one group word sums up */
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write */
+#define STORE_FRAMES_KEPT 16           /* one in so many is kept for loading: a replay may pass through leaves that are gone at its end */
 #define STORE_SWEEP_GROUPS 256         /* looked at in one step */
 #define STORE_SWEEP_CONVERT 4          /* cleaned in one step */
 #define STORE_FREE_PER_STEP 512        /* old metadata blocks freed in one step */

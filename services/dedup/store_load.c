@@ -1,5 +1,5 @@
 /*
- * Reading the store back: superblocks, directories, pages, metadata log, sums.
+ * Reading the store back: superblocks, directories and pages here, metadata log in store_replay.c, sums in store_sums.c.
  *
  * Reads land in the disk driver's buffer area (STORE_BOUNCE_PAGES at its end), are copied from there, checked, then used (I8). What is
  * bad in one copy is taken from the other and written anew by the checkpoint that follows; bad in both: the store is
@@ -14,46 +14,10 @@
 #include <stdlib.h>
 
 #include "ipc/crashpoint.h"
-#include "services/dedup/store_internal.h"
+#include "services/dedup/store_load.h"
 
-#define WANTS STORE_BOUNCE_PAGES
 #define RESET_BYTES (8u << 20)      /* of memory zeroed in one step */
-#define FINISH_BLOCKS (256u << 10)  /* reference words summed up in one step */
-#define FINISH_FRAMES 512
 #define HEAD_BLOCKS 16              /* looked at to tell a blank device from a damaged one */
-
-enum load_phase {
-    LOAD_RESET, LOAD_HEAD, LOAD_SUPER, LOAD_PAGES, LOAD_LOG, LOAD_TAIL, LOAD_POINTERS, LOAD_FRAMES, LOAD_BLOCKS, LOAD_CACHE, LOAD_FLUSH
-};
-
-struct want {
-    uint64_t primary, mirror; /* mirror 0: none */
-    uint64_t page;            /* number in the row, or what the phase wants */
-    uint32_t attempt;         /* 0 with neighbours, 1 alone, 2 mirror, 3 given up */
-    uint32_t status;
-    bool submitted, done;
-};
-
-struct store_load {
-    enum load_phase phase;
-    uint64_t cursor;
-    uint64_t level;
-    uint32_t count;           /* wants in the running batch */
-    bool collected;           /* all pages of this level have been asked for */
-    struct want wants[WANTS];
-    bool nonzero;             /* something other than zeros where a store has its superblocks and log */
-    bool magic;               /* a superblock's or log block's magic was seen */
-    uint32_t other_version;
-    bool unreadable;          /* a superblock's block could not be read */
-    struct format_super super;
-    bool found;
-    uint32_t copies;          /* of that superblock */
-    uint64_t chain, sequence; /* log: checksum before, and number of, the next block */
-    bool repair;
-    uint64_t sum, entries;
-    uint64_t flush_status;
-    bool flush_sent;
-};
 
 void store_load_begin(struct store *store)
 {
@@ -71,9 +35,9 @@ static void give_up(struct store *store)
 
 /* --- Batches of reads ------------------------------------------------------------------------------------------------ */
 
-static void want(struct store_load *load, uint64_t primary, uint64_t mirror, uint64_t page)
+void load_want(struct store_load *load, uint64_t primary, uint64_t mirror, uint64_t page)
 {
-    assert(load->count < WANTS);
+    assert(load->count < LOAD_WANTS);
     load->wants[load->count++] = (struct want){.primary = primary, .mirror = mirror, .page = page};
 }
 
@@ -123,8 +87,7 @@ void store_load_io(struct store *store, enum store_io what, uint64_t number, uin
         load->wants[index].status = status;
 }
 
-/* The next way to get at a want whose bytes are bad or were not read. False if there is none. */
-static bool try_on(struct want *want)
+bool load_try_on(struct want *want)
 {
     want->submitted = false;
     if (want->attempt == 0 && want->status != ATOLL_OK)
@@ -220,7 +183,7 @@ static bool take_super(struct store *store)
 
 /* --- Pages ----------------------------------------------------------------------------------------------------------- */
 
-static const char *page_kind(const struct store *store, uint64_t page)
+const char *load_page_kind(const struct store *store, uint64_t page)
 {
     return page < store->shape.refs_base     ? "volume table"
            : page < store->shape.prints_base ? "reference counts"
@@ -329,9 +292,9 @@ static void take_pages(struct store *store)
         }
         if (good) {
             want->done = true;
-        } else if (!try_on(want)) {
+        } else if (!load_try_on(want)) {
             store_fail(store, "both copies of a metadata page are damaged or cannot be read: %s, page %llu, blocks %llu and %llu",
-                       page_kind(store, want->page), (unsigned long long)want->page, (unsigned long long)pointer->primary,
+                       load_page_kind(store, want->page), (unsigned long long)want->page, (unsigned long long)pointer->primary,
                        (unsigned long long)pointer->mirror);
             return;
         }
@@ -359,15 +322,15 @@ static void ask_pages(struct store *store)
 {
     struct store_load *load = store->load;
     uint64_t end = store->shape.level_base[load->level] + store->shape.level_count[load->level];
-    while (load->cursor < end && load->count < WANTS) {
+    while (load->cursor < end && load->count < LOAD_WANTS) {
         const struct format_pointer *pointer = &store->pointers[load->cursor];
         if (!pointer_good(store, load->cursor, pointer)) {
             store_fail(store, "the pointer to metadata page %llu (%s) makes no sense", (unsigned long long)load->cursor,
-                       page_kind(store, load->cursor));
+                       load_page_kind(store, load->cursor));
             return;
         }
         if (pointer->primary != 0)
-            want(load, pointer->primary, pointer->mirror, load->cursor);
+            load_want(load, pointer->primary, pointer->mirror, load->cursor);
         load->cursor++;
     }
     if (load->count != 0)
@@ -378,367 +341,6 @@ static void ask_pages(struct store *store)
     }
     load->level--;
     load->cursor = store->shape.level_base[load->level];
-}
-
-/* --- Metadata log ---------------------------------------------------------------------------------------------------- */
-
-/* `sequence` 0: whatever the block says. */
-static bool log_block_good(const struct store *store, const uint8_t *block, uint64_t sequence, struct format_log_header *header)
-{
-    memcpy(header, block, sizeof *header);
-    if (header->magic != FORMAT_LOG_MAGIC || header->version != FORMAT_VERSION || header->used_bytes == 0 ||
-        header->used_bytes > FORMAT_LOG_RECORD_BYTES || header->used_bytes % 8 != 0 ||
-        (sequence != 0 && header->sequence != sequence))
-        return false;
-    return header->checksum == store_checksum(store, FORMAT_SEED_LOG, header->sequence, block + 8, ATOLL_BLOCK_BYTES - 8);
-}
-
-/* Leaves that the log has emptied so far leave the map, as they did while it was written: others have their frames now. */
-static bool release_empty(struct store *store)
-{
-    bool did = false;
-    for (uint64_t frame = 0; frame < store->area->frames_high; frame++) {
-        if (store->frame_key[frame] == 0 || store->frame_used[frame] != 0)
-            continue;
-        store_release_frame(store, frame);
-        did = true;
-        if (store->journal->count > ATOLL_JOURNAL_ENTRIES / 2)
-            atoll_domain_commit(store->dedup->domain);
-    }
-    return did;
-}
-
-static bool replay_map(struct store *store, uint32_t volume, uint64_t lba, uint64_t count, uint64_t value)
-{
-    bool sane = volume < ATOLL_VOLUME_COUNT && count <= FORMAT_HOLES_MAX && count <= FORMAT_LEAF_ENTRIES - lba % FORMAT_LEAF_ENTRIES &&
-                lba < FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES &&
-                (value == 0 || value == MAP_VALUE(MAP_ZERO, 0) ||
-                 (MAP_KIND(value) == MAP_PBA && store_usable(store, MAP_NUMBER(value))));
-    if (!sane)
-        return false;
-    uint64_t frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, value != 0);
-    if (frame == UINT64_MAX && value != 0 && release_empty(store))
-        frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, true);
-    if (frame == UINT64_MAX)
-        return value == 0; /* nothing to make a hole of; or no frame */
-    for (uint64_t index = 0; index < count; index++)
-        store_set_entry(store, frame, (uint32_t)((lba + index) % FORMAT_LEAF_ENTRIES), value);
-    store_mark_dirty(store, store->shape.leaves_base + frame);
-    return true;
-}
-
-static bool replay(struct store *store, const uint64_t *words, uint32_t count)
-{
-    for (uint32_t at = 0; at < count;) {
-        uint64_t rest = FORMAT_RECORD_REST(words[at]);
-        uint32_t left = count - at, type = FORMAT_RECORD_TYPE(words[at]);
-        uint32_t length = type == FORMAT_RECORD_BLOCK ? 4 : type == FORMAT_RECORD_VOLUME ? 65 : 2;
-        if (length > left)
-            return false;
-        switch (type) {
-        case FORMAT_RECORD_MAP:
-            if (!replay_map(store, FORMAT_KEY_VOLUME(rest), FORMAT_KEY_NUMBER(rest), 1, words[at + 1]))
-                return false;
-            break;
-        case FORMAT_RECORD_HOLES:
-            if (!replay_map(store, FORMAT_KEY_VOLUME(rest), FORMAT_KEY_NUMBER(rest), words[at + 1], 0))
-                return false;
-            break;
-        case FORMAT_RECORD_BLOCK:
-            if (!store_usable(store, rest))
-                return false;
-            store->prints[rest].low = words[at + 2];
-            store->prints[rest].high = words[at + 3];
-            store_mark_dirty(store, store->shape.prints_base + rest / FORMAT_PRINTS_PER_PAGE);
-            /* fall through */
-        case FORMAT_RECORD_REFS:
-            if (!store_usable(store, rest) || words[at + 1] > REF_COUNT_MAX)
-                return false;
-            store->refs[rest] = (uint32_t)words[at + 1];
-            store_mark_dirty(store, store->shape.refs_base + rest / FORMAT_REFS_PER_PAGE);
-            break;
-        case FORMAT_RECORD_VOLUME: {
-            struct format_volume volume;
-            memcpy(&volume, words + at + 1, sizeof volume);
-            if (rest != volume.id || !store_volume_take(store, &volume))
-                return false;
-            store_mark_dirty(store, volume.id / FORMAT_VOLUMES_PER_PAGE);
-            break;
-        }
-        default: return false;
-        }
-        at += length;
-    }
-    return true;
-}
-
-/* The batch holds both copies of the next log blocks: want 2i copy 0, 2i + 1 copy 1. */
-static void take_log(struct store *store)
-{
-    struct store_load *load = store->load;
-    const uint8_t *memory = store_bounce(store);
-    uint8_t block[ATOLL_BLOCK_BYTES];
-    for (uint32_t index = 0; index < load->count; index++) {
-        struct want *want = &load->wants[index];
-        if (want->done || !want->submitted)
-            continue;
-        want->done = want->status == ATOLL_OK || !try_on(want);
-    }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
-    uint32_t pairs = load->count / 2;
-    load->count = 0;
-    for (uint32_t index = 0; index < pairs; index++) {
-        struct format_log_header header;
-        uint32_t good = 0, which = 0;
-        for (uint32_t copy = 0; copy < 2; copy++) {
-            uint8_t image[ATOLL_BLOCK_BYTES];
-            uint32_t place = index + copy * pairs;
-            memcpy(image, memory + place * ATOLL_BLOCK_BYTES, sizeof image);
-            if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, load->sequence, &header) ||
-                header.chain != load->chain)
-                continue;
-            good++;
-            which |= 1u << copy;
-            memcpy(block, image, sizeof block);
-        }
-        if (good == 0) {
-            load->phase = LOAD_TAIL;
-            load->cursor = 0;
-            return;
-        }
-        if (good == 1) {
-            load->repair = true;
-            store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
-        }
-        memcpy(&header, block, sizeof header);
-        if (!replay(store, (const uint64_t *)(const void *)(block + sizeof header), header.used_bytes / 8)) {
-            store_fail(store, "log block %llu has a record that makes no sense, or that there is no map leaf for",
-                       (unsigned long long)load->sequence);
-            return;
-        }
-        atoll_domain_commit(store->dedup->domain);
-        load->chain = header.checksum;
-        load->sequence++;
-    }
-}
-
-static void ask_log(struct store *store)
-{
-    struct store_load *load = store->load;
-    const struct store_area *area = store->area;
-    uint64_t left = area->log_start + area->log_blocks - load->sequence;
-    uint32_t pairs = left < WANTS / 2 ? (uint32_t)left : WANTS / 2;
-    for (uint32_t copy = 0; copy < 2; copy++)
-        for (uint32_t index = 0; index < pairs; index++)
-            want(load, (copy == 0 ? FORMAT_SUPER_BLOCKS : area->usable_end) + (load->sequence + index) % area->log_blocks, 0, 0);
-    if (pairs == 0) {
-        load->phase = LOAD_TAIL;
-        load->cursor = 0;
-    }
-}
-
-/* The log ends before load->sequence. Does anything say that it should not? Every block of it is looked at for that: one that was
- * sealed when blocks from here on were durable. */
-static void take_tail(struct store *store)
-{
-    struct store_load *load = store->load;
-    const uint8_t *memory = store_bounce(store);
-    for (uint32_t index = 0; index < load->count; index++) {
-        struct want *want = &load->wants[index];
-        uint8_t block[ATOLL_BLOCK_BYTES];
-        struct format_log_header header;
-        if (want->done || !want->submitted)
-            continue;
-        want->done = want->status == ATOLL_OK || !try_on(want);
-        memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
-        if (want->status == ATOLL_OK && log_block_good(store, block, 0, &header) && header.durable > load->sequence) {
-            store_fail(store,
-                       "the metadata log is damaged: block %llu is bad in both copies, though blocks up to %llu were durable; "
-                       "replaying less would lose flushed data",
-                       (unsigned long long)load->sequence, (unsigned long long)header.durable - 1);
-            return;
-        }
-    }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
-    load->count = 0;
-}
-
-static void ask_tail(struct store *store)
-{
-    struct store_load *load = store->load;
-    struct store_area *area = store->area;
-    if (load->sequence < load->super.log_durable) {
-        store_fail(store,
-                   "the metadata log is damaged: block %llu is bad in both copies, though blocks up to %llu were durable; replaying "
-                   "less would lose flushed data",
-                   (unsigned long long)load->sequence, (unsigned long long)load->super.log_durable - 1);
-        return;
-    }
-    for (; load->cursor < 2 * area->log_blocks && load->count < WANTS; load->cursor++) {
-        uint64_t place = load->cursor % area->log_blocks;
-        want(load, place + (load->cursor < area->log_blocks ? FORMAT_SUPER_BLOCKS : area->usable_end), 0, 0);
-    }
-    if (load->count != 0)
-        return;
-    load->phase = LOAD_POINTERS;
-    load->cursor = 0;
-}
-
-/* --- Sums: what the pages and the log say must agree ----------------------------------------------------------------- */
-
-static void pointers_step(struct store *store)
-{
-    struct store_load *load = store->load;
-    for (uint64_t work = 0; work < FINISH_BLOCKS && load->cursor < store->shape.total; work++, load->cursor++) {
-        const struct format_pointer *pointer = &store->pointers[load->cursor];
-        if (pointer->primary == 0)
-            continue;
-        const uint64_t places[2] = {pointer->primary, pointer->mirror};
-        for (uint32_t copy = 0; copy < 2; copy++) {
-            uint32_t word = store->refs[places[copy]];
-            if (word != 0) {
-                store_fail(store, "block %llu holds a metadata page (%s, page %llu) and is counted as %s",
-                           (unsigned long long)places[copy], page_kind(store, load->cursor), (unsigned long long)load->cursor,
-                           word == REF_METADATA ? "another one" : "data");
-                return;
-            }
-            store->refs[places[copy]] = REF_METADATA;
-        }
-    }
-    if (load->cursor == store->shape.total) {
-        load->phase = LOAD_FRAMES;
-        load->cursor = 0;
-        for (uint32_t number = 0; number < ATOLL_VOLUME_COUNT; number++)
-            store->dedup->public->volumes[number].mapped_blocks = 0; /* the replay changed it from nothing */
-    }
-}
-
-static void frames_step(struct store *store)
-{
-    struct store_load *load = store->load;
-    struct store_area *area = store->area;
-    for (uint32_t work = 0; work < FINISH_FRAMES && load->cursor < area->frames_high; work++, load->cursor++) {
-        uint64_t frame = load->cursor;
-        if (store->frame_key[frame] == 0)
-            continue;
-        uint64_t key = store->frame_key[frame] - 1;
-        struct atoll_volume *volume = &store->dedup->public->volumes[FORMAT_KEY_VOLUME(key)];
-        uint64_t mapped = 0, zeros = 0, used = 0;
-        for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++) {
-            uint64_t value = store_frame(store, frame)[index];
-            used += value != 0;
-            if (value == 0)
-                continue;
-            if (value == MAP_VALUE(MAP_ZERO, 0)) {
-                zeros++;
-            } else if (MAP_KIND(value) == MAP_PBA && store_usable(store, MAP_NUMBER(value)) &&
-                       REF_IS_COUNT(store->refs[MAP_NUMBER(value)])) {
-                mapped++;
-            } else {
-                store_fail(store, "block %llu of volume %u is mapped to %llx, which holds no data",
-                           (unsigned long long)(FORMAT_KEY_NUMBER(key) * FORMAT_LEAF_ENTRIES + index), FORMAT_KEY_VOLUME(key),
-                           (unsigned long long)value);
-                return;
-            }
-        }
-        if (used != 0 && volume->state == ATOLL_VOLUME_FREE) {
-            store_fail(store, "leaf %llu of volume %u holds data, and there is no such volume",
-                       (unsigned long long)FORMAT_KEY_NUMBER(key), FORMAT_KEY_VOLUME(key));
-            return;
-        }
-        assert(used == store->frame_used[frame]);
-        volume->mapped_blocks += mapped;
-        area->zero_promises += zeros;
-        area->reserved_blocks += zeros;
-        load->entries += mapped;
-    }
-    if (load->cursor == area->frames_high) {
-        load->phase = LOAD_BLOCKS;
-        load->cursor = 0;
-    }
-}
-
-static void blocks_step(struct store *store)
-{
-    struct store_load *load = store->load;
-    struct store_area *area = store->area;
-    uint64_t blocks_up = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS * STORE_GROUP_BLOCKS;
-    for (uint64_t work = 0; work < FINISH_BLOCKS && load->cursor < blocks_up; work += STORE_GROUP_BLOCKS) {
-        uint32_t free_count = 0;
-        uint64_t group = load->cursor / STORE_GROUP_BLOCKS;
-        for (uint64_t end = load->cursor + STORE_GROUP_BLOCKS; load->cursor < end; load->cursor++) {
-            uint64_t pba = load->cursor;
-            uint32_t word = store->refs[pba];
-            if (!store_usable(store, pba)) {
-                if (word != 0) {
-                    store_fail(store, "block %llu belongs to the superblocks or the log, and has a reference count",
-                               (unsigned long long)pba);
-                    return;
-                }
-                store->refs[pba] = REF_FIXED;
-            } else if (word == 0) {
-                free_count++;
-            } else if (word == REF_METADATA) {
-                area->metadata_blocks++;
-            } else if (REF_IS_COUNT(word)) {
-                area->stored_blocks++;
-                area->references += word;
-            } else {
-                store_fail(store, "the reference count of block %llu is %x", (unsigned long long)pba, word);
-                return;
-            }
-        }
-        store->groups[group] = GROUP(free_count, 0, 0);
-        area->free_blocks += free_count;
-    }
-    if (load->cursor < blocks_up)
-        return;
-    if (area->references != load->entries) {
-        store_fail(store, "the reference counts add up to %llu, the maps name %llu blocks", (unsigned long long)area->references,
-                   (unsigned long long)load->entries);
-        return;
-    }
-    load->phase = LOAD_CACHE;
-    load->cursor = area->usable_first;
-}
-
-static void cache_step(struct store *store)
-{
-    struct store_load *load = store->load;
-    for (uint32_t work = 0; work < ATOLL_JOURNAL_ENTRIES / 4 && load->cursor < store->area->usable_end; work++, load->cursor++)
-        if (REF_IS_COUNT(store->refs[load->cursor]))
-            store_remember_print(store, load->cursor);
-    if (load->cursor == store->area->usable_end)
-        load->phase = LOAD_FLUSH;
-}
-
-/* What was read may not be durable yet (all processes died, not the machine): flush before anything relies on it. */
-static bool flush_step(struct store *store)
-{
-    struct store_load *load = store->load;
-    struct store_area *area = store->area;
-    if (!load->flush_sent) {
-        load->flush_sent = store_submit(store, STORE_IO_LOAD_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0);
-        return load->flush_sent;
-    }
-    if (load->flush_status != ATOLL_OK) {
-        store_fail(store, "the device could not be flushed (status %llu)", (unsigned long long)load->flush_status);
-        return true;
-    }
-    STORE_SET(store, log_next, load->sequence);
-    STORE_SET(store, log_durable, load->sequence);
-    STORE_SET(store, log_chain, load->chain);
-    STORE_SET(store, log_fill, 0);
-    STORE_SET(store, epoch, 1);
-    STORE_SET(store, synced_epoch, 0);
-    STORE_SET(store, cursor[0], area->usable_first);
-    STORE_SET(store, checkpoint_wanted, load->repair);
-    STORE_SET(store, state, STORE_READY);
-    return true;
 }
 
 /* --- The step -------------------------------------------------------------------------------------------------------- */
@@ -778,9 +380,9 @@ static void ask_head(struct store *store)
 {
     uint64_t blocks = store->area->geometry.device_blocks;
     for (uint64_t pba = 0; pba < HEAD_BLOCKS; pba++)
-        want(store->load, pba, 0, pba);
+        load_want(store->load, pba, 0, pba);
     for (uint64_t pba = blocks - HEAD_BLOCKS; pba < blocks; pba++)
-        want(store->load, pba, 0, pba);
+        load_want(store->load, pba, 0, pba);
 }
 
 /* Head and tail of the device, or the last blocks of a store that is smaller than its device. */
@@ -794,7 +396,7 @@ static void take_head(struct store *store)
         uint8_t block[ATOLL_BLOCK_BYTES];
         if (want->done || !want->submitted)
             continue;
-        want->done = want->status == ATOLL_OK || !try_on(want);
+        want->done = want->status == ATOLL_OK || !load_try_on(want);
         if (!want->done)
             continue;
         uint64_t pba = want->primary;
@@ -821,8 +423,8 @@ static void take_head(struct store *store)
     uint64_t own = load->super.device_blocks;
     if (load->phase == LOAD_HEAD && load->found && own < blocks && own >= FORMAT_DEVICE_BLOCKS_MIN) {
         load->phase = LOAD_SUPER;
-        want(load, own - 2, 0, 2);
-        want(load, own - 1, 0, 3);
+        load_want(load, own - 2, 0, 2);
+        load_want(load, own - 1, 0, 3);
         return;
     }
     if (!take_super(store))
@@ -830,6 +432,31 @@ static void take_head(struct store *store)
     load->phase = LOAD_PAGES;
     load->level = store->shape.levels;
     load->cursor = store->shape.level_base[load->level];
+}
+
+/* What was read may not be durable yet (all processes died, not the machine): flush before anything relies on it. */
+static bool flush_step(struct store *store)
+{
+    struct store_load *load = store->load;
+    struct store_area *area = store->area;
+    if (!load->flush_sent) {
+        load->flush_sent = store_submit(store, STORE_IO_LOAD_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0);
+        return load->flush_sent;
+    }
+    if (load->flush_status != ATOLL_OK) {
+        store_fail(store, "the device could not be flushed (status %llu)", (unsigned long long)load->flush_status);
+        return true;
+    }
+    STORE_SET(store, log_next, load->sequence);
+    STORE_SET(store, log_durable, load->sequence);
+    STORE_SET(store, log_chain, load->chain);
+    STORE_SET(store, log_fill, 0);
+    STORE_SET(store, epoch, 1);
+    STORE_SET(store, synced_epoch, 0);
+    STORE_SET(store, cursor[0], area->usable_first);
+    STORE_SET(store, checkpoint_wanted, load->repair);
+    STORE_SET(store, state, STORE_READY);
+    return true;
 }
 
 static bool ask(struct store *store)
@@ -840,12 +467,12 @@ static bool ask(struct store *store)
     case LOAD_HEAD: ask_head(store); break;
     case LOAD_SUPER: break;
     case LOAD_PAGES: ask_pages(store); break;
-    case LOAD_LOG: ask_log(store); break;
-    case LOAD_TAIL: ask_tail(store); break;
-    case LOAD_POINTERS: pointers_step(store); break;
-    case LOAD_FRAMES: frames_step(store); break;
-    case LOAD_BLOCKS: blocks_step(store); break;
-    case LOAD_CACHE: cache_step(store); break;
+    case LOAD_LOG: load_ask_log(store); break;
+    case LOAD_TAIL: load_ask_tail(store); break;
+    case LOAD_POINTERS: load_pointers_step(store); break;
+    case LOAD_FRAMES: load_frames_step(store); break;
+    case LOAD_BLOCKS: load_blocks_step(store); break;
+    case LOAD_CACHE: load_cache_step(store); break;
     case LOAD_FLUSH: return flush_step(store);
     }
     return true;
@@ -871,8 +498,8 @@ bool store_load_step(struct store *store)
         case LOAD_HEAD:
         case LOAD_SUPER: take_head(store); break;
         case LOAD_PAGES: take_pages(store); break;
-        case LOAD_LOG: take_log(store); break;
-        case LOAD_TAIL: take_tail(store); break;
+        case LOAD_LOG: load_take_log(store); break;
+        case LOAD_TAIL: load_take_tail(store); break;
         default: assert(!"a phase that reads");
         }
     }

@@ -86,6 +86,11 @@ uint64_t store_find_frame(struct store *store, uint32_t volume, uint64_t leaf, b
                 STORE_SET(store, checkpoint_wanted, 1);
             return NO_FRAME;
         }
+        if (area->state == STORE_READY && area->leaves >= area->leaf_slots - area->leaf_slots / STORE_FRAMES_KEPT) {
+            if (!area->checkpoint_wanted) /* it gives empty leaves back */
+                STORE_SET(store, checkpoint_wanted, 1);
+            return NO_FRAME;
+        }
         if (area->frames_free != 0) {
             frame = store->frame_stack[area->frames_free - 1];
             STORE_ADD(store, frames_free, -1);
@@ -93,8 +98,6 @@ uint64_t store_find_frame(struct store *store, uint32_t volume, uint64_t leaf, b
             frame = area->frames_high;
             STORE_ADD(store, frames_high, 1);
         } else {
-            if (!area->checkpoint_wanted) /* it gives empty leaves back */
-                STORE_SET(store, checkpoint_wanted, 1);
             return NO_FRAME;
         }
         assert(store->frame_key[frame] == 0 && store->frame_used[frame] == 0);
