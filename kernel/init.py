@@ -180,9 +180,9 @@ class Init:
                 self._write_record()  # if it cannot be: the arenas tell it too
                 notify("READY=1\nSTATUS=serving")
             elif "failed" in message:
-                print(f"atoll: {message['failed']}", file=sys.stderr)
                 self._end(keep=self.world.adopted)
                 self.status = EXIT_FAILED
+                print(f"atoll: {message['failed']}", file=sys.stderr)  # nobody is left who could say more
             elif "stopped" in message:
                 self._end(keep=not message["stopped"])
                 self.status = 0 if message["stopped"] else EXIT_FAILED
