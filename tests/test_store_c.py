@@ -65,7 +65,7 @@ def test_killed_at_any_store(fast: Path) -> None:
 
 
 def test_power_loss(fast: Path) -> None:
-    """2,400 states of a device that lost its cache, sector by sector."""
+    """5,760 power losses, sector by sector; failed flushes that drop what was to be flushed."""
     run(fast, "power", 20)
 
 
