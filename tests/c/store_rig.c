@@ -389,9 +389,12 @@ static void mode_flip(uint64_t seed, uint32_t trials)
             for (int warm = 0; warm < 8; warm++)
                 chance(2);
             snprintf(rig_context, sizeof rig_context, "flip: seed %llu trial %u", (unsigned long long)seed, trial);
-            uint64_t places[2] = {0, 0}, kind = chance(3);
+            uint64_t places[2] = {0, 0}, kind = chance(3), pages = 0;
             bool both = chance(2) == 0;
-            if (kind == 0) {
+            for (uint64_t page = 0; page < store->shape.total; page++)
+                pages += store->pointers[page].primary != 0;
+            if (kind == 0 || (kind == 2 && pages == 0) || (kind == 1 && area.log_durable == area.log_start && pages == 0)) {
+                kind = 0; /* a root without pages, all of them zeros, has no page to flip */
                 places[0] = area.generation & 1;
                 places[1] = area.device_blocks - 2 + places[0];
             } else if (kind == 1 && area.log_durable > area.log_start) {
