@@ -253,13 +253,14 @@ struct atoll_volume {
     uint32_t generation;      /* goes up when the entry is used for another volume */
     uint32_t state;           /* enum atoll_volume_state */
     uint32_t flags;           /* enum atoll_volume_flag */
-    uint32_t threshold;       /* THN */
+    uint32_t threshold;       /* run threshold (THN): 1..ATOLL_THRESHOLD_MAX */
     uint64_t size_bytes;
     uint64_t mapped_blocks;   /* logical blocks that hold data */
     uint64_t created_s;       /* Unix time */
     uint32_t name_bytes;
     char name[256];
-    uint8_t reserved[204];
+    uint32_t tier_threshold;  /* references that move a block to the fast tier: 1..ATOLL_TIER_THRESHOLD_MAX */
+    uint8_t reserved[200];
 };
 
 enum atoll_volume_state { ATOLL_VOLUME_FREE = 0, ATOLL_VOLUME_READY = 1, ATOLL_VOLUME_DELETING = 2 };

@@ -49,6 +49,14 @@
 #define ATOLL_VOLUME_COUNT 256
 #define ATOLL_VOLUME_NAME_BYTES 256
 
+/* Run threshold (THN) of a volume: blocks in sequence that must match blocks stored in sequence before they are shared.
+ * 64 is a whole part; more would leave nothing shared on a track of the smallest size. */
+#define ATOLL_THRESHOLD_DEFAULT 1
+#define ATOLL_THRESHOLD_MAX 64
+/* References from which on a stored block moves to the fast tier. More are no sign of greater use. */
+#define ATOLL_TIER_THRESHOLD_DEFAULT 8
+#define ATOLL_TIER_THRESHOLD_MAX 1000000
+
 /* Words that one transaction may change: the largest is dedup's step over a part of 65 blocks. */
 #define ATOLL_JOURNAL_ENTRIES 32768
 

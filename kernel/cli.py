@@ -281,7 +281,28 @@ def stop(data: Path, as_json: bool, timeout_s: float) -> None:
 
 @cli.group()
 def volume() -> None:
-    """Make, list, enlarge and delete volumes."""
+    """Make, list, enlarge, tune and delete volumes."""
+
+
+def threshold_options(command: F) -> F:
+    for option in reversed(
+        (
+            click.option(
+                "--threshold",
+                metavar="N",
+                type=click.IntRange(1, configuration.THRESHOLD_MAX),
+                help="Share a run of blocks only where N in sequence match blocks stored in sequence (1 to 64).",
+            ),
+            click.option(
+                "--tier-threshold",
+                metavar="N",
+                type=click.IntRange(1, configuration.TIER_THRESHOLD_MAX),
+                help="References from which on a stored block moves to the fast device.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @volume.command("create")
@@ -290,12 +311,36 @@ def volume() -> None:
 @click.argument("name", type=VOLUME_NAME)
 @click.argument("size", type=SIZE)
 @click.option("--read-only", is_flag=True, help="Clients may not write.")
-def volume_create(data: Path, as_json: bool, name: str, size: int, read_only: bool) -> None:
+@threshold_options
+def volume_create(
+    data: Path, as_json: bool, name: str, size: int, read_only: bool, threshold: int | None, tier_threshold: int | None
+) -> None:
     """Make a thin volume NAME of SIZE (such as 8GiB)."""
     configuration.check_volume_size(size)
     with Client(data) as client:
-        client.call("volume-create", name=name, size_bytes=int(size), read_only=read_only)
+        client.call(
+            "volume-create",
+            name=name,
+            size_bytes=int(size),
+            read_only=read_only,
+            threshold=threshold or 0,
+            tier_threshold=tier_threshold or 0,
+        )
         report_volume(client, name, as_json, "created")
+
+
+@volume.command("set")
+@data_option
+@json_option
+@click.argument("name", type=VOLUME_NAME)
+@threshold_options
+def volume_set(data: Path, as_json: bool, name: str, threshold: int | None, tier_threshold: int | None) -> None:
+    """Change how volume NAME shares blocks, from its next writes on."""
+    if threshold is None and tier_threshold is None:
+        raise click.UsageError("say what to change: --threshold, --tier-threshold")
+    with Client(data) as client:
+        client.call("volume-set", name=name, threshold=threshold or 0, tier_threshold=tier_threshold or 0)
+        report_volume(client, name, as_json, "changed")
 
 
 @volume.command("list")

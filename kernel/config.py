@@ -15,7 +15,7 @@ A file may say (all of it is optional):
     device = "/dev/nvme1n1"            # file or block device; default DATA/device.img
     device_size = "8GiB"               # of a file that is to be made
     sparse = false                     # true: not preallocated, for trials
-    volumes = [{name = "disk", size = "8GiB", read_only = false}]
+    volumes = [{name = "disk", size = "8GiB", read_only = false, threshold = 1, tier_threshold = 8}]
     [nic] [nbd] [dedup] [disk] [kernel] [testing]   # see the classes below
 """
 
@@ -44,6 +44,8 @@ SLOT_COUNT = 2048
 PART_BYTES = 256 * KIB
 VOLUME_COUNT = 256
 VOLUME_NAME_BYTES = 255
+THRESHOLD_MAX = 64
+TIER_THRESHOLD_MAX = 1_000_000
 
 # A device must hold superblocks, the metadata log twice, metadata and some data.
 DEVICE_BYTES_MIN = 128 * MIB
@@ -106,6 +108,18 @@ class Volume(Struct, forbid_unknown_fields=True, kw_only=True):
     name: str
     size: Size
     read_only: bool = False
+    threshold: Annotated[int, Meta(ge=1, le=THRESHOLD_MAX)] | None = None  # blocks in sequence (THN); none: 1
+    tier_threshold: Annotated[int, Meta(ge=1, le=TIER_THRESHOLD_MAX)] | None = None  # references; none: 8
+
+    def as_dict(self) -> dict[str, Any]:
+        """0 stands for a threshold that is not said."""
+        return {
+            "name": self.name,
+            "size_bytes": int(self.size),
+            "read_only": self.read_only,
+            "threshold": self.threshold or 0,
+            "tier_threshold": self.tier_threshold or 0,
+        }
 
 
 class Config(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -134,12 +148,9 @@ class Config(Struct, forbid_unknown_fields=True, kw_only=True):
         if listen is None and unix is None and not socket_activated:
             listen, unix = [DEFAULT_LISTEN], [str(data / DEFAULT_UNIX)]
         if self.volumes is None:
-            volumes = [{"name": "disk", "size_bytes": 8 * GIB, "read_only": False, "if_none": True}]
+            volumes = [Volume(name="disk", size=Size(8 * GIB)).as_dict() | {"if_none": True}]
         else:
-            volumes = [
-                {"name": v.name, "size_bytes": int(v.size), "read_only": v.read_only, "if_none": False}
-                for v in self.volumes
-            ]
+            volumes = [volume.as_dict() | {"if_none": False} for volume in self.volumes]
         plain = {
             "data": str(data),
             "listen": listen or [],

@@ -155,6 +155,8 @@ class Service:
                     "name": volume["name"],
                     "size_bytes": volume["size_bytes"],
                     "read_only": volume["read_only"],
+                    "threshold": volume["threshold"],
+                    "tier_threshold": volume["tier_threshold"],
                 }
                 made = partial(self._volume_made, volume, wanted)
                 self.calls.call("dedup", message, made, CALL_TIMEOUT_S)
@@ -166,6 +168,15 @@ class Service:
                     found["size_bytes"],
                     volume["size_bytes"],
                 )
+            for key in ("threshold", "tier_threshold"):
+                if volume[key] not in (0, found[key]):
+                    log.warning(
+                        "volume %r has %s %d, the configuration says %d: left as it is (atoll volume set)",
+                        volume["name"],
+                        key,
+                        found[key],
+                        volume[key],
+                    )
         self.volumes_ready = True
         self._boot_step()
 

@@ -111,19 +111,22 @@ def volumes(entries: Sequence[Mapping[str, Any]], out: Console | None = None) ->
     if not entries:
         out.print("no volumes (atoll volume create NAME SIZE)")
         return
-    drawn = table("volume", "size", "mapped", "access", "clients", "uri", right=("size", "mapped", "clients"))
+    right = ("size", "mapped", "thn", "tier", "clients")
+    drawn = table("volume", "size", "mapped", "thn", "tier", "access", "clients", "uri", right=right)
     for entry in entries:
         uris = entry.get("uris") or [None]
         drawn.add_row(
             escape(entry["name"]),
             format_size(entry["size_bytes"]),
             size(entry.get("mapped_bytes")),
+            text(entry.get("threshold")),
+            text(entry.get("tier_threshold")),
             "read-only" if entry.get("read_only") else "read-write",
             text(entry.get("connections")),
             text(uris[0]),
         )
         for uri in uris[1:]:
-            drawn.add_row("", "", "", "", "", text(uri))
+            drawn.add_row("", "", "", "", "", "", "", text(uri))
     out.print(drawn)
 
 

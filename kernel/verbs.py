@@ -4,7 +4,8 @@ status                                  volumes, space, write log, engines, coun
 ps                                      {"domains": [rows], "stopping": text}
 kill      role, signal                  {role, signal, pid, new_pid, detect_ms, serving_ms}
 volume-list                             {"volumes": [...]}
-volume-create name, size_bytes, read_only   volume-resize name, size_bytes   volume-delete name, force
+volume-create name, size_bytes, read_only, threshold, tier_threshold   volume-set name, threshold, tier_threshold
+volume-resize name, size_bytes          volume-delete name, force
 trace     action: arm                   {"trace": number}
           action: collect               {"domains": {role: {"incarnation", "records": 64 bytes each}}}
           action: disarm
@@ -53,6 +54,7 @@ class Verbs:
             "kill": self._kill,
             "volume-list": self._volume_list,
             "volume-create": self._volume_create,
+            "volume-set": self._volume_set,
             "volume-resize": self._volume_resize,
             "volume-delete": self._volume_delete,
             "trace": self._trace,
@@ -139,8 +141,13 @@ class Verbs:
             "name": _text(arguments, "name"),
             "size_bytes": _number(arguments, "size_bytes"),
             "read_only": bool(arguments.get("read_only", False)),
+            **_thresholds(arguments),
         }
         self._forward("dedup", {"call": "volume-create", **message}, reply, VOLUME_TIMEOUT_S)
+
+    def _volume_set(self, arguments: dict[str, Any], reply: Reply) -> None:
+        message = {"name": _text(arguments, "name"), **_thresholds(arguments)}
+        self._forward("dedup", {"call": "volume-set", **message}, reply, VOLUME_TIMEOUT_S)
 
     def _volume_resize(self, arguments: dict[str, Any], reply: Reply) -> None:
         message = {"name": _text(arguments, "name"), "size_bytes": _number(arguments, "size_bytes")}
@@ -293,6 +300,11 @@ def _text(arguments: dict[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise Refused(f"`{key}` is text")
     return value
+
+
+def _thresholds(arguments: dict[str, Any]) -> dict[str, int]:
+    """0: not said."""
+    return {key: _number({key: 0, **arguments}, key) for key in ("threshold", "tier_threshold")}
 
 
 def _number(arguments: dict[str, Any], key: str) -> int:

@@ -52,6 +52,7 @@ def volumes(world: World) -> list[dict[str, Any]]:
                 "read_only": bool(entry.flags & lib.ATOLL_VOLUME_READONLY),
                 "generation": int(entry.generation),
                 "threshold": int(entry.threshold),
+                "tier_threshold": int(entry.tier_threshold),
                 "created_s": int(entry.created_s),
                 "connections": uses.get(index, 0),
                 "uris": uris(world.listeners, name),

@@ -278,10 +278,12 @@ class Stage:
         self.free_pages = set(range(self.nic_pages)) - self.lent_pages
         self.domains[NIC] = self._open_domain(NIC, 2)
 
-    def create_volume(self, name: str, size_bytes: int, flags: int = 0) -> int:
+    def create_volume(self, name: str, size_bytes: int, flags: int = 0, threshold: int = 0, tier: int = 0) -> int:
         reason = self.ffi.new("char[256]")
         data = name.encode()
-        status = self.lib.dedup_volume_create(self.state, data, len(data), size_bytes, flags, 0, reason)
+        status = self.lib.dedup_volume_create(
+            self.state, data, len(data), size_bytes, flags, threshold, tier, 0, reason
+        )
         assert status == OK, self.ffi.string(reason)
         lib.atoll_domain_commit(self.domain)
         for number in range(256):

@@ -57,7 +57,16 @@ class Service:
             "device_bytes": 128 << 20,
             "device_size_given": False,
             "sparse": True,
-            "volumes": [{"name": "disk", "size_bytes": 1 << 30, "read_only": False, "if_none": True}],
+            "volumes": [
+                {
+                    "name": "disk",
+                    "size_bytes": 1 << 30,
+                    "read_only": False,
+                    "threshold": 0,
+                    "tier_threshold": 0,
+                    "if_none": True,
+                }
+            ],
             "nic": {"engine": "auto"},
             "nbd": {},
             "dedup": {},

@@ -113,7 +113,8 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
 def test_config_show_prints_what_serve_would_use(tmp_path: Path) -> None:
     done = atoll("config", "show", "--data", str(tmp_path / "d"), "--volume", "x=1G", "--sparse")
     shown = json.loads(done.stdout)
-    assert shown["volumes"] == [{"name": "x", "size_bytes": 1 << 30, "read_only": False, "if_none": False}]
+    rules = {"read_only": False, "threshold": 0, "tier_threshold": 0}
+    assert shown["volumes"] == [{"name": "x", "size_bytes": 1 << 30, **rules, "if_none": False}]
     assert shown["sparse"] is True
     assert not (tmp_path / "d").exists()
 

@@ -20,6 +20,8 @@ def test_limits_are_those_of_the_header() -> None:
     assert config.PART_BYTES == lib.ATOLL_PART_BYTES
     assert config.VOLUME_COUNT == lib.ATOLL_VOLUME_COUNT
     assert lib.ATOLL_VOLUME_NAME_BYTES > config.VOLUME_NAME_BYTES
+    assert config.THRESHOLD_MAX == lib.ATOLL_THRESHOLD_MAX
+    assert config.TIER_THRESHOLD_MAX == lib.ATOLL_TIER_THRESHOLD_MAX
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,8 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain["unix"] == [str(tmp_path / "atoll-data/nbd.sock")]
     assert plain["device"] == str(tmp_path / "atoll-data/device.img")
     assert plain["device_bytes"] == 8 << 30
-    assert plain["volumes"] == [{"name": "disk", "size_bytes": 8 << 30, "read_only": False, "if_none": True}]
+    rules = {"read_only": False, "threshold": 0, "tier_threshold": 0}
+    assert plain["volumes"] == [{"name": "disk", "size_bytes": 8 << 30, **rules, "if_none": True}]
     assert plain["nic"]["buffer_bytes"] == 192 << 20
     assert plain["testing"] == {"crash_points": False, "modules": {}, "fault": {}}
 

@@ -2,7 +2,8 @@
 
     status                                      figures: logical and stored bytes, space, write log, read cache
     volume-list                                 {"volumes": [...]}
-    volume-create   name, size_bytes, read_only
+    volume-create   name, size_bytes, read_only, threshold, tier_threshold   thresholds: 0 or nothing is the default
+    volume-set      name, threshold, tier_threshold   0 or nothing leaves one as it is
     volume-resize   name, size_bytes            up only
     volume-delete   name, force                 refused while a connection uses it, unless forced
     flush                                       all that is logged goes to stable storage
@@ -40,6 +41,7 @@ class Control:
             "status": self.status,
             "volume-list": self.volume_list,
             "volume-create": self.volume_create,
+            "volume-set": self.volume_set,
             "volume-resize": self.volume_resize,
             "volume-delete": self.volume_delete,
             "flush": self.flush,
@@ -115,6 +117,8 @@ class Control:
                     "size_bytes": int(volume.size_bytes),
                     "mapped_bytes": int(volume.mapped_blocks) * BLOCK_BYTES,
                     "read_only": bool(volume.flags & lib.ATOLL_VOLUME_READONLY),
+                    "threshold": int(volume.threshold),
+                    "tier_threshold": int(volume.tier_threshold),
                     "created_s": int(volume.created_s),
                 }
             )
@@ -125,12 +129,23 @@ class Control:
     def volume_create(self, call: dict[str, Any]) -> dict[str, Any]:
         name, size_bytes = _text(call, "name"), _number(call, "size_bytes")
         flags = lib.ATOLL_VOLUME_READONLY if call.get("read_only") else 0
+        threshold, tier_threshold = _thresholds(call)
         data = name.encode()
         return self._change(
             lambda number, reason: lib.dedup_volume_create(
-                self._state, data, len(data), size_bytes, flags, number, reason
+                self._state, data, len(data), size_bytes, flags, threshold, tier_threshold, number, reason
             ),
             f"volume {name!r} cannot be made",
+        )
+
+    def volume_set(self, call: dict[str, Any]) -> dict[str, Any]:
+        name, (threshold, tier_threshold) = _text(call, "name"), _thresholds(call)
+        if self._repeated():
+            return self._durable()
+        volume = self._find(name)
+        return self._change(
+            lambda number, reason: lib.dedup_volume_set(self._state, volume, threshold, tier_threshold, number, reason),
+            f"volume {name!r} cannot be changed",
         )
 
     def volume_resize(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -201,6 +216,16 @@ def _text(call: dict[str, Any], key: str) -> str:
     if not isinstance(value, str) or not value:
         raise CallError(f"{key} is missing or no text")
     return value
+
+
+def _thresholds(call: dict[str, Any]) -> tuple[int, int]:
+    found = []
+    for key, most in (("threshold", lib.ATOLL_THRESHOLD_MAX), ("tier_threshold", lib.ATOLL_TIER_THRESHOLD_MAX)):
+        value = call.get(key, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise CallError(f"{key} is {value!r}, not a whole number from 1 to {most}")
+        found.append(value)
+    return found[0], found[1]
 
 
 def _number(call: dict[str, Any], key: str) -> int:

@@ -282,9 +282,14 @@ static int note_call(struct dedup *dedup, int status, uint64_t call)
 }
 
 int dedup_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
-                        uint64_t call, char *reason)
+                        uint32_t threshold, uint32_t tier_threshold, uint64_t call, char *reason)
 {
-    return note_call(dedup, store_volume_create(dedup, name, name_bytes, size_bytes, flags, reason), call);
+    return note_call(dedup, store_volume_create(dedup, name, name_bytes, size_bytes, flags, threshold, tier_threshold, reason), call);
+}
+
+int dedup_volume_set(struct dedup *dedup, uint32_t volume, uint32_t threshold, uint32_t tier_threshold, uint64_t call, char *reason)
+{
+    return note_call(dedup, store_volume_set(dedup, volume, threshold, tier_threshold, reason), call);
 }
 
 int dedup_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, uint64_t call, char *reason)

@@ -60,7 +60,8 @@ const char *dedup_store_reason(struct dedup *dedup);
 void dedup_figures(struct dedup *dedup, struct dedup_figures *figures);
 /* enum atoll_status; `reason` 256 bytes. In the running transaction; also notes `call` (dedup_last_call). */
 int dedup_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
-                        uint64_t call, char *reason);
+                        uint32_t threshold, uint32_t tier_threshold, uint64_t call, char *reason);
+int dedup_volume_set(struct dedup *dedup, uint32_t volume, uint32_t threshold, uint32_t tier_threshold, uint64_t call, char *reason);
 int dedup_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, uint64_t call, char *reason);
 int dedup_volume_delete(struct dedup *dedup, uint32_t volume, uint64_t call, char *reason);
 uint64_t dedup_last_call(struct dedup *dedup);

@@ -114,12 +114,13 @@ struct format_volume {
     uint32_t generation;    /*   4 */
     uint32_t state;         /*   8  enum atoll_volume_state */
     uint32_t flags;         /*  12  enum atoll_volume_flag */
-    uint32_t threshold;     /*  16  THN */
+    uint32_t threshold;     /*  16  run threshold (THN): 1..64; 0 stands for the default, 1 */
     uint32_t name_bytes;    /*  20 */
     uint64_t size_bytes;    /*  24 */
     uint64_t created_s;     /*  32  Unix time */
     char name[256];         /*  40  UTF-8, the rest zeros */
-    uint8_t reserved[216];  /* 296  0 */
+    uint32_t tier_threshold; /* 296  references that move a block to the fast tier: 1..1,000,000; 0: the default, 8 */
+    uint8_t reserved[212];  /* 300  0 */
 };
 
 _Static_assert(sizeof(struct format_pointer) == 32, "pointer");

@@ -69,7 +69,10 @@ uint64_t store_wake_ms(struct dedup *dedup);
 
 /* --- Volumes (table in atoll_dedup_public, read by nbd and kernel under `version`) ---------------------------------
  * Return enum atoll_status and leave a text in `reason` (256 bytes). Changes are durable after the next store_sync. */
-int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags, char *reason);
+int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
+                        uint32_t threshold, uint32_t tier_threshold, char *reason); /* thresholds: 0 takes the default */
+/* Thresholds of a volume (limits.h); 0 leaves one as it is. Blocks that are stored already stay where they are. */
+int store_volume_set(struct dedup *dedup, uint32_t volume, uint32_t threshold, uint32_t tier_threshold, char *reason);
 int store_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_bytes, char *reason); /* up only */
 /* Blocks are freed by store_step. Entries that are MAP_LOG are waited for: the datapath ends each record of a volume that
  * is being deleted as usual, with store_place, store_share or store_unmap. No new ones: store_map_log refuses. */

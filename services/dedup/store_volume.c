@@ -59,6 +59,7 @@ void store_volume_image(const struct store *store, uint32_t number, struct forma
     image->state = volume->state;
     image->flags = volume->flags;
     image->threshold = volume->threshold;
+    image->tier_threshold = volume->tier_threshold;
     image->name_bytes = volume->name_bytes;
     image->size_bytes = volume->size_bytes;
     image->created_s = volume->created_s;
@@ -68,14 +69,16 @@ void store_volume_image(const struct store *store, uint32_t number, struct forma
 bool store_volume_take(struct store *store, const struct format_volume *image)
 {
     if (image->id >= ATOLL_VOLUME_COUNT || image->name_bytes > ATOLL_VOLUME_NAME_BYTES || image->state > ATOLL_VOLUME_DELETING ||
-        image->size_bytes > FORMAT_VOLUME_BYTES_MAX)
+        image->size_bytes > FORMAT_VOLUME_BYTES_MAX || image->threshold > ATOLL_THRESHOLD_MAX ||
+        image->tier_threshold > ATOLL_TIER_THRESHOLD_MAX)
         return false;
     struct atoll_volume *volume = open_volume(store, image->id);
     volume->id = image->id;
     volume->generation = image->generation;
     volume->state = image->state;
     volume->flags = image->flags;
-    volume->threshold = image->threshold;
+    volume->threshold = image->threshold != 0 ? image->threshold : ATOLL_THRESHOLD_DEFAULT;
+    volume->tier_threshold = image->tier_threshold != 0 ? image->tier_threshold : ATOLL_TIER_THRESHOLD_DEFAULT;
     volume->name_bytes = image->name_bytes;
     volume->size_bytes = image->size_bytes;
     volume->created_s = image->created_s;
@@ -133,13 +136,25 @@ static int check_size(uint64_t size_bytes, char *reason)
     return ATOLL_OK;
 }
 
-int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags, char *reason)
+static int check_thresholds(uint32_t threshold, uint32_t tier_threshold, char *reason)
+{
+    if (threshold > ATOLL_THRESHOLD_MAX)
+        return refuse(reason, ATOLL_EINVAL, "a run threshold is 1 to 64 blocks");
+    if (tier_threshold > ATOLL_TIER_THRESHOLD_MAX)
+        return refuse(reason, ATOLL_EINVAL, "a tier threshold is 1 to 1,000,000 references");
+    return ATOLL_OK;
+}
+
+int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_bytes, uint64_t size_bytes, uint32_t flags,
+                        uint32_t threshold, uint32_t tier_threshold, char *reason)
 {
     struct store *store = dedup->store;
     uint32_t number = ATOLL_VOLUME_COUNT;
     int status = check(store, reason);
     if (status == ATOLL_OK)
         status = check_size(size_bytes, reason);
+    if (status == ATOLL_OK)
+        status = check_thresholds(threshold, tier_threshold, reason);
     if (status != ATOLL_OK)
         return status;
     if (name_bytes == 0 || name_bytes > ATOLL_VOLUME_NAME_BYTES)
@@ -161,7 +176,8 @@ int store_volume_create(struct dedup *dedup, const char *name, uint32_t name_byt
     volume->generation++;
     volume->state = ATOLL_VOLUME_READY;
     volume->flags = flags;
-    volume->threshold = 0;
+    volume->threshold = threshold != 0 ? threshold : ATOLL_THRESHOLD_DEFAULT;
+    volume->tier_threshold = tier_threshold != 0 ? tier_threshold : ATOLL_TIER_THRESHOLD_DEFAULT;
     volume->size_bytes = size_bytes;
     volume->created_s = (uint64_t)time(0);
     volume->name_bytes = name_bytes;
@@ -175,6 +191,25 @@ static int find_ready(struct store *store, uint32_t number, char *reason)
 {
     if (number >= ATOLL_VOLUME_COUNT || volume_of(store, number)->state != ATOLL_VOLUME_READY)
         return refuse(reason, ATOLL_ENOENT, "there is no such volume");
+    return ATOLL_OK;
+}
+
+int store_volume_set(struct dedup *dedup, uint32_t number, uint32_t threshold, uint32_t tier_threshold, char *reason)
+{
+    struct store *store = dedup->store;
+    int status = check(store, reason);
+    if (status == ATOLL_OK)
+        status = find_ready(store, number, reason);
+    if (status == ATOLL_OK)
+        status = check_thresholds(threshold, tier_threshold, reason);
+    if (status != ATOLL_OK)
+        return status;
+    struct atoll_volume *volume = open_volume(store, number);
+    if (threshold != 0)
+        volume->threshold = threshold;
+    if (tier_threshold != 0)
+        volume->tier_threshold = tier_threshold;
+    log_volume(store, number);
     return ATOLL_OK;
 }
 

@@ -591,7 +591,7 @@ static void mode_full(uint64_t seed)
     settle();
     store_space(&dedup, &space);
     CHECK(space.stored_blocks == 0 && space.references == 0);
-    CHECK(store_volume_create(&dedup, "again", 5, 4096, 0, reason) == ATOLL_OK);
+    CHECK(store_volume_create(&dedup, "again", 5, 4096, 0, 0, 0, reason) == ATOLL_OK);
     CHECK(rig->public.volumes[0].generation == generation + 1);
     commit();
     drop_rig();

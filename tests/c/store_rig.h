@@ -602,8 +602,8 @@ static void make_volumes(void)
     char name[] = "volume 0", reason[256];
     for (uint32_t volume = 0; volume < VOLUMES; volume++) {
         name[7] = (char)('0' + volume);
-        CHECK(store_volume_create(&dedup, name, 8, (uint64_t)1 << 59, 0, reason) == ATOLL_OK);
-        CHECK(store_volume_create(&dedup, name, 8, 4096, 0, reason) == ATOLL_EINVAL);
+        CHECK(store_volume_create(&dedup, name, 8, (uint64_t)1 << 59, 0, 0, 0, reason) == ATOLL_OK);
+        CHECK(store_volume_create(&dedup, name, 8, 4096, 0, 0, 0, reason) == ATOLL_EINVAL);
     }
     ask_sync();
     commit();
