@@ -78,11 +78,49 @@ int store_volume_resize(struct dedup *dedup, uint32_t volume, uint64_t size_byte
  * is being deleted as usual, with store_place, store_share or store_unmap. No new ones: store_map_log refuses. */
 int store_volume_delete(struct dedup *dedup, uint32_t volume, char *reason);
 
+/* --- Paging -------------------------------------------------------------------------------------------------------
+ * Map, reference counts and fingerprints lie on the device; a cache of bounded size holds what is in use. Whoever is
+ * about to look at or change something asks for it first, in the same step:
+ *
+ *   STORE_HAVE   it is in memory, until the end of the step
+ *   STORE_WAIT   it is being read, or a page or a checkpoint must come first. The request is executed again from its beginning
+ *                (OUTCOME_RETRY); whenever waiting may have an end, store_step returns true, which sets dp->retry
+ *   STORE_LOST   it cannot be had: store_want_status() says why (ATOLL_ECORRUPT: both copies of the page are bad,
+ *                store_want_page() names it; ATOLL_ENOSPC: no place for one more page of metadata). Nothing was changed
+ *
+ * Many at once need not fit: who asks for more than some hundred blocks at once goes block by block, and what was done stays done
+ * (destage: record by record; TRIM: `progress`). In a step, what was asked for stays; so ask for all that one change needs,
+ * then make the change. A change (store_place, store_share, store_unmap, store_promise_zero) needs, in the same step:
+ *   store_want_map of its lba with `change`, store_want_blocks of `pba` and of the PBA in `base`, and store_has_room. */
+enum store_want { STORE_HAVE = 0, STORE_WAIT = 1, STORE_LOST = 2 };
+/* The leaves of [lba, lba + count). With `change` leaves that do not exist are made, and STORE_WAIT also means that too much
+ * has been changed since the last checkpoint. */
+enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, bool change);
+/* Counts and fingerprints of these places (any order; those that are no data blocks are skipped). */
+enum store_want store_want_blocks(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+/* Fingerprints only: what reading them needs (cache_load). */
+enum store_want store_want_prints(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+/* What store_candidates looks at for this fingerprint. Those whose pages are not in memory store_candidates leaves out, so
+ * nobody has to wait; matching is worth one. */
+enum store_want store_want_candidates(struct dedup *dedup, struct fingerprint print);
+/* What store_allocate needs. STORE_WAIT: the page of counts of the next free places is being read. */
+enum store_want store_want_space(struct dedup *dedup);
+uint32_t store_want_status(struct dedup *dedup);
+uint64_t store_want_page(struct dedup *dedup);
+/* True if what was asked for last waits for want of a page to put it in, not for the device: then nobody younger may begin. */
+bool store_starved(struct dedup *dedup);
+/* Who asks now is the oldest that waits (of the requests, or destage's oldest run): it may take the pages that others wait for. */
+void store_urgent(struct dedup *dedup, bool urgent);
+/* True while so many pages are held by logged entries that destage should not wait for its time. */
+bool store_pressed(struct dedup *dedup);
+
 /* --- Map ---------------------------------------------------------------------------------------------------------- */
 uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
 /* The 512 entries of leaf lba / 512, or NULL if no entry of it was ever set (all holes). Read only; valid until the end of the step. */
 const uint64_t *store_map_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf);
-/* First leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. */
+/* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. */
+enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end, uint64_t *next);
+/* The same of what is in memory; for callers that run between others' steps. */
 uint64_t store_map_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end);
 /* Points an entry at a write-log record (or, for a superseded record, at a newer one). Creates the leaf.
  * ATOLL_ENOSPC when no leaf can be had. Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */

@@ -3,6 +3,7 @@
  *
  *   store.c             memory plan, attach, format, close, the step
  *   store_map.c         leaves in frames, hash, persistent changes of entries
+ *   store_page.c        what a step needs is in memory, or asked for
  *   store_space.c       reference words, groups, allocation, reservations, fingerprint cache
  *   store_log.c         metadata log's buffer, sync
  *   store_rewrite.c     after a failed flush: what it was for is written again
