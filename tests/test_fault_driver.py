@@ -12,7 +12,7 @@ import pytest
 from diskkit import BLOCK, DISCARD, EIO, ENOSPC, OK, READ, SYNC, WRITE, Stage, open_device
 
 from atoll.drivers import fault
-from atoll.drivers.fault.record import apply, power_loss, read_record
+from atoll.drivers.fault.record import RecordError, apply, power_loss, read_accesses, read_record
 from atoll.ipc import uring
 from atoll.ipc._ipc import lib
 
@@ -204,6 +204,22 @@ def test_record_and_power_loss(tmp_path):
         image = image_of(power_loss(events, cut, choose.randrange(1 << 30), kept=choose.choice([0.0, 0.5])))
         for block, data in durable.items():
             assert image[block * BLOCK : (block + 1) * BLOCK] == data, f"block {block} was flushed"
+
+
+def test_a_record_of_accesses_tells_where_reads_and_writes_go(tmp_path):
+    record = tmp_path / "record"
+    with stage_with(tmp_path, record=str(record), record_accesses=True) as stage:
+        assert stage.write(7 * BLOCK, bytes(BLOCK))[0] == OK
+        between = stage.call("fault-status")["record_bytes"]
+        assert stage.read(3 * BLOCK, 2 * BLOCK)[0] == OK
+        assert stage.complete(stage.submit(SYNC)) == (OK, 0)
+        end = stage.call("fault-status")["record_bytes"]
+    found = [(row["opcode"], row["offset_bytes"], row["length_bytes"]) for row in read_accesses(record, 0, end)]
+    assert found == [(WRITE, 7 * BLOCK, BLOCK), (READ, 3 * BLOCK, 2 * BLOCK)]
+    assert len(read_accesses(record, between, end)) == 1
+    record.write_bytes(record.read_bytes()[:-40] + bytes(40))
+    with pytest.raises(RecordError, match="no access at byte 40"):
+        read_accesses(record)
 
 
 def image_of(sectors):

@@ -5,6 +5,7 @@ Configuration `testing.fault`, all optional:
 
     seed = 7
     record = "/path/of/a/file"          what reaches the device, in order (read it with record.py)
+    record_accesses = true              only where reads and writes go, not what is written
     [[testing.fault.rules]]             the first that applies to a request decides
     action = "error"                    error, delay, hang, tear, forget, crash (the driver aborts)
     kinds = ["read", "write"]           of read, write, sync, discard; default all
@@ -75,7 +76,7 @@ def main(context: Any) -> None:
     )
     if not disk:
         real.fail(context, ffi.string(error).decode(errors="replace"))
-    fault = lib.fault_attach(context.domain, disk, record_fd, error)
+    fault = lib.fault_attach(context.domain, disk, record_fd, bool(wanted.get("record_accesses", False)), error)
     if not fault:
         real.fail(context, ffi.string(error).decode(errors="replace"))
     if lib.fault_is_fresh(fault):

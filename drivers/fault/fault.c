@@ -22,6 +22,7 @@ struct fault {
     struct fault_table *table; /* own arena */
     struct disk_hook hook;
     int record_fd;
+    bool accesses;            /* record only where reads and writes go */
 };
 
 _Static_assert(sizeof(struct fault_rule) % 8 == 0 && sizeof(struct fault_record) == 40, "layout");
@@ -168,10 +169,14 @@ static void starting(void *context, struct disk *disk, struct disk_slot *slot)
                                 .offset_bytes = slot->offset_bytes + slot->done_bytes,
                                 .opcode = slot->opcode};
     uint32_t count = 1;
+    bool moves = slot->opcode == ATOLL_OP_IO_READ || slot->opcode == ATOLL_OP_IO_WRITE;
     (void)disk;
-    if (fault->record_fd < 0 || slot->opcode == ATOLL_OP_IO_READ)
+    if (fault->record_fd < 0 || (fault->accesses ? !moves : slot->opcode == ATOLL_OP_IO_READ))
         return;
-    if (slot->opcode == ATOLL_OP_IO_WRITE) {
+    if (fault->accesses) {
+        head.kind = FAULT_RECORD_ACCESS;
+        head.length_bytes = slot->length_bytes - slot->done_bytes;
+    } else if (slot->opcode == ATOLL_OP_IO_WRITE) {
         head.kind = FAULT_RECORD_WRITE;
         for (uint32_t index = slot->iovec_first; index < slot->iovec_count; index++) {
             pieces[count++] = slot->iovecs[index];
@@ -198,7 +203,7 @@ static void finished(void *context, struct disk *disk, struct disk_slot *slot, u
                                 .opcode = slot->opcode};
     struct iovec piece = {.iov_base = &head, .iov_len = sizeof head};
     (void)disk;
-    if (fault->record_fd >= 0 && slot->opcode != ATOLL_OP_IO_READ)
+    if (fault->record_fd >= 0 && !fault->accesses && slot->opcode != ATOLL_OP_IO_READ)
         record(fault, &piece, 1);
 }
 
@@ -206,7 +211,7 @@ uint64_t fault_record_bytes(struct fault *fault) { return fault->table->record_b
 
 /* --- Attaching --------------------------------------------------------------------------------------------------- */
 
-struct fault *fault_attach(struct atoll_domain *domain, struct disk *disk, int record_fd, char *error)
+struct fault *fault_attach(struct atoll_domain *domain, struct disk *disk, int record_fd, bool accesses, char *error)
 {
     struct fault *fault = calloc(1, sizeof *fault);
     if (fault == 0 || domain->self->role_bytes < fault_role_bytes()) {
@@ -219,6 +224,7 @@ struct fault *fault_attach(struct atoll_domain *domain, struct disk *disk, int r
     fault->disk = disk;
     fault->table = (void *)(disk->table + 1);
     fault->record_fd = record_fd;
+    fault->accesses = accesses;
     fault->hook = (struct disk_hook){.context = fault, .taken = taken, .starting = starting, .finished = finished};
     disk->hook = &fault->hook;
     return fault;

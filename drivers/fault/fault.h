@@ -11,6 +11,8 @@
  *
  *   40 bytes struct fault_record, little-endian; after FAULT_RECORD_WRITE `length_bytes` of data
  *
+ * If only accesses are recorded, FAULT_RECORD_ACCESS alone, for reads and writes, without data.
+ *
  * After a crash: rules, their counts, the random numbers' state and the end of the record are part of the driver's
  * transactions. A record beyond that end is written again. An I/O that is done again is recorded again.
  */
@@ -54,7 +56,8 @@ enum fault_record_kind {
     FAULT_RECORD_WRITE = 1,    /* a write is about to start; its data follows */
     FAULT_RECORD_SYNC = 2,     /* a flush is about to start */
     FAULT_RECORD_DISCARD = 3,
-    FAULT_RECORD_DONE = 4      /* the request is answered with `status` */
+    FAULT_RECORD_DONE = 4,     /* the request is answered with `status` */
+    FAULT_RECORD_ACCESS = 5    /* a read or a write (`opcode`) is about to start */
 };
 
 struct fault_record {
@@ -70,7 +73,7 @@ struct fault_record {
 struct fault;
 uint64_t fault_role_bytes(void);
 /* `record_fd`: -1, or a file that stays the caller's. NULL with the reason in `error` (256 bytes). */
-struct fault *fault_attach(struct atoll_domain *domain, struct disk *disk, int record_fd, char *error);
+struct fault *fault_attach(struct atoll_domain *domain, struct disk *disk, int record_fd, bool accesses, char *error);
 void fault_detach(struct fault *fault);
 /* True once, in the role's first incarnation: rules of the configuration are still to be set. */
 bool fault_is_fresh(struct fault *fault);

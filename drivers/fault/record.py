@@ -1,6 +1,7 @@
 """Reads what the fault-injecting driver recorded, and makes the devices that a power loss could have left.
 
 - `read_record(path, end=None)`       the events, in the order of their start
+- `read_accesses(path, begin, end)`   where reads and writes went, of a record of accesses, as an array
 - `power_loss(events, cut, seed)`     the sectors a device may hold if power fails after `events[:cut]`
 - `apply(image, sectors)`             puts them onto an image of the device as it was when the record began
 
@@ -15,7 +16,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from atoll.drivers.fault._fault import ffi, lib
 
@@ -28,6 +32,12 @@ KINDS = {
     lib.FAULT_RECORD_DISCARD: "discard",
     lib.FAULT_RECORD_DONE: "done",
 }
+# One access: FAULT_RECORD_ACCESS of fault.h.
+ACCESS = np.dtype(
+    [("magic", "<u4"), ("kind", "<u4"), ("identity", "<u8"), ("offset_bytes", "<u8"), ("length_bytes", "<u8")]
+    + [("status", "<u4"), ("opcode", "<u4")]
+)
+assert ACCESS.itemsize == HEADER.size
 
 
 class RecordError(ValueError):
@@ -62,6 +72,17 @@ def read_record(path: Path, end: int | None = None) -> list[Event]:
             break
         events.append(Event(KINDS[kind], identity, offset, length, status, data))
     return events
+
+
+def read_accesses(path: Path, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+    """An array of ACCESS in the order in which they started, from byte `begin` to `end` of the record ("fault-status":
+    record_bytes); `opcode` is ATOLL_OP_IO_READ or _WRITE."""
+    size = (path.stat().st_size if end is None else end) - begin
+    accesses = np.fromfile(path, ACCESS, count=size // ACCESS.itemsize, offset=begin)
+    bad = np.flatnonzero((accesses["magic"] != lib.FAULT_RECORD_MAGIC) | (accesses["kind"] != lib.FAULT_RECORD_ACCESS))
+    if len(bad):
+        raise RecordError(f"{path}: no access at byte {int(bad[0]) * ACCESS.itemsize}")
+    return accesses
 
 
 def power_loss(events: Sequence[Event], cut: int, seed: int, kept: float = 0.5) -> dict[int, bytes]:

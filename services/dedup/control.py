@@ -8,6 +8,8 @@
     volume-delete   name, force                 refused while a connection uses it, unless forced
     flush                                       all that is logged goes to stable storage
     check                                       recounts everything: {"inconsistencies": [...], "count": n}
+    map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian}, each as
+                                                enum map_kind of store.h says; at most MAP_BLOCKS at a time
     stop                                        destages all, closes the store
 
 A volume call is answered when its change is on stable storage.
@@ -27,6 +29,7 @@ from atoll.services.dedup._dedup import ffi, lib
 
 BLOCK_BYTES = 4096
 TEXT_BYTES = 65536
+MAP_BLOCKS = 8192  # 64 KiB, a quarter of what an answer may have
 STATES = {0: "free", 1: "ready", 2: "deleting"}  # enum atoll_volume_state
 FLUSH_S = 30.0
 STOP_S = 120.0
@@ -46,6 +49,7 @@ class Control:
             "volume-delete": self.volume_delete,
             "flush": self.flush,
             "check": self.check,
+            "map": self.map,
             "stop": self.stop,
         }
 
@@ -101,6 +105,17 @@ class Control:
         count = int(lib.dedup_check(self._state, text, TEXT_BYTES))
         lines = ffi.string(text).decode(errors="replace").splitlines()
         return {"inconsistencies": lines, "count": count}
+
+    def map(self, call: dict[str, Any]) -> dict[str, Any]:
+        volume, first, count = self._find(_text(call, "name")), call.get("first"), _number(call, "count")
+        blocks = int(lib.dedup_volume(self._state, volume).size_bytes) // BLOCK_BYTES
+        if not isinstance(first, int) or isinstance(first, bool) or not 0 <= first < blocks:
+            raise CallError(f"first is {first!r}: no block of the volume, which has {blocks}")
+        if count > min(MAP_BLOCKS, blocks - first):
+            raise CallError(f"count is {count}: at most {min(MAP_BLOCKS, blocks - first)} blocks can be asked for here")
+        values = ffi.new("uint64_t[]", count)
+        lib.dedup_map(self._state, volume, first, count, values)
+        return {"values": bytes(ffi.buffer(values))}
 
     def _volumes(self) -> list[dict[str, Any]]:
         found = []

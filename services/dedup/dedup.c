@@ -364,4 +364,9 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
         figures->active_runs += dp->arena->runs[run].state != RUN_FREE;
 }
 
+void dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values)
+{
+    map_values(dedup->datapath, volume, first, count, values);
+}
+
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }

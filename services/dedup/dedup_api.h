@@ -68,6 +68,8 @@ uint64_t dedup_last_call(struct dedup *dedup);
 const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume);
 /* Connections that use the volume, by nbd's public table. */
 uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
+/* Map values (store.h) of the blocks [first, first + count) of a volume that exists, as they are now (between steps). */
+void dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values);
 /* Recounts and compares everything (between steps); lines of text, number of inconsistencies. */
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
 /* cffi:end */
