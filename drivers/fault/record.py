@@ -34,8 +34,10 @@ KINDS = {
 }
 # One access: FAULT_RECORD_ACCESS of fault.h.
 ACCESS = np.dtype(
-    [("magic", "<u4"), ("kind", "<u4"), ("identity", "<u8"), ("offset_bytes", "<u8"), ("length_bytes", "<u8")]
-    + [("status", "<u4"), ("opcode", "<u4")]
+    {
+        "names": ["magic", "kind", "identity", "offset_bytes", "length_bytes", "status", "opcode"],
+        "formats": ["<u4", "<u4", "<u8", "<u8", "<u8", "<u4", "<u4"],
+    }
 )
 assert ACCESS.itemsize == HEADER.size
 

@@ -8,8 +8,8 @@
     volume-delete   name, force                 refused while a connection uses it, unless forced
     flush                                       all that is logged goes to stable storage
     check                                       recounts everything: {"inconsistencies": [...], "count": n}
-    map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian}, each as
-                                                enum map_kind of store.h says; at most MAP_BLOCKS at a time
+    map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian},
+                                                see enum map_kind in store.h; at most MAP_BLOCKS at a time
     stop                                        destages all, closes the store
 
 A volume call is answered when its change is on stable storage.
