@@ -31,6 +31,7 @@ BLOCK_BYTES = 4096
 TEXT_BYTES = 65536
 MAP_BLOCKS = 8192  # 64 KiB, a quarter of what an answer may have
 STATES = {0: "free", 1: "ready", 2: "deleting"}  # enum atoll_volume_state
+MAP_S = 5.0
 FLUSH_S = 30.0
 STOP_S = 120.0
 
@@ -114,7 +115,15 @@ class Control:
         if count > min(MAP_BLOCKS, blocks - first):
             raise CallError(f"count is {count}: at most {min(MAP_BLOCKS, blocks - first)} blocks can be asked for here")
         values = ffi.new("uint64_t[]", count)
-        lib.dedup_map(self._state, volume, first, count, values)
+        deadline_ns = time.monotonic_ns() + int(MAP_S * 1e9)
+        reached = lib.dedup_map(self._state, volume, first, count, values, deadline_ns)
+        if reached != lib.DEDUP_REASON_REACHED:
+            why = (
+                "in time"
+                if reached == lib.DEDUP_REASON_TIMEOUT
+                else "from the device: its page is damaged in both copies"
+            )
+            raise CallError(f"the map of {count} blocks from {first} on cannot be read {why}")
         return {"values": bytes(ffi.buffer(values))}
 
     def _volumes(self) -> list[dict[str, Any]]:

@@ -183,7 +183,28 @@ bool dedup_turn(struct dedup *dedup)
 struct goal {
     uint32_t kind, phase;
     uint64_t ticket, failures;
+    uint32_t volume;          /* of DEDUP_GOAL_MAP: [lba, end) is still to be looked up */
+    uint64_t lba, end;
+    uint64_t *values;
 };
+
+/* Leaf by leaf: not all need fit into memory at once. */
+static int look_at_map(struct dedup *dedup, struct goal *goal)
+{
+    while (goal->lba < goal->end) {
+        uint64_t last = (goal->lba | 511) + 1;
+        uint32_t count = (uint32_t)((last < goal->end ? last : goal->end) - goal->lba);
+        enum store_want want = store_want_map(dedup, goal->volume, goal->lba, count, false);
+        if (want == STORE_HAVE)
+            map_values(dedup->datapath, goal->volume, goal->lba, count, goal->values);
+        atoll_domain_commit(dedup->domain);
+        if (want != STORE_HAVE)
+            return want == STORE_LOST ? DEDUP_REASON_LOST : 0;
+        goal->lba += count;
+        goal->values += count;
+    }
+    return DEDUP_REASON_REACHED;
+}
 
 static int look_at_goal(struct dedup *dedup, struct goal *goal)
 {
@@ -195,6 +216,8 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
         enum store_state state = store_state(dedup);
         return state == STORE_NEW || state == STORE_LOADING ? 0 : DEDUP_REASON_REACHED;
     }
+    if (goal->kind == DEDUP_GOAL_MAP)
+        return look_at_map(dedup, goal);
     if (goal->phase == 0) {
         dp->drain = goal->kind != DEDUP_GOAL_SYNC;
         if (dp->drain && destage_pending_order(dp) != UINT64_MAX)
@@ -221,9 +244,9 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
     return store_closed(dedup) ? DEDUP_REASON_REACHED : 0;
 }
 
-int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
+static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
 {
-    struct goal goal = {.kind = (uint32_t)kind};
+    uint32_t kind = goal->kind;
     bool serve = kind != DEDUP_GOAL_LOAD;
     /* Control messages wait while a control call is being answered; requests wait while the store is being loaded. */
     uint32_t ignored = kind == DEDUP_GOAL_SERVE ? 0 : 1u << ATOLL_ROLE_KERNEL;
@@ -231,7 +254,7 @@ int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
         ignored |= 1u << ATOLL_ROLE_NBD | 1u << ATOLL_ROLE_NIC;
     for (;;) {
         uint64_t wake_ms = 0, now = 0;
-        int reason = look_at_goal(dedup, &goal);
+        int reason = look_at_goal(dedup, goal);
         if (reason != 0) {
             dedup->datapath->drain = false;
             return reason;
@@ -240,7 +263,7 @@ int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
             continue;
         if (kind != DEDUP_GOAL_SERVE && (wake_ms == 0 || wake_ms > 100))
             wake_ms = 100; /* messages are ignored: show that this is no hang */
-        if (kind != DEDUP_GOAL_SERVE && (reason = look_at_goal(dedup, &goal)) != 0) {
+        if (kind != DEDUP_GOAL_SERVE && (reason = look_at_goal(dedup, goal)) != 0) {
             dedup->datapath->drain = false;
             return reason;
         }
@@ -253,6 +276,12 @@ int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
         }
         atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
     }
+}
+
+int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)
+{
+    struct goal goal = {.kind = (uint32_t)kind};
+    return run(dedup, &goal, deadline_ns);
 }
 
 /* --- Volumes and figures --------------------------------------------------------------------------------------------------- */
@@ -364,9 +393,10 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
         figures->active_runs += dp->arena->runs[run].state != RUN_FREE;
 }
 
-void dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values)
+int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns)
 {
-    map_values(dedup->datapath, volume, first, count, values);
+    struct goal goal = {.kind = DEDUP_GOAL_MAP, .volume = volume, .lba = first, .end = first + count, .values = values};
+    return run(dedup, &goal, deadline_ns);
 }
 
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }

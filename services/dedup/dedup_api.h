@@ -25,12 +25,14 @@ enum dedup_goal {
     DEDUP_GOAL_LOAD = 1,    /* until the store is loaded, blank or refused; serves nobody */
     DEDUP_GOAL_DRAIN = 2,   /* until all that is logged now and before is on stable storage */
     DEDUP_GOAL_CLOSE = 3,   /* and the store is closed cleanly */
-    DEDUP_GOAL_SYNC = 4     /* until all persistent changes made before are on stable storage */
+    DEDUP_GOAL_SYNC = 4,    /* until all persistent changes made before are on stable storage */
+    DEDUP_GOAL_MAP = 5      /* of dedup_map only */
 };
 enum dedup_reason {
     DEDUP_REASON_REACHED = 16,
     DEDUP_REASON_TIMEOUT = 17,
-    DEDUP_REASON_UNFLUSHED = 18  /* an acknowledged write cannot be placed */
+    DEDUP_REASON_UNFLUSHED = 18, /* an acknowledged write cannot be placed */
+    DEDUP_REASON_LOST = 19       /* a page of metadata cannot be read */
 };
 
 struct dedup_figures {
@@ -68,8 +70,9 @@ uint64_t dedup_last_call(struct dedup *dedup);
 const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume);
 /* Connections that use the volume, by nbd's public table. */
 uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
-/* Map values (store.h) of the blocks [first, first + count) of a volume that exists, as they are now (between steps). */
-void dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values);
+/* Map values (store.h) of the blocks [first, first + count) of a volume that exists, each as at some moment of the call. Serves
+ * meanwhile, as dedup_run does. Returns enum dedup_reason. */
+int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns);
 /* Recounts and compares everything (between steps); lines of text, number of inconsistencies. */
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
 /* cffi:end */
