@@ -16,7 +16,7 @@ NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name
 # The Python side is installed without the extensions, which are then built in place, and again when C changes.
 INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
 
-.PHONY: setup native run test test-setup lint sanitize clean help
+.PHONY: setup native run test test-setup bench bench-setup lint sanitize clean help
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native
@@ -30,6 +30,11 @@ test: test-setup
 	$(VENV)/bin/pytest $(ARGS)
 
 test-setup: setup $(STAMPS)/system-test $(STAMPS)/dev
+
+bench: bench-setup
+	$(VENV)/bin/python -m atoll.bench.compare $(ARGS)
+
+bench-setup: setup $(STAMPS)/system-bench
 
 lint: setup $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
@@ -47,6 +52,7 @@ help:
 	@echo 'make setup     prepares .venv; the command is then .venv/bin/atoll'
 	@echo 'make run       setup, then starts a server           ARGS="--sparse ..."'
 	@echo 'make test      setup, what the tests need, all tests  ARGS="-k ring -x"'
+	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make native    builds the C extensions that are stale'
@@ -59,6 +65,10 @@ $(STAMPS)/system-build: .ci/system-packages
 
 $(STAMPS)/system-test: .ci/system-packages
 	.ci/system-packages test
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/system-bench: .ci/system-packages
+	.ci/system-packages bench
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/venv: $(STAMPS)/system-build

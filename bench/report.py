@@ -1,0 +1,83 @@
+"""What `make bench` found: tables for people, pictures for docs/performance.md."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+UNITS = {"rate": "requests/s", "p99": "µs", "cpu": "µs"}
+
+
+def progress(work: Any, setting: str, side: str, sample: Any) -> None:
+    """One line a run, as it ends."""
+    who = "atoll" if side == "atoll" else work.peer.name
+    print(
+        f"{work.name:<16}{setting:<14}{who:<10}{sample.rate:>12,.0f}/s   p50 {sample.p50_ns / 1e3:>9,.1f} µs   "
+        f"p99 {sample.p99_ns / 1e3:>9,.1f} µs   server {sample.cpu_us:>7.2f} µs/request   "
+        f"client {sample.client_cpu_s / sample.seconds:>5.0%} of a processor",
+        file=sys.stderr,
+    )
+
+
+def figure(value: dict[str, float], kind: str) -> str:
+    form = "{:,.0f}" if kind == "rate" else "{:,.1f}" if kind == "p99" else "{:.2f}"
+    return f"{form.format(value['median'])} ({form.format(value['lowest'])}–{form.format(value['highest'])})"
+
+
+def show(document: dict[str, Any]) -> None:
+    table = Table(title=f"Atoll beside others: medians of {document['rounds']} interleaved rounds (least–most)")
+    for name in ("work", "setting", "against"):
+        table.add_column(name)
+    for name in ("Atoll", "peer", "ratio", "goal", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for goal in document["goals"]:
+        sign = "≥" if goal["figure"] == "rate" else "≤"
+        table.add_row(
+            f"{goal['title']}, {UNITS[goal['figure']]}",
+            goal["setting"],
+            goal["peer"],
+            figure(goal["atoll"], goal["figure"]),
+            figure(goal["peer_figure"], goal["figure"]),
+            f"{goal['ratio']:.2f} ×",
+            f"{sign} {goal['goal']:g} ×",
+            "[green]met[/]" if goal["met"] else "[red]short[/]",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for side, by_client in document.get("cross_check", {}).items():
+        both = ", ".join(f"{client} {figure(value, 'rate')}" for client, value in by_client.items())
+        console.print(f"same work, two clients, on {side}: {both} requests/s")
+    machine = document["machine"]
+    console.print(
+        f"{document['when']}: {machine['processors']} × {machine['processor']}, {machine['memory_gib']:g} GiB, "
+        f"Linux {machine['kernel']}, {machine['fio']}; " + "; ".join(document["versions"].values())
+    )
+
+
+def draw(document: dict[str, Any], folder: Path) -> None:
+    """`compare.png`: every ratio beside its goal, as times in Atoll's favour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    goals = document["goals"][::-1]
+    if not goals:
+        return
+    shown = [goal["ratio"] if goal["figure"] == "rate" else 1 / goal["ratio"] for goal in goals]
+    wanted = [goal["goal"] if goal["figure"] == "rate" else 1 / goal["goal"] for goal in goals]
+    names = [f"{goal['title']} [{goal['setting']}, {goal['peer']}]" for goal in goals]
+    image, axes = pyplot.subplots(figsize=(12, 1 + 0.25 * len(goals)), layout="constrained")
+    axes.barh(names, shown, color=["tab:green" if goal["met"] else "tab:red" for goal in goals])
+    axes.plot(wanted, names, "k|", markersize=9, label="goal")
+    axes.axvline(1, color="gray", linewidth=0.5)
+    axes.set(xscale="log", xlabel="times better than the peer (p99 and CPU: peer's / Atoll's)")
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(loc="lower right")
+    image.savefig(folder / "compare.png", dpi=90)
+    pyplot.close(image)
