@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from atoll.ipc._ipc import ffi, lib
@@ -47,6 +48,8 @@ def main(context: Any) -> None:
         context.fail(f"stand-in {context.role} was told to fail")
     if fault.get("raise") == context.role:
         raise RuntimeError("stand-in was told to raise")
+    while "hold" in fault and not Path(fault["hold"]).exists():
+        time.sleep(0.005)  # the test says when the service may come up
     state = State(context)
     if context.fresh:
         assert state.get(MADE) == 0, "a fresh arena is all zeros"

@@ -1,5 +1,6 @@
 """init with stand-in domains: start, stop, start after a death, and all that keeps a service from starting."""
 
+import contextlib
 import json
 import os
 import signal
@@ -220,6 +221,17 @@ def test_bad_data_directories(service: Service, tmp_path: Path) -> None:
     assert status == 2 and "not writable" in last_line(said)
 
 
+def put_in_the_way(obstacle: Path) -> None:
+    """A directory of that name, which init, while it writes its record, uses for a moment as a file."""
+
+    def made() -> bool:
+        with contextlib.suppress(FileExistsError):
+            obstacle.mkdir()
+        return obstacle.is_dir()
+
+    wait_for(f"{obstacle.name} is a directory", made)
+
+
 def test_a_record_that_cannot_be_written(service: Service) -> None:
     """As on a full file system, which a sparse device can bring about while the service runs."""
     obstacle = service.data / "instance.json.new"
@@ -228,7 +240,7 @@ def test_a_record_that_cannot_be_written(service: Service) -> None:
     assert status == 1 and "Is a directory" in last_line(said) and "Traceback" not in said
     obstacle.rmdir()
     service.start()
-    obstacle.mkdir()
+    put_in_the_way(obstacle)
     assert service.stop() == 0
     assert "instance.json cannot be written" in service.log_text() and "Traceback" not in service.log_text()
     obstacle.rmdir()
@@ -236,6 +248,33 @@ def test_a_record_that_cannot_be_written(service: Service) -> None:
     assert "taken over" in service.log_text()
     assert service.stop() == 0
     assert [objects.list_objects(instance) for instance in service.instances] == [[]]
+
+
+def test_a_record_that_cannot_be_written_when_all_serve(tmp_path: Path) -> None:
+    """Nobody ends for it, and what the record does not say is seen in the arenas."""
+    go = tmp_path / "go"
+    service = Service(tmp_path, hold=str(go))
+    try:
+        service.start(wait=False)
+        wait_for("the first record is there", lambda: (service.data / "instance.json").exists())
+        obstacle = service.data / "instance.json.new"
+        put_in_the_way(obstacle)
+        go.touch()
+        wait_for("all serve", service.serves)
+        wait_for("init has tried", lambda: "instance.json cannot be written" in service.log_text())
+        assert json.loads((service.data / "instance.json").read_text())["served"] is False
+        assert "Traceback" not in service.log_text()
+        rows = service.rows()
+        assert all(row["restarts"] == 0 for row in rows.values()), rows
+        service.ping(100)
+        service.round_trip()
+        service.die()
+        obstacle.rmdir()
+        service.start()
+        assert "taken over" in service.log_text() and service.ask("nic", "report")["adopted"] is True
+        assert service.stop() == 0
+    finally:
+        assert service.end() == []
 
 
 def test_bad_devices(service: Service, tmp_path: Path) -> None:
