@@ -119,7 +119,4 @@ def choose(
                 bag = [(target,)]
             chance.shuffle(bag)
         roles = bag.pop()
-        number = chance.choice(list(signals))
-        if "kernel" in roles and number == signal.SIGSTOP:
-            number = signal.SIGKILL  # nobody misses a stopped kernel: init sees its death only
-        yield roles, number
+        yield roles, chance.choice(list(signals))

@@ -66,11 +66,15 @@ def test_crashes_by_themselves(module_server, transport):
 
 
 def test_hangs(module_server):
-    """A stopped domain is noticed because work waits for it, killed and replaced."""
-    result = run_chaos(module_server, "--signal", "STOP", "--interval", "2.5", "--connections", "3", seconds=9)
+    """A stopped domain is noticed because work waits for it, a stopped kernel because its loop does not turn."""
+    hangs = ["--signal", "STOP", "--interval", "2.5", "--connections", "3", "--seed", "3"]
+    result = run_chaos(module_server, *hangs, seconds=9)
     assert_nothing_happened(module_server, result)
+    assert {event["signal"] for event in result["events"]} == {"STOP"}
+    assert all(event["serving_ms"] is not None for event in result["events"])
     domains = [event for event in result["events"] if event["role"] != "kernel"]
     assert domains and all(event["silence_ms"] < 5000 for event in domains)
+    assert len(domains) < len(result["events"])
 
 
 def test_all_at_once_but_init(module_server):
