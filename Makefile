@@ -16,7 +16,7 @@ NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name
 # The Python side is installed without the extensions, which are then built in place, and again when C changes.
 INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
 
-.PHONY: setup native run test test-setup bench bench-setup lint sanitize clean help
+.PHONY: setup native run test test-setup bench bench-setup lint sanitize powerloss clean help
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native
@@ -43,6 +43,12 @@ lint: setup $(STAMPS)/dev
 sanitize: setup
 	.ci/c-tests
 
+# Many devices that power loss could leave, of a load of its own each time; a share of it is in `make test`.
+powerloss: test-setup
+	ATOLL_POWERLOSS_STATES=$${ATOLL_POWERLOSS_STATES:-40000} ATOLL_POWERLOSS_SERVERS=$${ATOLL_POWERLOSS_SERVERS:-48} \
+	ATOLL_POWERLOSS_OPERATIONS=$${ATOLL_POWERLOSS_OPERATIONS:-5000} \
+	$(VENV)/bin/pytest tests/test_power_loss.py -s --timeout 3600 $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find $(FOLDERS) tests -name __pycache__ -prune -exec rm -rf {} +
@@ -53,6 +59,7 @@ help:
 	@echo 'make run       setup, then starts a server           ARGS="--sparse ..."'
 	@echo 'make test      setup, what the tests need, all tests  ARGS="-k ring -x"'
 	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
+	@echo 'make powerloss  tens of thousands of devices that power loss could leave'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make native    builds the C extensions that are stale'

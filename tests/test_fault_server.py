@@ -1,17 +1,14 @@
-"""The whole server on a device that errs, hangs, lies, or loses power."""
+"""The whole server on a device that errs, hangs, or lies. Power loss: test_power_loss.py."""
 
 from __future__ import annotations
 
 import random
-import shutil
 import time
-from pathlib import Path
 
 import pytest
 from nbdclient import Command, Connection, NbdError
 from serverkit import Server, wait_for
 
-from atoll.drivers.fault.record import apply, power_loss, read_record
 from atoll.kernel.client import Client
 
 BLOCK = 4096
@@ -169,77 +166,3 @@ def test_a_lying_device_is_caught(make_server, action):
             assert connection.read(1 << 20, 64 * BLOCK) == data_of(2, 64)
         except NbdError as error:
             assert error.code == 5
-
-
-@pytest.mark.slow
-def test_power_loss(make_server, tmp_path):
-    """After the power went at any moment, what a flush had acknowledged is there, and nothing is that never was."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    choose = random.Random(seed)
-    record = tmp_path / "record"
-    server = start(make_server, testing={"fault": {"record": str(record)}})
-    held: dict[int, list[bytes]] = {}  # block: all its contents so far, the last one last
-    flushed: list[tuple[int, dict[int, int]]] = []  # bytes of the record, per block how many contents were flushed
-    with connect(server) as connection:
-        for step in range(120):
-            block, count = choose.randrange(512), choose.choice([1, 1, 2, 8])
-            number = choose.randrange(30) if choose.random() < 0.4 else 1000 + step
-            connection.write(block * BLOCK, data_of(number, count))
-            content = data_of(number, count)
-            for at in range(count):
-                held.setdefault(block + at, [bytes(BLOCK)]).append(content[at * BLOCK : (at + 1) * BLOCK])
-            if choose.random() < 0.12:
-                connection.flush()
-                size = fault(server, "fault-status")["record_bytes"]
-                flushed.append((size, {block: len(contents) for block, contents in held.items()}))
-            if choose.random() < 0.05:
-                server.kill(choose.choice(["disk", "dedup"]))
-        end = fault(server, "fault-status")["record_bytes"]
-    server.die()
-    events = read_record(record, end)
-    cuts = sorted(choose.sample(range(len(read_record(record, flushed[0][0]))), 1)) + [
-        choose.randrange(len(read_record(record, flushed[0][0])), len(events) + 1) for _ in range(3)
-    ]
-    sizes = event_ends(record, end)
-    for cut in cuts:
-        after = sizes[cut - 1] if cut else 0
-        durable = next((counts for size, counts in reversed(flushed) if size <= after), None)
-        with_power_lost(server, events, cut, choose.randrange(1 << 30))
-        if durable is None:
-            # Before the first flush: even the store itself may be half made; then it is refused, not guessed.
-            continue
-        lost = make_server(config=dict(server.config, testing={}))
-        lost.data.mkdir()
-        for name in ("device.img", "version"):
-            if (server.data / name).exists():
-                shutil.copy(server.data / name, lost.data / name)
-        lost.start()
-        with connect(lost) as connection:
-            for block, contents in held.items():
-                found = connection.read(block * BLOCK, BLOCK)
-                count = durable.get(block, 1)
-                assert found in contents[count - 1 :], f"cut {cut}: block {block} lost what was flushed"
-        lost.stop()
-    for path in Path("/dev/shm").glob("atoll-*"):
-        if any(instance in path.name for instance in server.instances):
-            path.unlink()
-
-
-def event_ends(record: Path, end: int) -> list[int]:
-    """Byte after each event."""
-    ends, at = [], 0
-    for event in read_record(record, end):
-        at += 40 + len(event.data)
-        ends.append(at)
-    return ends
-
-
-def with_power_lost(server: Server, events, cut: int, seed: int) -> None:
-    """The device as it may be; before the record it held zeros."""
-    device = server.data / "device.img"
-    size = device.stat().st_size
-    device.unlink()
-    with device.open("wb") as image:
-        image.truncate(size)
-        apply(image, power_loss(events, cut, seed, kept=random.Random(seed).choice([0.0, 0.5, 1.0])))

@@ -79,6 +79,8 @@ def main(context: Any) -> None:
     fault = lib.fault_attach(context.domain, disk, record_fd, bool(wanted.get("record_accesses", False)), error)
     if not fault:
         real.fail(context, ffi.string(error).decode(errors="replace"))
+    if record_fd >= 0:
+        os.ftruncate(record_fd, lib.fault_record_bytes(fault))  # what a predecessor wrote and did not commit
     if lib.fault_is_fresh(fault):
         lib.fault_set(fault, rules, len(rules), wanted.get("seed", 1))
         context.lib.atoll_domain_commit(context.domain)

@@ -1,0 +1,306 @@
+"""Holds a store's metadata against itself: everything that is said twice must agree.
+
+- `audit(store, report, ...)` -> `Totals`: volumes, leaves, map values, reference counts, places of metadata pages
+- `verify_data(store, report, ...)`: every stored block against its fingerprint
+- `usage(store, ...)`: what each volume costs (`atoll du` of a device)
+
+Memory: reference counts are recounted in windows of WINDOW_BLOCKS, the leaves are read once for each; so a device of
+any size is checked in some 300 MB and time in proportion to leaves × windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atoll.services.dedup.check import layout
+from atoll.services.dedup.check.layout import BLOCK_BYTES
+from atoll.services.dedup.check.reader import Progress, Report, Store, Volume, silent
+
+WINDOW_BLOCKS = 1 << 24  # 64 GiB of device: 128 MB of recounted references and as much of stored ones
+DATA_RUN_BLOCKS = 256
+NAMED_MAX = 16  # places in volumes that are named for one damaged block
+
+
+@dataclass
+class Totals:
+    """What was counted, in blocks."""
+
+    stored: int = 0
+    references: int = 0
+    promised_zeros: int = 0
+    metadata: int = 0
+    leaves: int = 0
+    volumes: dict[int, Volume] = field(default_factory=dict)
+    mapped: dict[int, int] = field(default_factory=dict)  # by volume
+    wrong_counts: dict[int, int] = field(default_factory=dict)  # PBA: references that were found; for repair
+    verified: int = 0
+    damaged: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "stored_bytes": self.stored * BLOCK_BYTES,
+            "referenced_bytes": self.references * BLOCK_BYTES,
+            "promised_zero_bytes": self.promised_zeros * BLOCK_BYTES,
+            "metadata_bytes": self.metadata * BLOCK_BYTES,
+            "leaves": self.leaves,
+            "volumes": [
+                {"id": one.id, "name": one.name, "size_bytes": one.size_bytes,
+                 "mapped_bytes": self.mapped.get(one.id, 0) * BLOCK_BYTES}
+                for one in self.volumes.values()
+            ],
+            "verified_bytes": self.verified * BLOCK_BYTES,
+            "damaged_blocks": self.damaged,
+        }  # fmt: skip
+
+
+def block_of(key: int) -> tuple[int, int]:
+    """Volume and LBA of a map key."""
+    return key >> 52 & 0xFF, key & (1 << 52) - 1
+
+
+def windows(first: int, end: int, size: int = WINDOW_BLOCKS) -> Iterator[tuple[int, int]]:
+    for begin in range(first, end, size):
+        yield begin, min(begin + size, end)
+
+
+def audit(store: Store, report: Report, progress: Progress = silent, window: int = WINDOW_BLOCKS) -> Totals:
+    totals = Totals()
+    pages = metadata_places(store, report, totals)
+    totals.volumes = store.volumes()
+    check_volumes(store, report, totals)
+    check_leaf_pointers(store, report, totals)
+    ranges = list(windows(0, store.root.device_blocks, window))
+    for index, (first, end) in enumerate(ranges):
+        found = np.zeros(end - first, np.uint32)
+        for done, (keys, values) in enumerate(store.leaves()):
+            progress("block map", index * max(1, totals.leaves) + done * 2048, len(ranges) * max(1, totals.leaves))
+            if index == 0:
+                check_values(store, report, totals, keys, values)
+            places = layout.numbers(values[layout.kinds(values) == layout.KIND_PBA])
+            places = places[(places >= first) & (places < end)]
+            found += np.bincount((places - np.uint64(first)).astype(np.int64), minlength=end - first).astype(np.uint32)
+        compare_counts(store, report, totals, pages, first, end, found)
+    return totals
+
+
+# --- Places of metadata -----------------------------------------------------------------------------------------------
+
+
+def metadata_places(store: Store, report: Report, totals: Totals) -> np.ndarray:
+    """Sorted blocks that hold metadata pages; those that lie wrong are reported."""
+    everything = np.concatenate([store.row, store.directories])
+    everything = everything[everything["primary"] != 0]
+    places = np.sort(np.concatenate([everything["primary"], everything["mirror"]]))
+    totals.metadata = len(places)
+    for place in places[(places < store.first) | (places >= store.end)]:
+        report.add("page", f"a metadata page is said to lie at block {place}, where none can be", block=int(place))
+    for place in np.unique(places[1:][places[1:] == places[:-1]]):
+        report.add("page", f"block {place} is said to hold two metadata pages", block=int(place))
+    halves = store.row[(store.row["primary"] == 0) & (store.row["mirror"] != 0)]
+    for half in halves:
+        report.add("page", f"a page has a second copy at block {int(half['mirror'])} and no first one")
+    return places
+
+
+# --- Volumes and leaves -----------------------------------------------------------------------------------------------
+
+
+def check_volumes(store: Store, report: Report, totals: Totals) -> None:
+    names: dict[str, int] = {}
+    for number, volume in totals.volumes.items():
+        what = f"volume {number} ({volume.name!r})"
+        if volume.id != number:
+            report.add("volume", f"{what}: its entry says that it is volume {volume.id}", volume=number)
+        if volume.state not in (layout.VOLUME_READY, layout.VOLUME_DELETING):
+            report.add("volume", f"{what}: state {volume.state}", volume=number)
+        if volume.generation == 0:
+            report.add("volume", f"{what}: generation 0 means that it was never made", volume=number)
+        if not volume.name or len(volume.name.encode(errors="replace")) > 255:
+            report.add("volume", f"{what}: no valid name", volume=number)
+        if not 0 < volume.size_bytes <= 1 << 60:
+            report.add("volume", f"{what}: {volume.size_bytes} bytes", volume=number)
+        if volume.state == layout.VOLUME_READY:
+            if volume.name in names:
+                report.add("volume", f"{what}: volume {names[volume.name]} has the same name", volume=number)
+            names[volume.name] = number
+
+
+def check_leaf_pointers(store: Store, report: Report, totals: Totals) -> None:
+    leaves = store.row[store.shape.leaves_base :]
+    keys = np.sort(leaves["key"][leaves["primary"] != 0])
+    totals.leaves = len(keys)
+    for key in np.unique(keys[1:][keys[1:] == keys[:-1]]):
+        volume, leaf = block_of(int(key))
+        report.add("map", f"volume {volume} has two leaves for blocks from {leaf * 512} on", volume=volume)
+
+
+def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray, values: np.ndarray) -> None:
+    """Map values of some leaves by themselves: kinds, ranges, and whether a volume is there for them."""
+    kinds, numbers = layout.kinds(values), layout.numbers(values)
+    totals.promised_zeros += int(np.count_nonzero(kinds == layout.KIND_ZERO))
+    placed = kinds == layout.KIND_PBA
+    for volume in np.unique(keys >> np.uint64(52)):
+        rows = keys >> np.uint64(52) == volume
+        number = int(volume)
+        used = np.flatnonzero((values[rows] != 0).any(axis=1))
+        totals.mapped[number] = totals.mapped.get(number, 0) + int(np.count_nonzero(placed[rows]))
+        if number not in totals.volumes:
+            if len(used):
+                first = block_of(int(keys[rows][used[0]]))[1]
+                report.add(
+                    "map", f"volume {number} is not there, but blocks of it from {first} on are mapped", volume=number
+                )
+            continue
+        size = -(-totals.volumes[number].size_bytes // BLOCK_BYTES)
+        lbas = (keys[rows] & np.uint64((1 << 52) - 1))[:, None] + np.arange(512, dtype=np.uint64)
+        for lba in lbas[(values[rows] != 0) & (lbas >= size)][:NAMED_MAX]:
+            report.add(
+                "map", f"volume {number}, block {lba}: mapped, the volume has {size}", volume=number, lba=int(lba)
+            )
+    wrong = (
+        (kinds > layout.KIND_ZERO) | (kinds == layout.KIND_LOG)
+        | ((kinds == layout.KIND_HOLE) & (numbers != 0))
+        | (placed & ((numbers < store.first) | (numbers >= store.end)))
+    )  # fmt: skip
+    for row, column in np.argwhere(wrong):
+        volume_, lba_ = block_of(int(keys[row]) + int(column))
+        value = int(values[row, column])
+        text = (
+            f"names block {value & int(layout.NUMBER_BITS)}, where no data can be"
+            if placed[row, column]
+            else f"value {value:#x}"
+        )
+        report.add("map", f"volume {volume_}, block {lba_}: {text}", volume=volume_, lba=lba_)
+
+
+# --- Counts -----------------------------------------------------------------------------------------------------------
+
+
+def compare_counts(
+    store: Store, report: Report, totals: Totals, pages: np.ndarray, first: int, end: int, found: np.ndarray
+) -> None:
+    counts = store.counts(first, end)
+    totals.stored += int(np.count_nonzero(counts))
+    totals.references += int(counts.sum(dtype=np.uint64))
+    here = pages[np.searchsorted(pages, first) : np.searchsorted(pages, end)]
+    inside = here[here < store.root.device_blocks]
+    metadata = np.zeros(end - first, bool)
+    metadata[(inside - np.uint64(first)).astype(np.int64)] = True
+    for index in np.flatnonzero((counts != 0) & metadata):
+        report.add(
+            "page", f"block {first + index} holds a metadata page and is counted as data", block=int(first + index)
+        )
+    for index in np.flatnonzero(counts != found):
+        block, has, says = int(first + index), int(found[index]), int(counts[index])
+        outside = not store.first <= block < store.end
+        if says == 0:
+            what = "holds a metadata page" if metadata[index] else "is free"
+            text = f"block {block} {what}, and the map names it {has} time{'s' if has > 1 else ''}"
+        elif has == 0:
+            text = f"block {block} counts {says} reference{'s' if says > 1 else ''}, and the map names it nowhere"
+        else:
+            text = f"block {block} counts {says} references, the map has {has}"
+        # Derivable from the map wherever the block still holds what the map means; one that was free may not.
+        repairable = says != 0 and not metadata[index] and not outside
+        if repairable:
+            totals.wrong_counts[block] = has
+        report.add("count", text, repairable, block=block)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def verify_data(store: Store, report: Report, totals: Totals, progress: Progress = silent) -> None:
+    """Reads every stored block and compares its fingerprint; damaged ones are reported with who refers to them."""
+    damaged: dict[int, str] = {}
+    done = 0
+    for first, end in windows(store.first, store.end, 1 << 18):
+        counts = store.counts(first, end)
+        stored = np.flatnonzero(counts)
+        if not len(stored):
+            continue
+        prints = store.prints(first, end)
+        for begin in range(0, len(stored), DATA_RUN_BLOCKS):
+            progress("data", done, totals.stored)
+            some = stored[begin : begin + DATA_RUN_BLOCKS]
+            blocks, readable = store.image.gather((first + some).astype(np.uint64))
+            for index, offset in enumerate(some):
+                low, high = prints[offset]
+                if not readable[index]:
+                    damaged[int(first + offset)] = "cannot be read"
+                elif layout.fingerprint(blocks[index]) != int(high) << 64 | int(low):
+                    damaged[int(first + offset)] = "is not what was stored"
+            done += len(some)
+    totals.verified, totals.damaged = done, len(damaged)
+    users = referrers(store, np.array(sorted(damaged), np.uint64), progress)
+    for block, text in damaged.items():
+        named, count = users.get(block, ([], 0))
+        where = ", ".join(f"{totals.volumes[v].name if v in totals.volumes else v} block {lba}" for v, lba in named)
+        more = f" and {count - len(named)} more" if count > len(named) else ""
+        report.add(
+            "data", f"block {block} {text}; it is {where or 'nowhere in a volume'}{more}", block=block,
+            referrers=[{"volume": v, "lba": lba} for v, lba in named], referrer_count=count,
+        )  # fmt: skip
+
+
+def referrers(
+    store: Store, blocks: np.ndarray, progress: Progress = silent
+) -> dict[int, tuple[list[tuple[int, int]], int]]:
+    """Of each of `blocks` (sorted): the first places in volumes that the map has for it, and how many there are."""
+    found: dict[int, tuple[list[tuple[int, int]], int]] = {}
+    if not len(blocks):
+        return found
+    for keys, values in store.leaves():
+        placed = layout.kinds(values) == layout.KIND_PBA
+        hit = placed & np.isin(layout.numbers(values), blocks)
+        for row, column in np.argwhere(hit):
+            block = int(layout.numbers(values[row, column]))
+            named, count = found.get(block, ([], 0))
+            if len(named) < NAMED_MAX:
+                named.append(block_of(int(keys[row]) + int(column)))
+            found[block] = (named, count + 1)
+    return found
+
+
+# --- What volumes cost ------------------------------------------------------------------------------------------------
+
+
+def usage(store: Store, totals: Totals, window: int = WINDOW_BLOCKS) -> list[dict[str, Any]]:
+    """By volume, in bytes: mapped; alone: its distinct blocks; shared: of these also in others; freed if deleted."""
+    rows = {n: {"mapped": 0, "alone": 0, "shared": 0} for n in totals.volumes}
+    for first, end in windows(store.first, store.end, window):
+        owners = np.zeros(end - first, np.uint16)  # volumes that name the block, as many as there are
+        for number in rows:
+            seen = seen_by(store, number, first, end, rows[number])
+            owners += seen
+        for number in rows:
+            seen = seen_by(store, number, first, end, None)
+            rows[number]["alone"] += int(np.count_nonzero(seen))
+            rows[number]["shared"] += int(np.count_nonzero(seen & (owners > 1)))
+    return [
+        {
+            "name": totals.volumes[number].name,
+            "mapped_bytes": row["mapped"] * BLOCK_BYTES,
+            "alone_bytes": row["alone"] * BLOCK_BYTES,
+            "shared_bytes": row["shared"] * BLOCK_BYTES,
+            "freed_bytes": (row["alone"] - row["shared"]) * BLOCK_BYTES,
+        }
+        for number, row in rows.items()
+    ]
+
+
+def seen_by(store: Store, volume: int, first: int, end: int, row: dict[str, int] | None) -> np.ndarray:
+    """Which blocks of [first, end) a volume names."""
+    seen = np.zeros(end - first, bool)
+    for keys, values in store.leaves():
+        mine = values[keys >> np.uint64(52) == np.uint64(volume)]
+        places = layout.numbers(mine[layout.kinds(mine) == layout.KIND_PBA])
+        places = places[(places >= first) & (places < end)]
+        if row is not None:
+            row["mapped"] += len(places)
+        seen[(places - np.uint64(first)).astype(np.int64)] = True
+    return seen
