@@ -57,6 +57,7 @@ class Extension(cffi.FFI):
 
     def __init__(self) -> None:
         super().__init__()
+        self.module = ""
         self.constants: dict[str, int] = {}
         self.headers: list[Path] = []
 
@@ -115,6 +116,9 @@ def make_ffi(
         extra_link_args=sanitize_args,
         depends=[_from_here(path) for path in _depends(folder, header_paths, source_paths)],
     )
+    ffi.module = module
+    cstub = _load(Path(__file__).resolve().parent / "cstub.py")
+    cstub.write_stub(ffi, module, folder, [_load_build_script(script).module for script in include])
     return ffi
 
 
@@ -127,11 +131,15 @@ def _load_build_script(script: str) -> Extension:
     path = ROOT / script
     if not path.is_file():
         raise SystemExit(f"{script}: no such build script")
+    return _load(path).ffi
+
+
+def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"atoll_{path.stem}", path)
     assert spec is not None and spec.loader is not None
-    loaded: Any = importlib.util.module_from_spec(spec)
+    loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
-    return loaded.ffi
+    return loaded
 
 
 # --- The part of a header that cffi reads ---------------------------------------------------------------------------

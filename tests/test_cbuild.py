@@ -1,5 +1,9 @@
 """What cffi reads of a header (ipc/cbuild.py)."""
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 
 from atoll.ipc.cbuild import cdef_of, evaluate
@@ -80,3 +84,24 @@ def test_what_cffi_cannot_read_is_named_with_its_line(text: str, message: str) -
     with pytest.raises(SystemExit) as raised:
         cdef_of(text, "ring.h", {})
     assert str(raised.value).startswith(message)
+
+
+STUB_NAME = re.compile(r"^    (?:def )?([A-Za-z]\w*)[:(]", re.MULTILINE)
+ROOT = Path(__file__).resolve().parent.parent
+STUBS = sorted(ROOT.glob("[a-z]*/**/_*.pyi"))
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=lambda path: path.stem)
+def test_a_stub_names_what_the_extension_offers(stub: Path) -> None:
+    folder = stub.parent.relative_to(ROOT)
+    lib = importlib.import_module(f"atoll.{str(folder).replace('/', '.')}.{stub.stem}").lib
+    text = stub.read_text()
+    if "_Included0" in text:  # which dir() does not list
+        text += (ROOT / "ipc/_ipc.pyi").read_text()
+    named = STUB_NAME.findall(text)
+    assert set(dir(lib)) <= set(named)
+    assert [name for name in named if not hasattr(lib, name)] == []
+
+
+def test_there_are_stubs() -> None:
+    assert {path.parent for path in STUBS} == {path.parent for path in ROOT.glob("[a-z]*/**/build_*.py")}

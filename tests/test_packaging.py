@@ -49,10 +49,10 @@ def files_below(root: Path, *patterns: str) -> set[str]:
 
 
 def test_the_source_distribution_holds_all_sources(unpacked: Path) -> None:
-    patterns = ("*.py", "*.pyi", "*.c", "*.h", "py.typed")
+    patterns = ("*.py", "*.c", "*.h", "py.typed")
     assert files_below(ROOT, *patterns) == files_below(unpacked, *patterns)
     assert {"ipc/cbuild.py", "ipc/build_ipc.py"} <= files_below(unpacked, "*.py")
-    assert files_below(unpacked, "*.so", "*.o") == set()
+    assert files_below(unpacked, "*.so", "*.o", "_*.pyi") == set(), "made when it is built"
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         assert (unpacked / name).is_file()
 
@@ -71,6 +71,8 @@ def test_the_wheel_from_it_can_be_imported(unpacked: Path, tmp_path: Path) -> No
         for script in files_below(unpacked, "build_*.py")
     ]
     assert "atoll.ipc._ipc" in modules
+    for module in modules:
+        assert (installed / (module.replace(".", "/") + ".pyi")).is_file(), "checkers know the extension"
     program = (
         "import importlib, sys\n"
         "for name in sys.argv[2:]:\n"
