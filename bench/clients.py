@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 CONTENT_BYTES = 4096
 POOL_BLOCKS = 256  # lies in a processor's cache; each block is made different by a number in it
 FILL_BYTES = 256 << 10
-# No server answers more requests in a second: what a plan for a time must have.
-RATE_MOST = 600_000
+# No server does more in a second: what a plan for a time must have.
+RATE_MOST, BYTES_RATE_MOST = 600_000, 16 << 30
 # Far duplicates: so much lies between a content and its duplicate, more than write log and read cache hold together.
 FAR_BYTES = 1 << 30
 PATIENCE_S = 300.0  # a run that takes so much longer than planned hangs
@@ -197,7 +197,7 @@ def run_nbdload(
 
 def plan(load: Load, seconds: float, seed: int) -> NDArray[Any]:
     """What nbdload shall do: places at random (or one after the other), contents as the load says."""
-    count = -(-load.total_bytes // load.block) or max(1000, round(RATE_MOST * seconds * 4096 / max(load.block, 4096)))
+    count = -(-load.total_bytes // load.block) or round(seconds * min(RATE_MOST, BYTES_RATE_MOST / load.block)) + 1
     places = load.size // load.block
     steps = np.zeros(count, STEP)
     if load.sequential:

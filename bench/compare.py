@@ -191,7 +191,8 @@ def main(
 ) -> None:  # fmt: skip
     names = chosen("row", rows, [work.name for work in works()])
     picked = [SETTING_OF[name] for name in chosen("setting", settings, list(SETTING_OF))]
-    peers.niceness = niceness
+    if niceness:
+        peers.prefer(niceness)
     if quick:
         rounds, runtime_s = 3, 1.0
     above = Path(folder) if folder else next((path for path in (Path("build"),) if path.is_dir()), Path())

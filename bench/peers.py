@@ -60,6 +60,18 @@ def pinned(command: Sequence[str | os.PathLike[str]], cpus: Sequence[int] | None
     return prefix + [os.fspath(part) for part in command]
 
 
+def prefer(nice: int) -> None:
+    """Servers and clients started from now on have this niceness, against what else runs in other sessions too."""
+    global niceness
+    niceness = nice
+    prefer_session("self")
+
+
+def prefer_session(pid: int | str) -> None:
+    with contextlib.suppress(OSError):  # an operating system may be built without scheduling by session
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+
+
 def wait_for(what: str, look: Callable[[], Any], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not look():
@@ -121,6 +133,9 @@ class Server:
         except BaseException:
             self.__exit__()
             raise
+        if niceness:
+            for process in self.processes():
+                prefer_session(process.pid)
         return self
 
     def _serves_or_fails(self) -> bool:
