@@ -48,21 +48,24 @@ def need(program: str) -> str:
     return found
 
 
-# Niceness of all servers and clients: -20 keeps what else a machine does out of the figures, of both sides alike.
+# Niceness of the sessions of all servers and clients: -20 keeps what else a machine does out of the figures, of both
+# sides alike. Not of the processes: what a server makes of its own priorities shall stay.
 niceness = 0
 
 
 def pinned(command: Sequence[str | os.PathLike[str]], cpus: Sequence[int] | None) -> list[str]:
     """The command, to run on these processors alone (None: on all)."""
     prefix = [] if cpus is None else [need("taskset"), "--cpu-list", ",".join(map(str, cpus))]
-    if niceness:
-        prefix += [need("nice"), "-n", str(niceness)]
     return prefix + [os.fspath(part) for part in command]
 
 
 def prefer(nice: int) -> None:
-    """Servers and clients started from now on have this niceness, against what else runs in other sessions too."""
+    """Sessions of servers and clients started from now on have this niceness. Needs a session of our own."""
     global niceness
+    if os.getsid(0) != os.getpid():
+        if os.getpgrp() == os.getpid():
+            os.setpgid(0, os.getpgid(os.getppid()))
+        os.setsid()
     niceness = nice
     prefer_session("self")
 
@@ -113,6 +116,7 @@ class Server:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.socket.unlink(missing_ok=True)
         parent = os.getpid()
 
         def die_with_us() -> None:
