@@ -61,7 +61,7 @@ help:
 	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
 	@echo 'make powerloss  tens of thousands of devices that power loss could leave'
 	@echo 'make lint      ruff and mypy'
-	@echo 'make sanitize  C tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize  C tests under the sanitizers (address, undefined; thread where there are threads)'
 	@echo 'make native    builds the C extensions that are stale'
 	@echo 'make clean     removes all that was built, .venv too'
 	@echo 'PYTHON=...     which Python (3.11 or newer) to build .venv with'
