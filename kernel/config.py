@@ -51,6 +51,8 @@ TIER_THRESHOLD_MAX = 1_000_000
 DEVICE_BYTES_MIN = 128 * MIB
 # A year: no timeout makes sense beyond, and it fits every clock.
 TIME_S_MAX = 365 * 86400
+# A run of the largest threshold must find room on one track; beyond a track is no single seek any more.
+TRACK_BYTES_MIN, TRACK_BYTES_MAX = 256 * KIB, 64 * MIB
 # What a block map's signed 64-bit arithmetic and every client can address.
 VOLUME_BYTES_MAX = 1 << 60
 # sockaddr_un.sun_path with its terminator.
@@ -86,6 +88,7 @@ class Dedup(Struct, forbid_unknown_fields=True, kw_only=True):
     destage_delay_ms: Annotated[int, Meta(ge=0, le=60000)] = 100
     metadata_log_bytes: Size = Size(16 * MIB)
     map_frames: Annotated[int, Meta(ge=0, le=1 << 32)] = 0  # 0: derived from the device
+    track_bytes: Size = Size(0)  # what the main device reads without a seek; 0: as the device says
 
 
 class Disk(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -429,6 +432,10 @@ def _check(config: Config, source: str) -> None:
             refuse(path, f"at least {format_size(least)}, got {format_size(size)}")
         if size % 4096:
             refuse(path, f"a multiple of 4096, got {size}")
+    track = int(config.dedup.track_bytes)
+    if track and not (TRACK_BYTES_MIN <= track <= TRACK_BYTES_MAX and track % 4096 == 0):
+        smallest, largest = format_size(TRACK_BYTES_MIN), format_size(TRACK_BYTES_MAX)
+        refuse("dedup.track_bytes", f"0, or a multiple of 4096 from {smallest} to {largest}, got {format_size(track)}")
     log = int(config.dedup.metadata_log_bytes)
     if config.device_size is not None and 2 * log > device_bytes // 4:
         refuse(

@@ -1,6 +1,7 @@
 """The storage device: a file (made where it is missing) or a block device.
 
 - `open_device(config)` -> `Device`   opened read-write, direct where it can be; fills in config["device_bytes"]
+- `track_bytes(device)`               what it prefers to read and write in one go
 - `wait_until_idle(device)`           after an unclean end: no I/O of a dead process is under way any more
 
 Raises BootError naming the path.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.kernel.config import DEVICE_BYTES_MIN, format_size
+from atoll.kernel.config import DEVICE_BYTES_MIN, TRACK_BYTES_MAX, TRACK_BYTES_MIN, format_size
 from atoll.kernel.instance import EXIT_CONFIG, BootError
 
 _BLKGETSIZE64 = 0x80081272
@@ -56,6 +57,27 @@ def open_device(config: dict[str, Any]) -> Device:
         )
     config["device_bytes"] = size
     return Device(descriptor, path, size, direct, stat.S_ISBLK(mode))
+
+
+def track_bytes(device: Device) -> int:
+    """A block device's optimal I/O size (a stripe of an array), else its largest request; 256 KiB for a file.
+
+    A file's place on the medium is the file system's affair. Whole blocks, TRACK_BYTES_MIN to TRACK_BYTES_MAX.
+    """
+    found = 0
+    if device.is_block:
+        number = os.fstat(device.fd).st_rdev
+        folder = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        queue = next((path for path in (folder / "queue", folder.resolve().parent / "queue") if path.is_dir()), folder)
+        found = _number(queue / "optimal_io_size") or 1024 * _number(queue / "max_sectors_kb")
+    return min(max(found - found % BLOCK_BYTES, TRACK_BYTES_MIN), TRACK_BYTES_MAX)
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _make(config: dict[str, Any]) -> None:

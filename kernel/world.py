@@ -92,6 +92,7 @@ class World:
 def build(config: dict[str, Any], directory: Directory) -> World:
     """Makes everything. Raises BootError, with what was made removed again."""
     device = devices.open_device(config)
+    config["dedup"]["track_bytes"] = config["dedup"].get("track_bytes") or devices.track_bytes(device)
     listeners = sockets.open_all(config)
     last = Record.read(directory.path)
     adoptable = last is not None and _adoptable(last)

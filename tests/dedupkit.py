@@ -136,6 +136,7 @@ class Stage:
         extension: ModuleType | None = None,
         seed: int = 0,
         log_blocks: int = 0,
+        track_blocks: int = 64,
     ) -> None:
         if extension is None:
             extension = importlib.import_module("atoll.services.dedup._dedup")
@@ -146,7 +147,7 @@ class Stage:
         self.config.nic_pages, self.config.merge_pages, self.config.cache_pages = nic_pages, merge_pages, cache_pages
         self.config.device_blocks, self.config.fingerprint_slots = device_blocks, 4096
         self.config.map_frames, self.config.log_blocks = 64, log_blocks
-        self.config.destage_delay_ms = destage_delay_ms
+        self.config.destage_delay_ms, self.config.track_blocks = destage_delay_ms, track_blocks
         self.instance = secrets.randbits(64)
         self.sizes: dict[int, int] = {}
         lists = 8192 + lib.ATOLL_SLOT_COUNT * LIST_BYTES

@@ -25,7 +25,7 @@ COUNTERS: tuple[str, ...] = (
     *("cache_hits", "cache_misses", "cache_evictions", "corrupt_reads", "corrupt_pages"),
     *("destaged_blocks", "shared_blocks", "zero_blocks", "superseded_blocks", "runs", "destage_errors"),
     *("compare_mismatches", "match_skipped", "given_back_pages", "io_submitted", "io_errors", "steps", "sweeps"),
-    "flush_failures",
+    *("flush_failures", "threshold_blocks", "held_back_blocks"),
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
     *("leaves_made", "fingerprint_evictions"),
@@ -66,6 +66,9 @@ def _sizes(config: dict[str, Any]) -> Any:
     sizes.fingerprint_slots = dedup["fingerprint_entries"]
     sizes.log_blocks = dedup.get("metadata_log_bytes", 0) // BLOCK_BYTES
     sizes.destage_delay_ms = dedup["destage_delay_ms"]
+    sizes.track_blocks = dedup["track_bytes"] // BLOCK_BYTES
+    if sizes.track_blocks < lib.ATOLL_THRESHOLD_MAX:
+        raise ValueError(f"dedup.track_bytes is {dedup['track_bytes']}, at least 256 KiB are needed")
     if sizes.cache_pages < 512:
         raise ValueError(f"disk.cache_bytes is {config['disk']['cache_bytes']}, at least 2 MiB are needed")
     if sizes.merge_pages < 16:

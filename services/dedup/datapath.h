@@ -35,8 +35,11 @@
 #include "services/dedup/counters.h"
 #include "services/dedup/dedup.h"
 #include "services/dedup/dedup_api.h"
+#include "services/dedup/runs.h"
 
 #define DP_NONE 0xffffffffu
+/* Link of a record in a matching run: equal blocks are stored, but too few in sequence. */
+#define DP_REJECTED 0xfffffffeu
 #define DP_BLOCK ATOLL_BLOCK_BYTES
 
 /* Segments of a result: each block one, and holes between. */
@@ -100,7 +103,7 @@ struct dp_run {
     uint32_t record_count;      /* the rest are followers: equal to records[link[i]] */
     uint64_t min_order;
     uint32_t records[DP_RUN_RECORDS];
-    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, or DP_NONE */
+    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE or DP_REJECTED */
 };
 
 enum page_state {
@@ -183,6 +186,7 @@ struct datapath {
     uint64_t nic_buffer, merge_buffer, zero_buffer, cache_buffer; /* addresses */
     const uint32_t *nic_done;   /* atoll_nic_public.done */
     uint64_t destage_delay_ms;
+    uint64_t track_blocks;      /* a run that is shared stands on one track of so many */
 
     /* queues of waiting slots: singly linked through slot_next */
     uint16_t slot_next[ATOLL_SLOT_COUNT];
@@ -283,6 +287,8 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
 /* The record is not the block's content any more (trimmed); its reservation, if it has one, is the caller's.
  * Returns true if it had one. */
 bool log_drop(struct datapath *dp, uint32_t record);
+/* The LOGGED record in the list that holds this block, or DP_NONE. */
+uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba);
 void log_unlink(struct datapath *dp, uint32_t record);
 void log_requeue(struct datapath *dp, uint32_t record);  /* back into the list, by its order; state LOGGED */
 void log_release(struct datapath *dp, uint32_t record);  /* nobody but readers needs it */
@@ -331,6 +337,27 @@ uint64_t destage_pending_order(const struct datapath *dp);
 bool destage_protected(const struct datapath *dp, uint32_t record);
 void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 void destage_adopt(struct datapath *dp, bool quarantine);
+
+/* A record of a run has its persistent value; its reservation is not needed. */
+void destage_settled(struct datapath *dp, uint32_t record);
+/* Next record being written with this content: its node (run * DP_RUN_RECORDS + index), or DP_NONE. `after`: DP_NONE begins. */
+uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after);
+
+/* --- datapath_match.c --------------------------------------------------------------------------------------------------- */
+struct match_decision {
+    uint32_t rest[ATOLL_IO_BLOCKS], rest_count;          /* neither shared nor following what is being written */
+    bool rejected[ATOLL_IO_BLOCKS];                      /* of these: an equal block exists, but its run is too short */
+    uint32_t writers[ATOLL_IO_BLOCKS], writer_count;     /* of these: to be written in this order */
+    uint32_t followers[ATOLL_IO_BLOCKS], leaders[ATOLL_IO_BLOCKS], follower_count; /* equal to writers[leaders[i]] */
+};
+/* Chooses what the blocks of a batch that has just been collected may be equal to, and has it read: link[i]. Blocks that wait for
+ * what follows them go back to the list; the run becomes FREE if all do. */
+void match_stored(struct datapath *dp, uint32_t number);
+/* Shares, and decides what else becomes of the batch. All records but those in `decision` are settled or in another place. */
+void match_decide(struct datapath *dp, uint32_t number, struct match_decision *decision);
+/* The first `placed` writers have got places from `pba` on: followers whose rows do not fit them go back to the list. Returns how
+ * many are left. */
+uint32_t match_trim(struct datapath *dp, struct match_decision *decision, uint64_t pba, uint32_t placed);
 
 /* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
 struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages; };

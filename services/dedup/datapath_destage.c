@@ -1,12 +1,11 @@
 /*
  * Destage: logged blocks find their place on the device, in batches.
  *
- *   1 collect   up to ATOLL_IO_BLOCKS records from the head of the list, sorted by (volume, lba); each is checked against its
- *               fingerprint; zeros take no space
- *   2 match     match_batch asks for candidates of equal content and has them read (run matching comes here: it sees
- *               the whole batch in the order of its addresses)
- *   3 share     candidates are compared byte by byte and shared; equal blocks of the batch, or of a run being
- *               written, follow the first of them
+ *   1 collect   whole runs of consecutive blocks around the oldest logged ones, up to ATOLL_IO_BLOCKS records, sorted by
+ *               (volume, lba); each is checked against its fingerprint; zeros take no space
+ *   2 match     stored blocks of equal content, as the volume's run threshold allows, are read (datapath_match.c)
+ *   3 share     they are compared byte by byte and shared; equal blocks of the batch, or of a run being
+ *               written, follow these
  *   4 write     the rest goes to a run of free places in one gather write
  *   5 finish    completed writes are placed, followers share them, what was overwritten meanwhile is abandoned
  *
@@ -24,8 +23,6 @@
 
 #define BACKOFF_FIRST_NS 100000000u
 #define BACKOFF_LAST_NS 5000000000u
-/* Candidates looked at per block. */
-#define CANDIDATES 4
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -58,12 +55,13 @@ static void inflight_remove(struct datapath *dp, uint32_t run, uint32_t index)
     *link = dp->inflight_next[node];
 }
 
-static uint32_t inflight_find(struct datapath *dp, uint32_t record)
+uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after)
 {
-    uint32_t node = *inflight_bucket(dp, at(dp, record)->print);
+    uint32_t node = after == DP_NONE ? dp->inflight_heads[print.low % DP_INFLIGHT_HEADS] : dp->inflight_next[after];
     for (; node != DP_NONE; node = dp->inflight_next[node]) {
-        uint32_t leader = dp->arena->runs[node / DP_RUN_RECORDS].records[node % DP_RUN_RECORDS];
-        if (at(dp, leader)->state == RECORD_WRITING && print_equal(at(dp, leader)->print, at(dp, record)->print))
+        const struct dp_run *run = &dp->arena->runs[node / DP_RUN_RECORDS];
+        const struct dp_record *leader = &dp->records[run->records[node % DP_RUN_RECORDS]];
+        if (run->state == RUN_WRITING && leader->state == RECORD_WRITING && print_equal(leader->print, print))
             break;
     }
     return node;
@@ -110,7 +108,7 @@ static void set_run_state(struct datapath *dp, uint32_t run, enum run_state stat
 }
 
 /* A record of a run has its persistent value; its reservation is not needed. */
-static void settled(struct datapath *dp, uint32_t record)
+void destage_settled(struct datapath *dp, uint32_t record)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
@@ -157,34 +155,50 @@ static int by_address(const void *a, const void *b, void *context)
     return x->lba < y->lba ? -1 : x->lba > y->lba;
 }
 
-/* Takes a batch off the list into `run`; zeros and blocks of volumes being deleted are settled at once. */
+/* Takes a record off the list; zeros and blocks of volumes being deleted are settled at once. True if it is left for the batch. */
+static bool take(struct datapath *dp, uint32_t record)
+{
+    struct dp_record *r = at(dp, record);
+    const void *page = record_page(dp, record);
+    if (!print_equal(dp_fingerprint(page), r->print)) {
+        atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
+        log_set_flag(dp, record, RECORD_CORRUPT);
+        return false;
+    }
+    log_unlink(dp, record);
+    dp_set32(dp, &r->state, RECORD_MATCHING);
+    bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
+    if (!zero && dp->dedup->public->volumes[r->volume].state == ATOLL_VOLUME_READY)
+        return true;
+    store_unmap(dp->dedup, r->volume, r->lba, r->base);
+    destage_settled(dp, record);
+    atoll_count(dp->domain, DEDUP_COUNTER_ZERO_BLOCKS, zero);
+    return false;
+}
+
+/* Takes a batch off the list into `run`. A run of blocks is not cut but where it is longer than a batch: its matches would be too. */
 static void collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t taken[ATOLL_IO_BLOCKS], count = 0, record = dp->arena->log_head;
+    uint32_t taken[ATOLL_IO_BLOCKS], count = 0, looked = 0;
     uint64_t lowest = UINT64_MAX;
-    while (record != DP_NONE && count < ATOLL_IO_BLOCKS) {
-        struct dp_record *r = at(dp, record);
-        uint32_t next = r->next;
-        const void *page = record_page(dp, record);
-        if (!print_equal(dp_fingerprint(page), r->print)) {
-            atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
-            log_set_flag(dp, record, RECORD_CORRUPT);
-        } else {
-            log_unlink(dp, record);
-            bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
-            if (zero || dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY) {
-                dp_set32(dp, &r->state, RECORD_MATCHING);
-                store_unmap(dp->dedup, r->volume, r->lba, r->base);
-                settled(dp, record);
-                atoll_count(dp->domain, DEDUP_COUNTER_ZERO_BLOCKS, zero);
-            } else {
-                dp_set32(dp, &r->state, RECORD_MATCHING);
-                lowest = r->order < lowest ? r->order : lowest;
+    while (dp->arena->log_head != DP_NONE) {
+        uint32_t oldest = dp->arena->log_head, volume = at(dp, oldest)->volume;
+        uint64_t from = at(dp, oldest)->lba, first = from, end = from + 1;
+        while (first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
+            first--;
+        while (end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, end) != DP_NONE)
+            end++;
+        if (end - first > ATOLL_IO_BLOCKS - looked)
+            break;
+        looked += (uint32_t)(end - first);
+        for (uint64_t lba = first; lba < end; lba++) {
+            uint32_t record = lba == from ? oldest : log_find(dp, volume, lba);
+            if (take(dp, record)) {
+                lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
                 taken[count++] = record;
             }
         }
-        record = next;
     }
     if (count == 0)
         return;
@@ -203,91 +217,14 @@ static void collect(struct datapath *dp, uint32_t number)
     run->min_order = lowest;
 }
 
-/* --- 2 match ------------------------------------------------------------------------------------------------------------- */
-
-/* Chooses for each record of the batch the stored block that it may be equal to, and has those read: link[i] is the cache
- * page to compare with, pinned. */
-static void match_batch(struct datapath *dp, uint32_t number)
-{
-    struct dp_run *run = &dp->arena->runs[number];
-    uint64_t pbas[ATOLL_IO_BLOCKS], unknown;
-    uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], count = 0;
-    for (uint32_t index = 0; index < run->record_count; index++) {
-        uint64_t candidates[CANDIDATES];
-        uint32_t found = store_candidates(dp->dedup, at(dp, run->records[index])->print, candidates, CANDIDATES);
-        if (found == 0)
-            continue;
-        uint32_t best = 0;
-        for (uint32_t each = 0; each < found; each++) {
-            if (count != 0 && candidates[each] == pbas[count - 1] + 1) { /* keeps a sequence in sequence */
-                best = each;
-                break;
-            }
-            if (cache_find(dp, candidates[each]) != DP_NONE && cache_find(dp, candidates[best]) == DP_NONE)
-                best = each;
-        }
-        where[count] = index;
-        pbas[count++] = candidates[best];
-    }
-    if (count == 0)
-        return;
-    if (!cache_load(dp, pbas, count, pages, &unknown)) {
-        /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
-        dp_sweep(dp);
-        if (!cache_load(dp, pbas, count, pages, &unknown)) {
-            atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, count);
-            return;
-        }
-    }
-    for (uint32_t each = 0; each < count; each++)
-        run->link[where[each]] = pages[each]; /* saved by collect in this transaction */
-}
+/* --- 2 match, 3 share: datapath_match.c ------------------------------------------------------------------------------------ */
 
 static bool match_loaded(const struct datapath *dp, uint32_t number)
 {
     const struct dp_run *run = &dp->arena->runs[number];
     for (uint32_t index = 0; index < run->record_count; index++)
-        if (run->link[index] != DP_NONE && dp->pages[run->link[index]].state == PAGE_LOADING)
+        if (run->link[index] < DP_REJECTED && dp->pages[run->link[index]].state == PAGE_LOADING)
             return false;
-    return true;
-}
-
-/* --- 3 share ------------------------------------------------------------------------------------------------------------- */
-
-/* The fingerprint was a hint; what is stored now, and every byte of it, decides. */
-static bool share(struct datapath *dp, uint32_t record, uint32_t page)
-{
-    struct dp_record *r = at(dp, record);
-    struct dp_page *p = &dp->pages[page];
-    struct fingerprint stored;
-    if (p->state != PAGE_VALID || !p->attached || !store_fingerprint(dp->dedup, p->pba, &stored))
-        return false;
-    if (!print_equal(stored, r->print) || memcmp(page_memory(dp, page), record_page(dp, record), DP_BLOCK) != 0) {
-        atoll_count(dp->domain, DEDUP_COUNTER_COMPARE_MISMATCHES, 1);
-        return false;
-    }
-    if (!store_share(dp->dedup, r->volume, r->lba, r->base, p->pba))
-        return false;
-    settled(dp, record);
-    atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
-    return true;
-}
-
-/* Follows a record that is being written with the same content, if there is one and its run has a place. */
-static bool follow_inflight(struct datapath *dp, uint32_t record)
-{
-    uint32_t node = inflight_find(dp, record);
-    if (node == DP_NONE)
-        return false;
-    struct dp_run *run = &dp->arena->runs[node / DP_RUN_RECORDS];
-    uint32_t place = run->record_count;
-    if (run->state != RUN_WRITING || place == DP_RUN_RECORDS)
-        return false;
-    dp_set32(dp, &run->records[place], record);
-    dp_set32(dp, &run->link[place], node % DP_RUN_RECORDS);
-    dp_set32(dp, &run->record_count, place + 1);
-    if (at(dp, record)->order < run->min_order)
-        dp_set64(dp, &run->min_order, at(dp, record)->order);
     return true;
 }
 
@@ -315,57 +252,21 @@ static void submit_run(struct datapath *dp, uint32_t number)
 static bool go_on(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t writers[ATOLL_IO_BLOCKS], writer_count = 0, count = run->record_count;
-    uint32_t followers[ATOLL_IO_BLOCKS], leaders[ATOLL_IO_BLOCKS], follower_count = 0;
-    uint32_t heads[256], next[ATOLL_IO_BLOCKS];
-    uint64_t lowest = UINT64_MAX;
-    if (!store_has_room(dp->dedup, count) || io_room(dp->dedup, IO_DESTAGE) == 0)
+    struct match_decision decision;
+    uint64_t lowest = UINT64_MAX, pba = 0;
+    if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0)
         return false;
-    memset(heads, 0xff, sizeof heads);
-
-    for (uint32_t index = 0; index < count; index++) {
-        uint32_t record = run->records[index], page = run->link[index];
-        bool over = at(dp, record)->state == RECORD_DROPPED;
-        if (over)
-            log_release(dp, record); /* who overwrote it took its reservation */
-        else if (page != DP_NONE)
-            over = share(dp, record, page);
-        if (page != DP_NONE)
-            cache_unpin(dp, page);
-        if (over || follow_inflight(dp, record))
-            continue;
-        /* Equal to an earlier block of this batch? */
-        uint32_t *head = &heads[at(dp, record)->print.low % 256], same = *head;
-        while (same != DP_NONE && !print_equal(at(dp, writers[same])->print, at(dp, record)->print))
-            same = next[same];
-        if (same != DP_NONE) {
-            leaders[follower_count] = same;
-            followers[follower_count++] = record;
-        } else {
-            next[writer_count] = *head;
-            *head = writer_count;
-            writers[writer_count++] = record;
-        }
-    }
-    uint64_t pba = 0;
+    match_decide(dp, number, &decision);
+    uint32_t writer_count = decision.writer_count;
     uint32_t placed = writer_count == 0 ? 0 : store_allocate(dp->dedup, writer_count, &pba);
     if (placed == 0 && writer_count != 0) {
         uint32_t status;
         dp->space_ticket = store_sync(dp->dedup);
         dp->space_failures = store_sync_failures(dp->dedup, &status);
     }
-    uint32_t total = placed;
     for (uint32_t index = placed; index < writer_count; index++)
-        log_requeue(dp, writers[index]);
-    for (uint32_t index = 0; index < follower_count; index++) {
-        if (leaders[index] >= placed) {
-            log_requeue(dp, followers[index]);
-            continue;
-        }
-        followers[total - placed] = followers[index];
-        leaders[total - placed] = leaders[index];
-        total++;
-    }
+        log_requeue(dp, decision.writers[index]);
+    uint32_t total = placed + match_trim(dp, &decision, pba, placed);
     if (placed == 0) {
         set_run_state(dp, number, RUN_FREE);
         return true;
@@ -374,9 +275,9 @@ static bool go_on(struct datapath *dp, uint32_t number)
     save_words(dp, run->records, total);
     save_words(dp, run->link, total);
     for (uint32_t index = 0; index < total; index++) {
-        uint32_t record = index < placed ? writers[index] : followers[index - placed];
+        uint32_t record = index < placed ? decision.writers[index] : decision.followers[index - placed];
         run->records[index] = record;
-        run->link[index] = index < placed ? DP_NONE : leaders[index - placed];
+        run->link[index] = index < placed ? DP_NONE : decision.leaders[index - placed];
         lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
         if (index < placed) {
             dp_set32(dp, &at(dp, record)->state, RECORD_WRITING);
@@ -419,7 +320,7 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
     if (run->status == ATOLL_OK && store_references(dp->dedup, run->pba + leader_index) != 0 &&
         memcmp(record_page(dp, record), record_page(dp, leader), DP_BLOCK) == 0 &&
         store_share(dp->dedup, r->volume, r->lba, r->base, run->pba + leader_index)) {
-        settled(dp, record);
+        destage_settled(dp, record);
         atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
         return;
     }
@@ -523,8 +424,10 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         } else {
             collect(dp, number);
             if (dp->arena->runs[number].state == RUN_MATCHING) {
-                match_batch(dp, number);
-                if (!match_loaded(dp, number) || !go_on(dp, number))
+                match_stored(dp, number);
+                if (dp->arena->runs[number].state == RUN_FREE)
+                    ; /* all of it waits for what follows */
+                else if (!match_loaded(dp, number) || !go_on(dp, number))
                     dp->waiting_runs = dp->waiting_runs || match_loaded(dp, number);
             }
             dp->retry = true;

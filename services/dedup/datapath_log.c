@@ -66,6 +66,16 @@ static void link_between(struct datapath *dp, uint32_t record, uint32_t previous
     set_previous(dp, next, record);
 }
 
+uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba)
+{
+    uint64_t value = store_map_get(dp->dedup, volume, lba);
+    if (MAP_KIND(value) != MAP_LOG)
+        return DP_NONE;
+    uint32_t record = log_record_of(dp, value);
+    const struct dp_record *r = &dp->records[record];
+    return r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT) ? record : DP_NONE;
+}
+
 void log_unlink(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);

@@ -104,6 +104,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     }
     store_attach(dedup, area + layout.store, &store, made);
     dp->destage_delay_ms = config->destage_delay_ms;
+    dp->track_blocks = config->track_blocks;
     if (made) {
         root->config = sizes;
         atoll_compiler_barrier();

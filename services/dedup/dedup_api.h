@@ -17,6 +17,7 @@ struct dedup_config {
     uint64_t fingerprint_slots; /* a power of two */
     uint64_t log_blocks;
     uint64_t destage_delay_ms;
+    uint64_t track_blocks;      /* of the main device; at least ATOLL_THRESHOLD_MAX */
 };
 
 /* Until when dedup_run runs. */

@@ -31,6 +31,7 @@
 #define STORE_SPACE_SLACK 16           /* blocks that a checkpoint may hold beyond its worst case */
 #define STORE_GROUP_BLOCKS 1024        /* blocks that one group word sums up */
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
+#define STORE_PLACES_PER_PRINT 4       /* copies of one content that it remembers: where a run threshold keeps several */
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write */
 #define STORE_FRAMES_KEPT 16           /* one in so many is kept for loading: a replay may pass through leaves that are gone at its end */
 #define STORE_SWEEP_GROUPS 256         /* looked at in one step */

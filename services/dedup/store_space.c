@@ -52,8 +52,6 @@ static void make_pending(struct store *store, uint64_t pba)
         STORE_SET(store, changed, 1);
 }
 
-void store_free_block(struct store *store, uint64_t pba) { make_pending(store, pba); }
-
 void store_free_metadata(struct store *store, uint64_t pba)
 {
     assert(store->refs[pba] == REF_METADATA);
@@ -279,29 +277,43 @@ static uint64_t *cache_set(const struct store *store, struct fingerprint print)
     return store->cache + (print.low & store->cache_mask) * STORE_SET_ENTRIES;
 }
 
+void store_free_block(struct store *store, uint64_t pba)
+{
+    uint64_t *set = cache_set(store, store->prints[pba]);
+    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++)
+        if (CACHE_PBA(set[index]) == pba)
+            atoll_set64(store->journal, &set[index], 0);
+    make_pending(store, pba);
+}
+
 void store_remember_print(struct store *store, uint64_t pba)
 {
     struct fingerprint print = store->prints[pba];
     uint64_t *set = cache_set(store, print);
     uint32_t age = (uint32_t)(store->area->cache_clock >> store->cache_age_shift) & 15;
-    uint32_t victim = 0, victim_rank = 0;
+    uint32_t victim = 0, victim_rank = 0, places = 0;
+    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++)
+        places += CACHE_TAG(set[index]) == print.high >> 40 && CACHE_PBA(set[index]) != pba;
     for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++) {
         uint64_t entry = set[index];
-        uint32_t rank; /* the highest leaves: empty, this block's old entry, no longer stored, unshared and old, shared and old */
+        uint32_t rank; /* the highest leaves: this block's old entry, copies beyond their number, empty, no longer
+                          stored, unshared and old, shared and old */
         if (entry == 0) {
             rank = 100;
         } else if (CACHE_PBA(entry) == pba) {
-            rank = 101;
+            rank = 1000;
         } else {
             uint32_t word = store->refs[CACHE_PBA(entry)];
             rank = 1 + ((age - CACHE_AGE(entry)) & 15) + (REF_IS_COUNT(word) ? (word == 1 ? 20 : 0) : 60);
+            if (places >= STORE_PLACES_PER_PRINT && CACHE_TAG(entry) == print.high >> 40)
+                rank += 120; /* copies of one content do not push out all others */
         }
         if (rank > victim_rank) {
             victim_rank = rank;
             victim = index;
         }
     }
-    if (victim_rank < 60)
+    if (set[victim] != 0 && CACHE_PBA(set[victim]) != pba && REF_IS_COUNT(store->refs[CACHE_PBA(set[victim])]))
         store_count(store, STORE_COUNTER_CACHE_EVICTIONS, 1);
     atoll_set64(store->journal, &set[victim], print.high >> 40 << 40 | (uint64_t)age << 36 | pba);
     STORE_ADD(store, cache_clock, 1);
