@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from atoll.kernel import cli_chaos
+from atoll.kernel import cli_chaos, cli_store
 from atoll.kernel import config as configuration
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
 
@@ -179,6 +179,8 @@ def config_show(**options: Any) -> None:
 
 
 cli.add_command(cli_chaos.chaos)
+cli.add_command(cli_store.check)
+cli.add_command(cli_store.device)
 
 
 # --- Looking --------------------------------------------------------------------------------------------------------
@@ -448,36 +450,6 @@ def audit(data: Path, as_json: bool) -> None:
         from atoll.kernel import show
 
         show.audit(document)
-    sys.exit(0 if document["ok"] else EXIT_NEGATIVE)
-
-
-@cli.command()
-@data_option
-@json_option
-@click.option("--live", is_flag=True, help="Of the running server; there is no other check yet.")
-@click.option(
-    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0.1), default=60.0, show_default=True,
-    help="How long the recount may take; requests wait meanwhile.",
-)  # fmt: skip
-def check(data: Path, as_json: bool, live: bool, timeout_s: float) -> None:
-    """Recount what the running server holds in memory: map, reference counts, write log, lent pages, pins.
-
-    Prints what does not agree, a line each; exit status 1 if there is any. The server waits while it is looked at.
-    """
-    if not live:
-        raise click.UsageError("say --live: only a running server can be checked")
-    with Client(data, timeout_s=timeout_s) as client:
-        answer = client.call("call", role="dedup", message={"call": "check"}, timeout_s=timeout_s)["answer"]
-    document = {"ok": answer["count"] == 0, "count": answer["count"], "inconsistencies": answer["inconsistencies"]}
-    if as_json:
-        emit(document)
-    else:
-        for line in document["inconsistencies"]:
-            click.echo(line)
-        if len(document["inconsistencies"]) < document["count"]:
-            click.echo(f"... {document['count'] - len(document['inconsistencies'])} more")
-        if document["ok"]:
-            click.echo("map, counts, log, lent pages and pins agree")
     sys.exit(0 if document["ok"] else EXIT_NEGATIVE)
 
 

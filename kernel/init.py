@@ -174,6 +174,8 @@ class Init:
             message, _ = received
             if "booted" in message and not self.booted:
                 self.booted = True
+                if self.world.config["grow"]:
+                    self.world.directory.want_grow(False)  # the store is loaded: it has grown
                 for line in message["booted"]:
                     print(line, flush=True)
                 self.world.record.served = True

@@ -5,6 +5,7 @@
     DATA/instance.json   what init made, and whether it came to a clean end (struct `Record`)
     DATA/control.sock    control socket (kernel/control.py)
     DATA/device.img      the device, unless the configuration names another
+    DATA/grow            the next start enlarges the store to its device (kernel/offline.py)
 
 - `Directory.open(path)`   checks and locks it; ends the survivors of a dead init first
 - `Record.read`, `.write`  the instance record
@@ -59,6 +60,7 @@ class Record:
     layout_version: int
     device_bytes: int = 0
     device: str = ""  # Device.identity
+    device_path: str = ""
     # Sections of the configuration by which the arenas were laid out.
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     # role: {"bytes", "role_bytes", "buffer_bytes"}
@@ -73,7 +75,7 @@ class Record:
         try:
             plain: dict[str, Any] = json.loads((folder / "instance.json").read_text())
             plain["instance"] = int(plain["instance"], 16)
-            return cls(**{key: plain[key] for key in cls.__dataclass_fields__})
+            return cls(**{key: plain[key] for key in cls.__dataclass_fields__ if key in plain})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -121,6 +123,17 @@ class Directory:
             os.close(lock_fd)
             raise
         return cls(folder, lock_fd)
+
+    @property
+    def grow_wanted(self) -> bool:
+        """The store is to be enlarged to its device."""
+        return (self.path / "grow").exists()
+
+    def want_grow(self, wanted: bool) -> None:
+        if wanted:
+            (self.path / "grow").touch()
+        else:
+            (self.path / "grow").unlink(missing_ok=True)
 
     @staticmethod
     def _take(folder: Path, lock_fd: int) -> None:

@@ -101,6 +101,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     if adoptable and last is not None:
         _keep_to(last, device, config)
     config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
+    config["grow"] = not adoptable and directory.grow_wanted
 
     engines, urings = _engines(config)
     if adoptable:
@@ -120,6 +121,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         layout_version=LAYOUT_VERSION,
         device_bytes=config["device_bytes"],
         device=device.identity,
+        device_path=str(Path(device.path).absolute()),
         sections={role.name: dict(config[role.name]) for role in table.DOMAINS},
         served=adoptable,
         arenas={

@@ -21,7 +21,8 @@ def test_after_each_kill(module_server: Server) -> None:
 
 
 def test_usage(module_server: Server) -> None:
-    assert "--live" in module_server.cli("check", status=2).stderr
+    assert "atoll check --live" in module_server.cli("check", status=3).stderr
+    assert "--repair" in module_server.cli("check", "--live", "--repair", status=2).stderr
 
 
 def test_it_says_what_is_wrong(module_server: Server) -> None:

@@ -48,6 +48,7 @@ class Report:
     beyond_repair: int = 0
     notes: list[str] = field(default_factory=list)  # no inconsistencies
     fatal: str = ""  # why there is no store to speak of
+    damaged: bool = True  # with `fatal`: there was one, of this version
 
     def add(self, kind: str, text: str, repairable: bool = False, **fields: Any) -> None:
         self.count += 1
@@ -121,11 +122,11 @@ def read_supers(image: Image, report: Report) -> Super | None:
         ours = [text for text in wrong.values() if text not in ("is blank", "holds something else", "cannot be read")]
         versions = [text for text in ours if "version" in text]
         if versions:
-            report.fatal = f"the store is {versions[0]}"
+            report.fatal, report.damaged = f"the store is {versions[0]}", False
         elif ours:
             report.fatal = f"the store is damaged: no superblock is valid ({ours[0]})"
         else:
-            report.fatal = "the device holds no store of ours"
+            report.fatal, report.damaged = "the device holds no store of ours", False
         return None
     newest = max(found.values(), key=lambda one: one.generation)
     for place, text in sorted(wrong.items()):

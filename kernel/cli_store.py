@@ -1,0 +1,205 @@
+"""`atoll check`, `atoll scrub`, `atoll du`, `atoll device`: their options. The offline work is done by the checker of
+services/dedup/check (named as text: the kernel imports no service), the online work by the running dedup.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from atoll.kernel import config as configuration
+from atoll.kernel.client import Client
+
+CHECKER = "atoll.services.dedup.check.run"
+
+EXIT_NEGATIVE = 1
+EXIT_USAGE = 2
+EXIT_SERVER = 3
+POLL_S = 0.2
+LINES_SHOWN = 100
+
+data_option = click.option(
+    "--data", metavar="DIR", envvar="ATOLL_DATA", type=click.Path(path_type=Path),
+    help=f"Data directory of the server.  [env var: ATOLL_DATA; default: ./{configuration.DEFAULT_DATA}]",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+device_option = click.option(
+    "--device", metavar="PATH", type=click.Path(path_type=Path),
+    help="The device, where the data directory does not tell; without a data directory it is looked at by itself.",
+)  # fmt: skip
+
+
+def emit(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def fail(text: str, status: int) -> None:
+    click.echo("atoll: " + " ".join(text.split()), err=True)
+    sys.exit(status)
+
+
+def size_of(context: click.Context, parameter: click.Parameter, text: str) -> int:
+    try:
+        return int(configuration.parse_size(text))
+    except configuration.ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@contextmanager
+def offline(folder: Path | None, device: Path | None) -> Iterator[Any]:
+    """The store of a server that does not run; ends the program with its status if it cannot be had."""
+    from atoll.kernel.instance import BootError
+    from atoll.kernel.offline import open_store
+
+    try:
+        opened = open_store(folder or Path(configuration.DEFAULT_DATA), device, folder is not None)
+    except BootError as error:
+        hint = " (stop it, or look at it as it runs: atoll check --live)" if error.status == EXIT_SERVER else ""
+        fail(f"{error}{hint}", error.status)
+        return
+    try:
+        yield opened
+    except BootError as error:
+        fail(str(error), error.status)
+    finally:
+        opened.close()
+
+
+@contextmanager
+def progress_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error, if people look at it."""
+    if not wanted or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=max(1, total))
+
+        yield show
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@data_option
+@json_option
+@device_option
+@click.option("--verify-data", is_flag=True, help="Also read every stored block and compare its fingerprint.")
+@click.option("--repair", is_flag=True, help="Write what follows from the rest of the device; nothing is invented.")
+@click.option("--live", is_flag=True, help="Instead: recount what the running server holds in memory.")
+@click.option(
+    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0.1), default=60.0, show_default=True,
+    help="With --live: how long the recount may take; requests wait meanwhile.",
+)  # fmt: skip
+def check(
+    folder: Path | None, data: Path | None, as_json: bool, device: Path | None, verify_data: bool, repair: bool,
+    live: bool, timeout_s: float,
+) -> None:  # fmt: skip
+    """Check the store of a server that does not run: everything on the device that is said twice must agree.
+
+    Reads superblocks, metadata log and all metadata pages, both copies of each, and recounts map, reference counts and
+    sums. Only --repair writes. Exit status 1 if anything is wrong, 2 if there is no store.
+    """
+    folder = folder or data
+    if live:
+        if device is not None or verify_data or repair:
+            raise click.UsageError("--live looks at the memory of a running server: it takes no --device, --verify-data"
+                                   " or --repair (the device of a running server: atoll scrub)")  # fmt: skip
+        check_live(folder or Path(configuration.DEFAULT_DATA), as_json, timeout_s)
+        return
+    with offline(folder, device) as store:
+        if repair and store.unflushed:
+            fail(f"{store.unflushed}; then check and repair", EXIT_USAGE)
+        with progress_bar(not as_json) as progress:
+            document = call_checker(store.device, data=verify_data, repair=repair, progress=progress)
+        if store.unflushed:
+            document["notes"].append(store.unflushed)
+    if as_json:
+        emit(document)
+    else:
+        from atoll.kernel import show_store
+
+        show_store.check(document, LINES_SHOWN)
+    if document["fatal"]:
+        sys.exit(EXIT_NEGATIVE if document["damaged"] else EXIT_USAGE)
+    sys.exit(0 if document["ok"] else EXIT_NEGATIVE)
+
+
+def call_checker(device: Path, **options: Any) -> dict[str, Any]:
+    checker = importlib.import_module(CHECKER)
+    try:
+        found: dict[str, Any] = checker.run(device, **options)
+    except ValueError as error:
+        fail(str(error), EXIT_USAGE)
+        raise AssertionError("fail does not return") from None
+    return found
+
+
+def check_live(folder: Path, as_json: bool, timeout_s: float) -> None:
+    with Client(folder, timeout_s=timeout_s) as client:
+        answer = client.call("call", role="dedup", message={"call": "check"}, timeout_s=timeout_s)["answer"]
+    document = {"ok": answer["count"] == 0, "count": answer["count"], "inconsistencies": answer["inconsistencies"]}
+    if as_json:
+        emit(document)
+    else:
+        for line in document["inconsistencies"]:
+            click.echo(line)
+        if len(document["inconsistencies"]) < document["count"]:
+            click.echo(f"... {document['count'] - len(document['inconsistencies'])} more")
+        if document["ok"]:
+            click.echo("map, counts, log, lent pages and pins agree")
+    sys.exit(0 if document["ok"] else EXIT_NEGATIVE)
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def device() -> None:
+    """The storage device."""
+
+
+@device.command("grow")
+@data_option
+@json_option
+@device_option
+@click.argument("size", callback=size_of)
+@click.option("--sparse", is_flag=True, help="Do not preallocate what is added to the device file.")
+def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int, sparse: bool) -> None:
+    """Enlarge the device to SIZE: the file is made longer, and the next `atoll serve` uses all of it.
+
+    The server must have been stopped. The store is checked first. Of a block device, which must have been enlarged
+    before, all is used; SIZE is what it must have at least.
+    """
+    folder = data or Path(configuration.DEFAULT_DATA)
+    if size % 4096:
+        raise click.UsageError(f"SIZE is {size} bytes, no multiple of 4096")
+    with offline(folder, device) as store:
+        with progress_bar(not as_json) as progress:
+            document = call_checker(store.device, progress=progress)
+        if document["fatal"] or not document["ok"]:
+            what = document["fatal"] or f"{document['count']} inconsistencies"
+            fail(f"{store.device}: not grown: {what} (atoll check {folder})", EXIT_NEGATIVE)
+        from atoll.kernel.offline import enlarge
+
+        before, after = enlarge(store, size, sparse)
+    if as_json:
+        emit({"device": str(store.device), "bytes_before": before, "device_bytes": after})
+    else:
+        click.echo(
+            f"{store.device}: {configuration.format_size(before)} before, {configuration.format_size(after)} now;"
+            " the next atoll serve uses all of it"
+        )
