@@ -96,6 +96,32 @@ def test_equal_blocks_are_stored_once() -> None:
         stage.check()
 
 
+def test_a_slow_device_costs_no_savings() -> None:
+    """Candidates that lie apart need a read each: more than there are I/O slots, if all batches ask at once."""
+    count, size = 1024, 1024 * BLOCK
+    with Stage(nic_pages=2048, cache_pages=4096) as stage:
+        stage.open()
+        first, second = stage.create_volume("a", size), stage.create_volume("b", size)
+        blocks = [block(seed) for seed in range(count)]
+        for at in range(0, count, 64):
+            stage.write(first, at * BLOCK, b"".join(blocks[at : at + 64]))
+        stage.drain()
+        assert stage.figures().stored_blocks == count
+        scattered = [blocks[at * 37 % count] for at in range(count)]
+        for at in range(0, count, 64):
+            stage.write(second, at * BLOCK, b"".join(scattered[at : at + 64]))
+        for _ in range(100):  # the device answers nothing meanwhile
+            stage.turn()
+            stage.answers()
+        stage.drain()
+        counters = stage.counters()
+        assert counters["match_skipped"] == 0
+        assert stage.figures().stored_blocks - count <= counters["fingerprint_evictions"] < 10
+        assert stage.figures().references == 2 * count
+        stage.check()
+        verify(stage, second, b"".join(scattered))
+
+
 def test_zeros_take_no_space() -> None:
     with Stage() as stage:
         stage.open()

@@ -308,8 +308,8 @@ uint32_t cache_find(const struct datapath *dp, uint64_t pba);
 void cache_pin(struct datapath *dp, uint32_t page);
 void cache_unpin(struct datapath *dp, uint32_t page);
 /* Finds or begins to load `count` blocks and pins their pages. All or none: false if pages or I/O slots are short or a place holds
- * no stored block (*failed = its PBA, else 0). */
-bool cache_load(struct datapath *dp, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
+ * no stored block (*failed = its PBA, else 0). `who`: IO_FILL for a client's read, IO_DESTAGE to match (io_room). */
+bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
 void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about to be rewritten */
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NONE */

@@ -150,7 +150,7 @@ static void submit(struct datapath *dp, const uint64_t *pbas, const uint32_t *pa
     assert(slot >= 0); /* cache_load counted the room */
 }
 
-bool cache_load(struct datapath *dp, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed)
+bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed)
 {
     bool missing[ATOLL_IO_BLOCKS];
     uint32_t missing_count = 0, reads = 0, done;
@@ -175,7 +175,7 @@ bool cache_load(struct datapath *dp, const uint64_t *pbas, uint32_t count, uint3
         if (index == 0 || !missing[index - 1] || pbas[index - 1] + 1 != pbas[index])
             reads++;
     }
-    if (reads > io_room(dp->dedup, IO_FILL))
+    if (reads > io_room(dp->dedup, who))
         return false;
 
     /* Pages that are there must not be evicted for the missing ones. */

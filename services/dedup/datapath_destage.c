@@ -391,17 +391,17 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         }
     }
     dp->loaded = false;
+    /* What is written can be followed no more: it is finished first, so that those who go on find it stored. */
     for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
         struct dp_run *run = &dp->arena->runs[number];
-        if (run->state == RUN_WRITTEN) {
-            if (!store_has_room(dp->dedup, run->record_count))
-                continue; /* a sync is under way and will wake */
-            finish_run(dp, number);
-            did = true;
-        } else if (run->state == RUN_MATCHING && (matching || dp->waiting_runs) && match_loaded(dp, number)) {
-            did |= go_on(dp, number);
-        }
+        if (run->state != RUN_WRITTEN || !store_has_room(dp->dedup, run->record_count))
+            continue; /* without room a sync is under way and will wake */
+        finish_run(dp, number);
+        did = true;
     }
+    for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++)
+        if (dp->arena->runs[number].state == RUN_MATCHING && (matching || dp->waiting_runs) && match_loaded(dp, number))
+            did |= go_on(dp, number);
     if (did)
         dp->retry = true;
     dp->waiting_runs = false;
@@ -419,8 +419,8 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
     uint64_t wake = 0;
     uint32_t number = dp->arena->log_head == DP_NONE ? DP_RUNS : free_run(dp);
     if (number != DP_RUNS && dp->journal->count < DP_STEP_JOURNAL && wanted(dp, atoll_now_ns(), &wake)) {
-        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS)) {
-            wake = 5;
+        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS) {
+            wake = 5; /* without I/O slots to read candidates, equal blocks would be stored again */
         } else {
             collect(dp, number);
             if (dp->arena->runs[number].state == RUN_MATCHING) {

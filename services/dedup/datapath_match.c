@@ -219,10 +219,10 @@ void match_stored(struct datapath *dp, uint32_t number)
         run->state = RUN_FREE;
     if (chosen == 0)
         return;
-    if (!cache_load(dp, pbas, chosen, pages, &unknown)) {
+    if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
         /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
         dp_sweep(dp);
-        if (!cache_load(dp, pbas, chosen, pages, &unknown)) {
+        if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
             atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, chosen);
             return;
         }

@@ -61,10 +61,10 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
         }
     }
     if (pba_count != 0) {
-        bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, pbas, pba_count, pages, &failed);
+        bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, IO_FILL, pbas, pba_count, pages, &failed);
         if (!have && failed == 0 && !(dp->blocked & RESOURCE_CACHE)) {
             dp_sweep(dp);
-            have = cache_load(dp, pbas, pba_count, pages, &failed);
+            have = cache_load(dp, IO_FILL, pbas, pba_count, pages, &failed);
         }
         if (failed != 0) { /* the map names a place that holds nothing: damage that was loaded */
             slot->status = ATOLL_ECORRUPT;
@@ -180,7 +180,7 @@ enum dp_outcome exec_cache(struct datapath *dp, uint32_t number, const struct at
         if (MAP_KIND(value) == MAP_PBA)
             pbas[wanted++] = MAP_NUMBER(value);
         if (wanted != 0 && (wanted == sizeof pbas / sizeof pbas[0] || lba == last)) {
-            if (dp->blocked & RESOURCE_CACHE || !cache_load(dp, pbas, wanted, pages, &failed))
+            if (dp->blocked & RESOURCE_CACHE || !cache_load(dp, IO_FILL, pbas, wanted, pages, &failed))
                 break;
             for (uint32_t index = 0; index < wanted; index++)
                 cache_unpin(dp, pages[index]);

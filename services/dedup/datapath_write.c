@@ -127,7 +127,7 @@ static enum prepared prepare_ragged(struct datapath *dp, struct dp_slot *slot, s
         }
         if (MAP_KIND(ragged->value) != MAP_PBA)
             continue;
-        bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, &pba, 1, &ragged->page, &failed);
+        bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, IO_FILL, &pba, 1, &ragged->page, &failed);
         if (!have) {
             ragged->page = DP_NONE;
             if (failed != 0) {

@@ -6,6 +6,8 @@
 
 /* I/O slots that only IO_STORE may take: metadata must be able to move when data fills everything else. */
 #define IO_STORE_SHARE 64
+/* Slots that clients' reads leave to destage: the reads of one batch, each of whose candidates may lie elsewhere. */
+#define IO_DESTAGE_SHARE ATOLL_IO_BLOCKS
 
 void io_format(struct io_table *table)
 {
@@ -16,7 +18,7 @@ void io_format(struct io_table *table)
 
 uint32_t io_room(const struct dedup *dedup, enum io_kind kind)
 {
-    uint32_t kept = kind == IO_STORE ? 0 : IO_STORE_SHARE;
+    uint32_t kept = kind == IO_STORE ? 0 : kind == IO_DESTAGE ? IO_STORE_SHARE : IO_STORE_SHARE + IO_DESTAGE_SHARE;
     return dedup->io->free_count > kept ? dedup->io->free_count - kept : 0;
 }
 
@@ -44,7 +46,7 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
     struct atoll_journal *journal = dedup->domain->journal;
     struct io_table *table = dedup->io;
     assert(segment_count <= ATOLL_IO_BLOCKS);
-    if (io_room(dedup, kind) == 0)
+    if (io_room(dedup, kind == IO_FILL ? IO_DESTAGE : kind) == 0) /* for whom IO_FILL is, its caller has looked */
         return -1;
     uint32_t number = table->free[table->free_count - 1];
     struct io_slot *slot = &table->slots[number];

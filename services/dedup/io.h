@@ -54,7 +54,8 @@ void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descri
 
 /* Prepares the table of a fresh (zeroed) arena. */
 void io_format(struct io_table *table);
-/* Requests of `kind` that can be submitted now. */
+/* Requests that can be submitted now: IO_STORE any, IO_DESTAGE (its writes, and reads to match) all but the store's share,
+ * IO_FILL (clients' reads) all but destage's too. */
 uint32_t io_room(const struct dedup *dedup, enum io_kind kind);
 /* After the death of all (rings and drivers started anew, nothing is in flight): IO_STORE requests are sent again, the
  * datapath's are released; it does its own again. In the running transaction. */
