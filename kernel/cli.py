@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import click
 
-from atoll.kernel import cli_chaos, cli_store
+from atoll.kernel import cli_bench_dedup, cli_chaos, cli_store
 from atoll.kernel import config as configuration
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
 
@@ -456,6 +456,9 @@ def audit(data: Path, as_json: bool) -> None:
 @cli.group()
 def bench() -> None:
     """Measurements."""
+
+
+bench.add_command(cli_bench_dedup.dedup)
 
 
 @bench.command("ring")
