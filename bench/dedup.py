@@ -5,9 +5,9 @@
 
 For each combination a real server takes the workload's writes over NBD, destages all, and is asked how much it stores
 and where each block lies. Then it is started anew, so that nothing is cached, and all is read back in the original
-requests, by address, one at a time; every byte is compared. Where the device was read is recorded by the driver
-(drivers/fault, which errs only by rule and has none here); how long a spinning drive would have needed for that is
-computed (diskmodel.py) and called a model wherever it appears.
+requests, one at a time: by address; and, after another start, in an order of chance. Every byte is compared. Where the
+device was read is recorded by the driver (drivers/fault, which errs only by rule and has none here); how long a
+spinning drive would have needed for that is computed (diskmodel.py) and called a model wherever it appears.
 
 After a crash: the data directories lie in a temporary folder, which whoever runs this may remove.
 """
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from atoll.bench.diskmodel import Drive
 from atoll.bench.duplicates import BLOCK
 from atoll.bench.server import Server, ServerError
-from atoll.bench.workload import Request, Unshared, Workload
+from atoll.bench.workload import Place, Unshared, Workload
 from atoll.drivers.fault.record import read_accesses
 from atoll.ipc._ipc import lib
 from atoll.kernel import chaos_nbd as nbd
@@ -41,6 +41,7 @@ __all__ = ["Cell", "MeasurementError", "Options", "ServerError", "measure", "run
 VOLUME = "bench"
 MAP_BLOCKS = 8192  # of one call
 MAP_PBA = 1  # enum map_kind of services/dedup/store.h
+RANDOM_READS = 4000  # of the second pass, at most
 # Metadata, and what overwritten blocks hold until their places are free again.
 DEVICE_LEAST, DEVICE_PER_BLOCK = 256 << 20, 1.3
 
@@ -130,34 +131,45 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
         with Server(folder, configuration(options, cell, folder)) as server:
             cpu = server.cpu_s("dedup")
             began = time.monotonic()
-            writes_us = transfer(server.address, write_requests(workload.writes()), options.depth)
+            writes_us = transfer(server.address, write_requests(workload), options.depth)
             server.ask("dedup", "flush", timeout_s=60.0)
             written_s = time.monotonic() - began
             cpu = server.cpu_s("dedup") - cpu
             stored = server.call("status")["dedup"]
-            runs = mean_run(workload.reads(), block_map(server, workload.volume_blocks))
-            server.restart()
-            first = server.ask("disk", "fault-status")["record_bytes"]
-            reads_us = transfer(server.address, read_requests(workload.reads()), 1)
-            end = server.ask("disk", "fault-status")["record_bytes"]
-            accesses = read_accesses(folder / "accesses", first, end)
-    reads = accesses[accesses["opcode"] == lib.ATOLL_OP_IO_READ]
-    drive = options.drive(device_bytes(workload))
-    served = drive.serve(reads["offset_bytes"].astype(np.int64), reads["length_bytes"].astype(np.int64))
+            places = workload.places()
+            runs = mean_run(places, block_map(server, workload.volume_blocks))
+            chance = np.random.default_rng(1).permutation(len(places))[:RANDOM_READS]
+            drive = options.drive(device_bytes(workload))
+            scan = read_back(server, folder / "accesses", workload, places, drive)
+            random = read_back(server, folder / "accesses", workload, [places[index] for index in chance], drive)
     return {
         "threshold": cell.threshold,
         "entries": cell.entries,
         "stored_blocks": stored["stored_bytes"] // BLOCK,
         "saved": 1 - stored["stored_bytes"] / BLOCK / blocks,
         "mean_run_blocks": runs,
-        "requests": len(reads_us),
-        "device_reads_per_request": len(reads) / len(reads_us),
-        "model_seeks_per_request": float(served.seeks.sum()) / len(reads_us),
-        "model_ms_per_request": float(served.ms.sum()) / len(reads_us),
-        "read_us": quantiles(reads_us),
+        "scan": scan,
+        "random": random,
         "write_us": quantiles(writes_us),
         "write_bytes_per_s": workload.volume_blocks * BLOCK / written_s,
         "dedup_cpu_us_per_block": cpu * 1e6 / blocks,
+    }
+
+
+def read_back(server: Server, record: Path, workload: Workload, places: list[Place], drive: Drive) -> dict[str, Any]:
+    """Reads `places` in their order, with nothing cached before."""
+    server.restart()
+    begin = server.ask("disk", "fault-status")["record_bytes"]
+    times_us = transfer(server.address, read_requests(workload, places), 1)
+    accesses = read_accesses(record, begin, server.ask("disk", "fault-status")["record_bytes"])
+    reads = accesses[accesses["opcode"] == lib.ATOLL_OP_IO_READ]
+    served = drive.serve(reads["offset_bytes"].astype(np.int64), reads["length_bytes"].astype(np.int64))
+    return {
+        "requests": len(times_us),
+        "device_reads_per_request": len(reads) / len(times_us),
+        "model_seeks_per_request": float(served.seeks.sum()) / len(times_us),
+        "model_ms_per_request": float(served.ms.sum()) / len(times_us),
+        "us": quantiles(times_us),
     }
 
 
@@ -178,11 +190,11 @@ def block_map(server: Server, blocks: int) -> NDArray[np.uint64]:
     return np.concatenate(parts)
 
 
-def mean_run(requests: Iterable[Request], values: NDArray[np.uint64]) -> float:
+def mean_run(requests: Iterable[Place], values: NDArray[np.uint64]) -> float:
     """Blocks of a request that lie in sequence on the device, on average over all runs; a hole ends none."""
     blocks = runs = 0
-    for first, data in requests:
-        places = values[first : first + memoryview(data).nbytes // BLOCK]
+    for first, count in requests:
+        places = values[first : first + count]
         places = places[places >> np.uint64(60) == MAP_PBA]
         if len(places):
             blocks += len(places)
@@ -201,12 +213,14 @@ class Operation:
     expected: Any = None  # of a read
 
 
-def write_requests(requests: Iterator[Request]) -> Iterator[Operation]:
-    return (Operation(nbd.WRITE, first * BLOCK, payload=memoryview(data).cast("B")) for first, data in requests)
+def write_requests(workload: Workload) -> Iterator[Operation]:
+    for first, data in workload.writes():
+        yield Operation(nbd.WRITE, first * BLOCK, payload=memoryview(data).cast("B"))
 
 
-def read_requests(requests: Iterator[Request]) -> Iterator[Operation]:
-    return (Operation(nbd.READ, first * BLOCK, expected=memoryview(data).cast("B")) for first, data in requests)
+def read_requests(workload: Workload, places: list[Place]) -> Iterator[Operation]:
+    for first, count in places:
+        yield Operation(nbd.READ, first * BLOCK, expected=memoryview(workload.data(first, count)).cast("B"))
 
 
 @contextmanager

@@ -5,18 +5,17 @@
 - `Trace(path)`              the writes of an FIU trace (SNIA's format of blkios with MD5 sums per block)
 - `Unshared(workload)`       the same places, but no two blocks are equal: what reading costs without any sharing
 
-Each has `writes()` and `reads()`, iterators of (first block, bytes): what to write, and what must come back
-afterwards, by address and in the original request sizes; and `scan()`: blocks that are not zero, and how many
-different ones.
+Each has `writes()`, an iterator of (first block, bytes); `places()`, the original requests (first block, count) by
+address, each once; `data(first, count)`, what must be there after all writes; and `scan()`: blocks that are not zero,
+and how many different ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from atoll.bench.duplicates import BLOCK, Ids, Stream, contents
 
 # Requests are cut there: what NBD servers take at once, and Atoll's destage sees at once.
 REQUEST_MOST = 64
-Request = tuple[int, Any]  # first block, a buffer of whole blocks
+Place = tuple[int, int]  # first block, blocks
 
 
 @dataclass(frozen=True)
@@ -47,77 +46,83 @@ class Workload(ABC):
     name: str
     volume_blocks: int
 
-    @abstractmethod
-    def writes(self) -> Iterator[Request]: ...
+    def writes(self) -> Iterator[tuple[int, Any]]:
+        """Where each place is written once, in sequence."""
+        return ((first, self.data(first, count)) for first, count in self.places())
 
-    def reads(self) -> Iterator[Request]:
-        return self.writes()
+    @abstractmethod
+    def places(self) -> list[Place]: ...
+
+    @abstractmethod
+    def data(self, first: int, count: int) -> Any: ...
 
     @abstractmethod
     def scan(self) -> Scan: ...
 
 
-def request_sizes(mean: float, seed: int) -> Iterator[int]:
-    """Blocks per request: geometric, at most REQUEST_MOST; no end."""
-    chance = np.random.default_rng((seed, 0x512E5))
-    while True:
-        yield from np.minimum(chance.geometric(1 / mean, 4096), REQUEST_MOST).tolist()
+def cut(blocks: int, mean: float, seed: int) -> list[Place]:
+    """[0, blocks) in requests of geometric sizes, at most REQUEST_MOST blocks."""
+    count = int(blocks / mean) + 1
+    sizes = np.minimum(np.random.default_rng((seed, 0x512E5)).geometric(1 / mean, 2 * count + 1024), REQUEST_MOST)
+    ends = np.minimum(np.cumsum(sizes), blocks)
+    ends = ends[: int(np.searchsorted(ends, blocks)) + 1]
+    assert ends[-1] == blocks, "twice the mean number of requests, and more, is enough"
+    firsts = np.concatenate(([0], ends[:-1]))
+    return list(zip(firsts.tolist(), (ends - firsts).tolist(), strict=True))
 
 
-@dataclass
 class Generated(Workload):
-    stream: Stream
-    request_mean: float = 16.0
-    seed: int = 1
+    """Keeps 8 bytes per block."""
 
-    def __post_init__(self) -> None:
-        self.name, self.volume_blocks = self.stream.profile.name, self.stream.blocks
+    def __init__(self, stream: Stream, request_mean: float = 16.0, seed: int = 1) -> None:
+        self.name, self.volume_blocks, self._stream = stream.profile.name, stream.blocks, stream
+        self._ids: Ids = np.concatenate(list(stream))
+        self._places = cut(stream.blocks, request_mean, seed)
 
-    def writes(self) -> Iterator[Request]:
-        sizes, first = request_sizes(self.request_mean, self.seed), 0
-        rest = np.empty(0, np.uint64)
-        for ids in self.stream:
-            rest, at = np.concatenate((rest, ids)), 0
-            while len(rest) - at >= REQUEST_MOST:
-                size = next(sizes)
-                yield first, contents(rest[at : at + size])
-                first, at = first + size, at + size
-            rest = rest[at:]
-        while len(rest):
-            size = next(sizes)
-            yield first, contents(rest[:size])
-            first, rest = first + min(size, len(rest)), rest[size:]
+    def places(self) -> list[Place]:
+        return self._places
+
+    def data(self, first: int, count: int) -> Any:
+        return contents(self._ids[first : first + count])
 
     def scan(self) -> Scan:
-        return Scan(self.stream.blocks, self.stream.distinct)
+        return Scan(self._stream.blocks, self._stream.distinct)
 
 
-@dataclass
 class Images(Workload):
-    paths: Sequence[Path]
-    request_mean: float = 16.0
-    seed: int = 1
+    """ValueError if there is nothing in them."""
 
-    def __post_init__(self) -> None:
-        self.name = self.paths[0].name if len(self.paths) == 1 else f"{len(self.paths)} images"
-        self.volume_blocks = sum(-(-path.stat().st_size // BLOCK) for path in self.paths)
-        if self.volume_blocks == 0:
-            raise ValueError(f"nothing is in {', '.join(map(str, self.paths))}")
+    def __init__(self, paths: Sequence[Path], request_mean: float = 16.0, seed: int = 1) -> None:
+        self.name = paths[0].name if len(paths) == 1 else f"{len(paths)} images"
+        self._paths = paths
+        self._places: list[Place] = []
+        self._firsts: list[int] = []  # of each file
+        end = 0
+        for number, path in enumerate(paths):
+            self._firsts.append(end)
+            blocks = -(-path.stat().st_size // BLOCK)
+            if blocks:
+                self._places += [(end + first, count) for first, count in cut(blocks, request_mean, seed + number)]
+            end += blocks
+        self.volume_blocks = end
+        if not end:
+            raise ValueError(f"nothing is in {', '.join(map(str, paths))}")
 
-    def writes(self) -> Iterator[Request]:
-        first, sizes = 0, request_sizes(self.request_mean, self.seed)
-        for path in self.paths:
-            with path.open("rb") as file:
-                while data := file.read(next(sizes) * BLOCK):
-                    data += bytes(-len(data) % BLOCK)
-                    yield first, data
-                    first += len(data) // BLOCK
+    def places(self) -> list[Place]:
+        return self._places
+
+    def data(self, first: int, count: int) -> Any:
+        """Of one file: as places are."""
+        number = int(np.searchsorted(self._firsts, first, side="right")) - 1
+        with self._paths[number].open("rb") as file:
+            file.seek((first - self._firsts[number]) * BLOCK)
+            return file.read(count * BLOCK).ljust(count * BLOCK, b"\0")
 
     def scan(self) -> Scan:
-        return scan(data for _, data in self.writes())
+        return scan(self.data(*place) for place in self.places())
 
 
-def scan(buffers: Iterator[Any]) -> Scan:
+def scan(buffers: Iterable[Any]) -> Scan:
     """Counts blocks by a strong sum of each."""
     seen: set[bytes] = set()
     blocks, zero = 0, bytes(BLOCK)
@@ -153,9 +158,9 @@ class Trace(Workload):
                     ids.append(numbers.setdefault(content, len(numbers) + 1))
         if not ids:
             raise ValueError(f"{path}: no write of a whole block")
-        places, where = np.unique(np.array(lbas), return_inverse=True)
+        places, self._lbas = np.unique(np.array(lbas), return_inverse=True)
         self.volume_blocks = len(places)
-        self._lbas, self._ids = where, np.array(ids, np.uint64)
+        self._ids = np.array(ids, np.uint64)
         # A request ends where the next write is elsewhere, at another time, or would make it too long.
         self._starts = [0]
         for index in range(1, len(ids)):
@@ -163,48 +168,44 @@ class Trace(Workload):
             if not follows or index - self._starts[-1] == REQUEST_MOST:
                 self._starts.append(index)
         self._starts.append(len(ids))
+        self._final: Ids = np.zeros(self.volume_blocks, np.uint64)
+        self._final[self._lbas] = self._ids  # the last of several wins
 
-    @cached_property
-    def _final(self) -> Ids:
-        final = np.zeros(self.volume_blocks, np.uint64)
-        final[self._lbas] = self._ids  # the last of several wins
-        return final
-
-    def writes(self) -> Iterator[Request]:
+    def writes(self) -> Iterator[tuple[int, Any]]:
         for begin, end in zip(self._starts, self._starts[1:], strict=False):
             yield int(self._lbas[begin]), contents(self._ids[begin:end])
 
-    def reads(self) -> Iterator[Request]:
-        places = {
-            (int(self._lbas[begin]), end - begin) for begin, end in zip(self._starts, self._starts[1:], strict=False)
-        }
-        for first, count in sorted(places):
-            yield first, contents(self._final[first : first + count])
+    def places(self) -> list[Place]:
+        pairs = zip(self._starts, self._starts[1:], strict=False)
+        return sorted({(int(self._lbas[begin]), end - begin) for begin, end in pairs})
+
+    def data(self, first: int, count: int) -> Any:
+        return contents(self._final[first : first + count])
 
     def scan(self) -> Scan:
         return Scan(self.volume_blocks, len(np.unique(self._final)))
 
 
-@dataclass
 class Unshared(Workload):
-    workload: Workload
+    def __init__(self, workload: Workload) -> None:
+        self.name, self.volume_blocks = f"{workload.name}, nothing equal", workload.volume_blocks
+        self._workload = workload
 
-    def __post_init__(self) -> None:
-        self.name, self.volume_blocks = f"{self.workload.name}, nothing equal", self.workload.volume_blocks
+    def _replaced(self, first: int, data: Any) -> Any:
+        words = np.frombuffer(data, np.uint64).reshape(-1, BLOCK // 8)
+        ids = np.arange(first, first + len(words), dtype=np.uint64) + np.uint64(1 << 48)
+        ids[~words.any(axis=1)] = 0
+        return contents(ids)
 
-    def _replaced(self, requests: Iterator[Request]) -> Iterator[Request]:
-        for first, data in requests:
-            words = np.frombuffer(data, np.uint64).reshape(-1, BLOCK // 8)
-            ids = np.arange(first, first + len(words), dtype=np.uint64) + np.uint64(1 << 48)
-            ids[~words.any(axis=1)] = 0
-            yield first, contents(ids)
+    def writes(self) -> Iterator[tuple[int, Any]]:
+        return ((first, self._replaced(first, data)) for first, data in self._workload.writes())
 
-    def writes(self) -> Iterator[Request]:
-        return self._replaced(self.workload.writes())
+    def places(self) -> list[Place]:
+        return self._workload.places()
 
-    def reads(self) -> Iterator[Request]:
-        return self._replaced(self.workload.reads())
+    def data(self, first: int, count: int) -> Any:
+        return self._replaced(first, self._workload.data(first, count))
 
     def scan(self) -> Scan:
-        blocks = self.workload.scan().blocks
+        blocks = self._workload.scan().blocks
         return Scan(blocks, blocks)

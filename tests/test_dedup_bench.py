@@ -1,7 +1,6 @@
 """`atoll bench dedup`: the disk model and the workloads by themselves, and small measurements on real servers."""
 
 import io
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from atoll.bench import dedup, dedup_show
 from atoll.bench.diskmodel import Drive
 from atoll.bench.duplicates import BLOCK, IDEDUP_RUNS, PROFILES, Stream, contents
-from atoll.bench.workload import REQUEST_MOST, Generated, Images, Scan, Trace, Unshared, Workload
+from atoll.bench.workload import REQUEST_MOST, Generated, Images, Scan, Trace, Unshared, Workload, cut
 from atoll.kernel import cli
 
 GIB = 1 << 30
@@ -64,11 +63,10 @@ def consistent(workload: Workload) -> list[bytes]:
         assert first + len(view) // BLOCK <= workload.volume_blocks
         for at in range(len(view) // BLOCK):
             blocks[first + at] = bytes(view[at * BLOCK : (at + 1) * BLOCK])
-    before = -1
-    for first, data in workload.reads():
-        assert first >= before, "by address"
-        before, view = first, memoryview(data).cast("B")
-        assert bytes(view) == b"".join(blocks[first : first + len(view) // BLOCK])
+    places = workload.places()
+    assert places == sorted(places), "by address"
+    for first, count in places:
+        assert memoryview(workload.data(first, count)).tobytes() == b"".join(blocks[first : first + count])
     data_blocks = [block for block in blocks if any(block)]
     assert workload.scan() == Scan(len(data_blocks), len(set(data_blocks)))
     return blocks
@@ -121,16 +119,15 @@ def test_an_unshared_workload_has_the_same_places() -> None:
     workload = Generated(Stream(PROFILES["half"], 2000))
     unshared = Unshared(workload)
     assert len(set(consistent(unshared))) == workload.volume_blocks
-    assert [first for first, _ in unshared.writes()] == [first for first, _ in workload.writes()]
+    assert unshared.places() == workload.places()
 
 
 def test_mean_runs_are_counted_within_requests() -> None:
     kind = 1 << 60
     values = np.array([kind | place for place in (5, 6, 7, 3, 4, 8)] + [0, kind | 9], np.uint64)
-    block = bytes(BLOCK)
-    assert dedup.mean_run([(0, block * 3), (3, block * 2)], values) == 2.5
-    assert dedup.mean_run([(0, block * 8)], values) == 7 / 3, "a hole ends no run"
-    assert dedup.mean_run([(6, block)], values) == 0.0
+    assert dedup.mean_run([(0, 3), (3, 2)], values) == 2.5
+    assert dedup.mean_run([(0, 8)], values) == 7 / 3, "a hole ends no run"
+    assert dedup.mean_run([(6, 1)], values) == 0.0
 
 
 # --- Measurements ---------------------------------------------------------------------------------------------------
@@ -152,8 +149,11 @@ def test_a_small_measurement(document: dict[str, Any]) -> None:
     assert shared["threshold"] == 1 and shared["of_possible"] > 0.9
     assert shared["mean_run_blocks"] < unshared["mean_run_blocks"]
     for row in document["rows"]:
-        assert row["device_reads_per_request"] > 0 and row["model_ms_per_request"] > 0
-        assert 0 < row["read_us"]["p50"] <= row["read_us"]["p99"]
+        assert row["scan"]["requests"] == row["random"]["requests"] > 200
+        for order in ("scan", "random"):
+            assert row[order]["device_reads_per_request"] > 0 and row[order]["model_ms_per_request"] > 0
+            assert 0 < row[order]["us"]["p50"] <= row[order]["us"]["p99"]
+    assert unshared["random"]["model_seeks_per_request"] > unshared["scan"]["model_seeks_per_request"]
 
 
 def test_it_can_be_seen(document: dict[str, Any], tmp_path: Path) -> None:
@@ -192,8 +192,10 @@ def test_what_comes_back_wrong_is_an_error() -> None:
         dedup.check(operation, dedup.nbd.Reply(1, 0, b"\1" + bytes(BLOCK - 1)))
 
 
-def test_request_sizes_are_bounded() -> None:
-    from atoll.bench.workload import request_sizes
-
-    sizes = list(itertools.islice(request_sizes(16.0, 3), 5000))
-    assert min(sizes) == 1 and max(sizes) == REQUEST_MOST and 14.5 < np.mean(sizes) < 16.5
+@pytest.mark.parametrize("blocks", [1, 63, 64, 65, 50_000])
+def test_requests_cover_everything_once(blocks: int) -> None:
+    places = cut(blocks, 16.0, 3)
+    assert [first for first, _ in places] == [0, *(first + count for first, count in places[:-1])]
+    sizes = [count for _, count in places]
+    assert sum(sizes) == blocks and min(sizes) >= 1 and max(sizes) <= REQUEST_MOST
+    assert blocks < 10_000 or 14.5 < np.mean(sizes) < 16.5
