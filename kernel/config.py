@@ -76,6 +76,7 @@ class Nic(Struct, forbid_unknown_fields=True, kw_only=True):
     payload_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 30.0
     reply_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 60.0
     idle_timeout_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 0.0  # 0: none
+    crowded_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 10.0
 
 
 class Nbd(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -65,6 +65,7 @@ CONFIG: dict[str, Any] = {
     "payload_timeout_s": 30,
     "reply_timeout_s": 60,
     "idle_timeout_s": 0,
+    "crowded_timeout_s": 10,
 }
 
 

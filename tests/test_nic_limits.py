@@ -132,3 +132,87 @@ def give_back(stage: Stage, pages: list[Any]) -> None:
     domain = stage.peers[DEDUP].domain
     stage.poll(lambda: lib.atoll_domain_room(domain, NIC) > 0 or lib.atoll_domain_commit(domain))
     stage.put(DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=len(pages), halves=pages)
+
+
+def trickle(stage: Stage, clients: list[Any], done: Any, what: str) -> None:
+    """Each client sends a byte now and then, so that none has ever been silent for long."""
+    last = 0.0
+
+    def turn() -> bool:
+        nonlocal last
+        if time.monotonic() - last > 0.1:
+            last = time.monotonic()
+            for client in clients:
+                if not client.closed:
+                    client.out += b"x"
+        return bool(done())
+
+    stage.until(turn, what, 30)
+
+
+def test_a_part_that_trickles_in_has_its_time_and_no_more() -> None:
+    """Bytes come all the time, so there is never a pause; but 100,000 bytes have two times the payload's time-out."""
+    with Stage(payload_timeout_s=0.5) as stage:
+        stage.start()
+        slow = stage.connect("tcp")
+        slow.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 0, 100_000)
+        begin = time.monotonic()
+        trickle(stage, [slow], lambda: slow.closed, "it is dropped")
+        assert time.monotonic() - begin >= 0.95
+        assert stage.counters()["payload_timeouts"] == 1
+        stage.check()
+
+
+def test_trickling_writers_do_not_keep_the_pages_from_others() -> None:
+    """More of them than there are pages for. Those who wait get theirs long before the payload's time-out; a slow writer
+    that moves as much as it must is not dropped."""
+    with Stage(payload_timeout_s=20.0, crowded_timeout_s=2.0) as stage:  # 16 MiB of pages: 64 parts
+        stage.take_share = 0.0
+        stage.start()
+        honest = stage.connect("tcp")
+        honest.request(WRITE, 0, PART)
+        rest = bytes(honest.out[28:])
+        del honest.out[28:]
+        stage.until(lambda: not honest.out and not honest.greeting, "the honest one has its pages")
+        slow = [stage.connect("unix") for _ in range(63)]
+        for client in slow:
+            client.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 0, PART)
+        stage.until(lambda: stage.call("status")["buffer_pages_free"] < 64, "the pages are in use")
+        others = [stage.connect("tcp") for _ in range(4)]
+        for client in others:
+            for _ in range(3):
+                client.request(WRITE, 4096, PART)
+        fed = 0
+
+        def done() -> bool:
+            nonlocal fed
+            fed = min(len(rest), int((time.monotonic() - begin) * 10_000))  # three times what it must
+            honest.out += rest[honest_sent[0] : fed]
+            honest_sent[0] = fed
+            return all(client.results == 3 for client in others)
+
+        begin, honest_sent = time.monotonic(), [0]
+        trickle(stage, slow, done, "others are served")
+        assert stage.counters()["payload_timeouts"] > 0 and not honest.closed
+        honest.out += rest[honest_sent[0] :]
+        stage.until(lambda: honest.results == 1, "the honest one too")
+        stage.check()
+
+
+def test_unread_replies_do_not_keep_large_reads_from_others() -> None:
+    """As many connections with one unread part each as fill what is kept for those without any: others go on before the
+    reply's time-out."""
+    with Stage(reply_timeout_s=30.0, crowded_timeout_s=2.0) as stage:
+        stage.start()
+        deaf = [stage.connect() for _ in range(220)]
+        for client in deaf:
+            client.reads = False
+            for _ in range(4):
+                client.request(READ, 0, PART)
+        stage.until(lambda: not any(client.out for client in deaf), "all is sent")
+        others = [stage.connect("tcp") for _ in range(4)]
+        for client in others:
+            client.request(READ, 0, PART)
+        stage.until(lambda: all(client.results == 1 for client in others), "others are served", 25)
+        assert stage.counters()["reply_timeouts"] > 0
+        stage.check()

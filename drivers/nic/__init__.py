@@ -87,6 +87,7 @@ def limits_of(config: dict[str, Any]) -> Any:
             "payload_ns": nanoseconds("payload_timeout_s"),
             "reply_ns": nanoseconds("reply_timeout_s"),
             "idle_ns": nanoseconds("idle_timeout_s"),
+            "crowded_ns": nanoseconds("crowded_timeout_s"),
         },
     )
 

@@ -37,6 +37,7 @@ bool nic_slot_share(struct nic *nic, const struct nic_connection *connection, ui
     if (!nic->slot_waiters.member[index])
         atoll_count(nic->domain, NIC_SLOT_WAITS, 1);
     nic_queue_add(&nic->slot_waiters, index);
+    nic_deadline(nic, nic->now_ns + NIC_CROWDED_AFTER_NS);
     return false;
 }
 
@@ -46,6 +47,7 @@ struct nic_slot *nic_slot_take(struct nic *nic, struct nic_connection *connectio
         if (!nic->slot_waiters.member[nic_index(nic, connection)])
             atoll_count(nic->domain, NIC_SLOT_WAITS, 1);
         nic_queue_add(&nic->slot_waiters, nic_index(nic, connection));
+        nic_deadline(nic, nic->now_ns + NIC_CROWDED_AFTER_NS);
         return 0;
     }
     struct nic_slot *slot = &nic->area->slots[nic->free_slots[--nic->free_slot_count]];

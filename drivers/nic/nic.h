@@ -145,7 +145,10 @@ struct nic_connection {
     uint64_t requests;
     uint32_t address_length;
     uint8_t address[28];          /* struct sockaddr of the peer, cut */
-    uint8_t reserved[88];
+    /* Clocks as above. */
+    uint64_t part_ns;             /* when the part being received got its pages */
+    uint64_t head_ns;             /* when the reply being sent became the first */
+    uint8_t reserved[72];
 };
 
 enum nic_slot_state { NIC_SLOT_FREE = 0, NIC_SLOT_OPEN = 1, NIC_SLOT_OPTION = 2, NIC_SLOT_REQUEST = 3, NIC_SLOT_CLOSED = 4 };
@@ -215,6 +218,7 @@ struct nic_limits {
     uint64_t payload_ns;
     uint64_t reply_ns;
     uint64_t idle_ns;         /* 0: none */
+    uint64_t crowded_ns;      /* how long one may keep, and not move, what others lack */
 };
 
 struct nic_status {
@@ -286,6 +290,12 @@ _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a 
 /* Turns between two looks at epoll while there is work. */
 #define NIC_TURNS_PER_LOOK 16
 #define NIC_LINGER_NS 1000000000u
+/* Who holds pages moves at least so many bytes in payload_ns: by default 64 KiB in 30 s, 2.2 KB/s, below what any link does
+ * that is meant to carry a block device. */
+#define NIC_SLOW_BYTES 65536
+/* Who has waited so long for what others hold is one for whom time is counted (crowded_ns): a log that fills and empties is
+ * none. */
+#define NIC_CROWDED_AFTER_NS 1000000000u
 #define NIC_RETRY_NS 100000000u
 
 /* FIFO of connection numbers; each is in it once at most. */

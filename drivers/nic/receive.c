@@ -166,6 +166,7 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
         if (!waiters->member[index])
             atoll_count(nic->domain, NIC_PAGE_WAITS, 1);
         nic_queue_add(waiters, index);
+        nic_deadline(nic, nic->now_ns + NIC_CROWDED_AFTER_NS);
         return false;
     }
     if (waiters->member[index]) {
@@ -178,6 +179,8 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
     segments[count - 1].length -= pages * ATOLL_BLOCK_BYTES - in_page - bytes;
     nic_set32(nic, &slot->segments[bank], count);
     nic_set32(nic, &slot->part_bytes[bank], bytes);
+    connection->part_ns = nic->now_ns;
+    nic_deadline(nic, nic->now_ns + nic->limits.payload_ns);
     return true;
 }
 

@@ -22,7 +22,7 @@ void nic_send_queue(struct nic *nic, struct nic_connection *connection, struct n
     if (connection->send_head == 0) {
         nic_set32(nic, &connection->send_head, number);
         nic_set32(nic, &connection->send_offset, 0);
-        connection->sent_ns = nic->now_ns;
+        connection->sent_ns = connection->head_ns = nic->now_ns;
         nic_deadline(nic, nic->now_ns + nic->limits.reply_ns);
     } else {
         atoll_set32(nic->journal, &nic->area->slots[connection->send_tail - 1].next, number);
@@ -53,6 +53,7 @@ static bool head_done(struct nic *nic, struct nic_connection *connection)
     if (next == 0)
         nic_set32(nic, &connection->send_tail, 0);
     nic_set32(nic, &connection->send_offset, 0);
+    connection->head_ns = nic->now_ns;
     atoll_count(nic->domain, NIC_REPLIES, 1);
     nic_reply_done(nic, connection, slot);
     return close;

@@ -4,6 +4,11 @@
  * All connections are looked at when the nearest deadline may have passed; whoever begins to wait for something calls
  * nic_deadline. An idle server has no deadline.
  *
+ * What is received and what is sent hold pages and slots that others may lack. So that nobody keeps them by moving a byte
+ * now and then, a part has payload_ns for each NIC_SLOW_BYTES of it, from the moment it has its pages. And while somebody
+ * who holds nothing cannot go on for want of them, whoever has moved nothing, or less than at that rate, for crowded_ns is
+ * dropped.
+ *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
  */
 #include "drivers/nic/nic.h"
@@ -22,7 +27,71 @@ static bool passed(struct nic *nic, struct nic_connection *connection, uint64_t 
     return false;
 }
 
-static void look_at(struct nic *nic, struct nic_connection *connection)
+struct crowd {
+    bool pages, replies; /* somebody has nothing and waits for pages; for a slot or his share of what replies may hold */
+};
+
+static bool waits_long(const struct nic *nic, uint32_t connection)
+{
+    return nic->now_ns >= nic->area->connections[connection].received_ns + NIC_CROWDED_AFTER_NS;
+}
+
+/* For crowded_ns nothing has moved, or less than NIC_SLOW_BYTES in payload_ns on average: `bytes` since `since`, the last of
+ * them at `last`. (The average alone would count what a socket's buffer takes at once.) */
+static bool crawls(const struct nic *nic, uint64_t since, uint64_t bytes, uint64_t last)
+{
+    uint64_t time = nic->now_ns - since;
+    if (time < nic->limits.crowded_ns)
+        return false;
+    return nic->now_ns >= last + nic->limits.crowded_ns ||
+           (double)bytes * (double)nic->limits.payload_ns < (double)NIC_SLOW_BYTES * (double)time;
+}
+
+static bool crawls_in(const struct nic *nic, const struct nic_connection *connection)
+{
+    if (connection->phase != NIC_OPEN || connection->receive_state != NIC_RX_PAYLOAD)
+        return false;
+    const struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
+    return crawls(nic, connection->part_ns, slot->payload_received - slot->part_begin, connection->received_ns);
+}
+
+static bool crawls_out(const struct nic *nic, const struct nic_connection *connection)
+{
+    return (connection->phase == NIC_OPEN || connection->phase == NIC_ENDING) && connection->send_head != 0 &&
+           crawls(nic, connection->head_ns, connection->send_offset, connection->sent_ns);
+}
+
+/* It is a crowd if those who crawl hold a quarter of what there is: else others are in the way, a slow device for one. */
+static struct crowd look_for_crowds(struct nic *nic)
+{
+    const struct nic_queue *pages = &nic->page_waiters, *slots = &nic->slot_waiters;
+    if (nic_queue_empty(pages) && nic_queue_empty(slots))
+        return (struct crowd){0};
+    nic_deadline(nic, nic->now_ns + NIC_CROWDED_AFTER_NS);
+    bool lacks_pages = !nic_queue_empty(pages) && waits_long(nic, nic_queue_first(pages)), lacks_replies = false;
+    for (uint32_t at = slots->head; at != slots->tail && !lacks_replies; at++) {
+        uint32_t connection = slots->items[at % ATOLL_CONNECTION_COUNT];
+        lacks_replies = nic->area->connections[connection].outstanding == 0 && waits_long(nic, connection);
+    }
+    uint64_t part_pages = 0, reply_pages = 0, reply_slots = 0;
+    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT && (lacks_pages || lacks_replies); index++) {
+        const struct nic_connection *connection = &nic->area->connections[index];
+        if (crawls_in(nic, connection)) {
+            const struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
+            part_pages += slot->part_bytes[slot->part % NIC_PART_LISTS] / ATOLL_BLOCK_BYTES + 1;
+        }
+        if (crawls_out(nic, connection)) {
+            reply_pages += nic->hints[index].reply_pages;
+            reply_slots += connection->outstanding;
+        }
+    }
+    return (struct crowd){
+        .pages = lacks_pages && part_pages * 4 >= nic->area->page_count,
+        .replies = lacks_replies && (reply_pages * 4 >= nic->limits.reply_pages || reply_slots * 4 >= ATOLL_SLOT_COUNT),
+    };
+}
+
+static void look_at(struct nic *nic, struct nic_connection *connection, struct crowd crowd)
 {
     uint32_t index = nic_index(nic, connection);
     struct nic_hint *hint = &nic->hints[index];
@@ -36,8 +105,14 @@ static void look_at(struct nic *nic, struct nic_connection *connection)
     }
     if (connection->phase != NIC_OPEN && connection->phase != NIC_ENDING)
         return;
-    if (connection->send_head != 0 && passed(nic, connection, connection->sent_ns, nic->limits.reply_ns, NIC_REPLY_TIMEOUTS))
-        return;
+    if (connection->send_head != 0) {
+        if (passed(nic, connection, connection->sent_ns, nic->limits.reply_ns, NIC_REPLY_TIMEOUTS))
+            return;
+        if (crowd.replies && crawls_out(nic, connection)) {
+            passed(nic, connection, 0, 1, NIC_REPLY_TIMEOUTS);
+            return;
+        }
+    }
     if (connection->phase != NIC_OPEN)
         return;
     if (connection->framing != ATOLL_FRAMING_REQUEST && connection->framing != ATOLL_FRAMING_EXTENDED) {
@@ -49,7 +124,15 @@ static void look_at(struct nic *nic, struct nic_connection *connection)
                             (connection->receive_state == NIC_RX_HEADER && window.end - window.begin > 0 &&
                              window.end - window.begin < nic_frame_header_bytes(connection->framing));
     if (waits_for_client) {
-        passed(nic, connection, connection->received_ns, nic->limits.payload_ns, NIC_PAYLOAD_TIMEOUTS);
+        if (passed(nic, connection, connection->received_ns, nic->limits.payload_ns, NIC_PAYLOAD_TIMEOUTS) ||
+            connection->receive_state != NIC_RX_PAYLOAD)
+            return;
+        const struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
+        uint64_t shares = (slot->part_bytes[slot->part % NIC_PART_LISTS] + NIC_SLOW_BYTES - 1) / NIC_SLOW_BYTES;
+        if (passed(nic, connection, connection->part_ns, shares * nic->limits.payload_ns, NIC_PAYLOAD_TIMEOUTS))
+            return;
+        if (crowd.pages && crawls_in(nic, connection))
+            passed(nic, connection, 0, 1, NIC_PAYLOAD_TIMEOUTS);
     } else if (connection->outstanding == 0 && connection->receive_state == NIC_RX_HEADER) {
         uint64_t since = connection->received_ns > connection->sent_ns ? connection->received_ns : connection->sent_ns;
         passed(nic, connection, since, nic->limits.idle_ns, NIC_IDLE_TIMEOUTS);
@@ -63,8 +146,9 @@ void nic_timeouts(struct nic *nic)
     nic->next_deadline_ns = UINT64_MAX;
     if (nic->accept_retry_ns > nic->now_ns)
         nic_deadline(nic, nic->accept_retry_ns);
+    struct crowd crowd = look_for_crowds(nic);
     for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++) {
-        look_at(nic, &nic->area->connections[index]);
+        look_at(nic, &nic->area->connections[index], crowd);
         if (nic->journal->count >= NIC_JOURNAL_LIMIT) /* all at once (after a pause of the machine) are more than one step */
             nic_commit(nic);
     }
