@@ -16,7 +16,7 @@ NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name
 # The Python side is installed without the extensions, which are then built in place, and again when C changes.
 INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
 
-.PHONY: setup native run test test-setup bench bench-setup realdata lint sanitize powerloss clean help
+.PHONY: endurance setup native run test test-setup bench bench-setup realdata lint sanitize powerloss clean help
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native
@@ -38,6 +38,9 @@ bench-setup: setup $(STAMPS)/system-bench
 
 realdata: setup
 	$(VENV)/bin/python -m atoll.bench.realdata $(ARGS)
+
+endurance: test-setup
+	$(VENV)/bin/python tests/endurance.py $(ARGS)
 
 lint: setup $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
@@ -64,6 +67,7 @@ help:
 	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
 	@echo 'make powerloss  tens of thousands of devices that power loss could leave'
 	@echo 'make lint      ruff and mypy'
+	@echo 'make endurance  an hour at nine tenths of a device      ARGS="--seconds 600 --seed 7"'
 	@echo 'make realdata  savings with several versions of a package   ARGS="--package Django --version 4.2 --version 5.0"'
 	@echo 'make sanitize  C tests under the sanitizers (address, undefined; thread where there are threads)'
 	@echo 'make native    builds the C extensions that are stale'

@@ -57,7 +57,8 @@ def render(document: dict[str, Any]) -> RenderableType:
     drive = document["drive"]
     note = (
         f"{document['blocks']:,} blocks that are not zero, {document['distinct_blocks']:,} of them different: "
-        f"{document['possible']:.1%} can be saved.\nRead back in the original requests, one at a time: by address (scan), "
+        f"{document['possible']:.1%} can be saved.\n"
+        "Read back in the original requests, one at a time, by address (scan) "
         "and in an order of chance; seeks and times are per request. CPU: of dedup, per block written.\n"
         f"* a model, not a measurement: a drive of {drive['rpm']:.0f} rpm, average seek {drive['seek_average_ms']} ms, "
         f"{drive['bytes_per_s'] / 1e6:.0f} MB/s, for the reads that reached the device (docs/deduplication.md)."
