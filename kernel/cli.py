@@ -181,6 +181,8 @@ def config_show(**options: Any) -> None:
 cli.add_command(cli_chaos.chaos)
 cli.add_command(cli_store.check)
 cli.add_command(cli_store.device)
+cli.add_command(cli_store.scrub)
+cli.add_command(cli_store.du)
 
 
 # --- Looking --------------------------------------------------------------------------------------------------------

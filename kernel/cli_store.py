@@ -5,6 +5,7 @@ services/dedup/check (named as text: the kernel imports no service), the online 
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import click
 
 from atoll.kernel import config as configuration
-from atoll.kernel.client import Client
+from atoll.kernel.client import Client, NoAnswer, NoServer
 
 CHECKER = "atoll.services.dedup.check.run"
 
@@ -185,7 +186,7 @@ def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int
     before, all is used; SIZE is what it must have at least.
     """
     folder = data or Path(configuration.DEFAULT_DATA)
-    if size % 4096:
+    if size == 0 or size % 4096:
         raise click.UsageError(f"SIZE is {size} bytes, no multiple of 4096")
     with offline(folder, device) as store:
         with progress_bar(not as_json) as progress:
@@ -203,3 +204,117 @@ def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int
             f"{store.device}: {configuration.format_size(before)} before, {configuration.format_size(after)} now;"
             " the next atoll serve uses all of it"
         )
+
+
+# --- scrub, du --------------------------------------------------------------------------------------------------------
+
+
+def ask(client: Client, call: str, **fields: Any) -> dict[str, Any]:
+    found: dict[str, Any] = client.call("call", role="dedup", message={"call": call, **fields}, timeout_s=30)["answer"]
+    return {key: value for key, value in found.items() if key not in ("ok", "v")}
+
+
+def patiently(client: Client, call: str, **fields: Any) -> dict[str, Any]:
+    """Asked again if the kernel is replaced meanwhile: for calls that may be repeated."""
+    for attempt in range(5):
+        try:
+            return ask(client, call, **fields)
+        except NoAnswer:
+            if attempt == 4:
+                raise
+            time.sleep(POLL_S)
+    raise AssertionError("the last attempt returns or raises")
+
+
+@click.command()
+@data_option
+@json_option
+@click.option(
+    "--rate", metavar="SIZE", default="64MiB", show_default=True, callback=size_of,
+    help="Bytes read in a second at most; 0: no limit.",
+)  # fmt: skip
+@click.option("--background", is_flag=True, help="Do not wait for its end: atoll status shows it.")
+@click.option("--cancel", is_flag=True, help="End the scrub that runs.")
+def scrub(data: Path | None, as_json: bool, rate: int, background: bool, cancel: bool) -> None:
+    """Read every stored block from the device of the running server and compare it with its fingerprint.
+
+    Client requests come first. A scrub that runs already is joined, and goes on at the new rate; it goes on over kills
+    of any domain, and when this command is interrupted. Exit status 1 if anything is damaged.
+    """
+    folder = data or Path(configuration.DEFAULT_DATA)
+    if 0 < rate < 4096:
+        raise click.BadParameter("at least 4096 bytes a second, or 0", param_hint="--rate")
+    with Client(folder, timeout_s=30.0) as client:
+        if cancel:
+            document = patiently(client, "scrub-cancel")
+        else:
+            document = patiently(client, "scrub-start", rate_bytes_s=rate)
+        number = document["number"]
+        with progress_bar(not as_json and not background and not cancel) as progress:
+            while not background and not cancel and document["state"] not in ("done", "cancelled"):
+                seen = document["verified_bytes"] + document["changed_bytes"] + 4096 * document["damaged_count"]
+                progress(f"scrub: {document['state']}", seen, document["stored_bytes"])
+                time.sleep(POLL_S)
+                document = patiently(client, "scrub-status")
+                if document["number"] != number:
+                    fail("the server was started anew meanwhile: the scrub is gone", EXIT_NEGATIVE)
+    if as_json:
+        emit(document)
+    else:
+        from atoll.kernel import show_store
+
+        show_store.scrub(document)
+    sys.exit(EXIT_NEGATIVE if document["damaged_count"] or document["lost_pages"] else 0)
+
+
+@click.command()
+@data_option
+@json_option
+@device_option
+def du(data: Path | None, as_json: bool, device: Path | None) -> None:
+    """What each volume costs: mapped; alone: its distinct blocks; shared: those that others have too; freed if deleted.
+
+    Of a running server it is counted in the background (64 MiB of memory, one pass over the block map for each 128 GiB
+    of device); of one that does not run it is read from the device.
+    """
+    folder = data or Path(configuration.DEFAULT_DATA)
+    try:
+        document = du_online(folder, as_json)
+    except NoServer:
+        with offline(data, device) as store, progress_bar(not as_json) as progress:
+            checked = call_checker(store.device, volumes=True, progress=progress)
+        if not checked["ok"]:
+            fail(f"{store.device}: {checked['fatal'] or 'not consistent'} (atoll check)", EXIT_NEGATIVE)
+        document = {"volumes": checked["usage"], "total": sums(checked["usage"]), "stored_bytes":
+                    checked["totals"]["stored_bytes"]}  # fmt: skip
+    if as_json:
+        emit(document)
+        return
+    from atoll.kernel import show_store
+
+    show_store.usage(document)
+
+
+def sums(rows: list[dict[str, Any]]) -> dict[str, int]:
+    return {
+        key: sum(row[key] for row in rows) for key in ("mapped_bytes", "alone_bytes", "shared_bytes", "freed_bytes")
+    }
+
+
+def du_online(folder: Path, as_json: bool) -> dict[str, Any]:
+    with Client(folder, timeout_s=60.0) as client:
+        client.call("ps")
+        with progress_bar(not as_json) as progress:
+            while True:  # a dedup that dies loses its count: it is begun again
+                patiently(client, "flush")  # what is in the write log only has no place yet
+                number = patiently(client, "du-start")["number"]
+                document = patiently(client, "du-status")
+                while document["running"] and document["number"] == number:
+                    progress("block map", int(1000 * document["done"]), 1000)
+                    time.sleep(POLL_S / 4)
+                    document = patiently(client, "du-status")
+                if document["number"] == number:
+                    break
+        stored = client.call("status")["dedup"]["stored_bytes"]
+    return {"volumes": document["volumes"], "total": document["total"], "stored_bytes": stored,
+            "lost_leaves": document["lost_leaves"]}  # fmt: skip

@@ -79,6 +79,10 @@ def status(document: Mapping[str, Any]) -> None:
     for name in ("space", "log", "cache"):
         if isinstance(document.get(name), Mapping):
             facts.add_row(name, text(", ".join(f"{key} {amount(key, v)}" for key, v in document[name].items())))
+    if isinstance(document.get("scrub"), Mapping):
+        from atoll.kernel.show_store import scrub_line
+
+        facts.add_row("scrub", scrub_line(document["scrub"]))
     copies = document.get("copies", {})
     facts.add_row(
         "copied",

@@ -1,5 +1,6 @@
 """What `atoll check`, `atoll scrub` and `atoll du` show to people. Takes the documents that `--json` prints."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,12 +59,26 @@ COLUMNS = ("mapped", "alone", "shared", "freed")
 
 def scrub(document: Mapping[str, Any]) -> None:
     out = console()
-    for bad in document.get("damaged", []):
+    for bad in document["damaged"]:
         where = ", ".join(f"{text(each['volume'])} block {each['lba']}" for each in bad["referrers"])
         more = bad["referrer_count"] - len(bad["referrers"])
         out.print(
             f"[red]block {bad['pba']}[/] {escape(bad['text'])}; it is {where or 'nowhere in a volume'}"
             + (f" and {more} more" if more > 0 else "")
         )
-    if document.get("damaged_count", 0) > len(document.get("damaged", [])):
+    if document["damaged_count"] > len(document["damaged"]):
         out.print(f"... {document['damaged_count'] - len(document['damaged'])} more")
+    out.print(scrub_line(document))
+
+
+def scrub_line(document: Mapping[str, Any]) -> str:
+    """One line, for `atoll status` too."""
+    if document["state"] == "never":
+        return "never since the server was started"
+    seen = f"{size(document['verified_bytes'])} of {size(document['stored_bytes'])} are right"
+    bad = f"[red]{document['damaged_count']} blocks are damaged[/]" if document["damaged_count"] else "none is damaged"
+    if document["lost_pages"]:
+        bad += f", [red]{document['lost_pages']} pages of metadata are lost[/]"
+    when = f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(document['ended_s']))}" if document["ended_s"] else ""
+    state = document["state"] if document["ended_s"] else f"running ({document['state']})"
+    return f"{state}{when}: {seen}, {bad}"

@@ -114,7 +114,7 @@ class Verbs:
                 for role, answer in answers.items()
             },
         }
-        for name in ("space", "log", "cache"):
+        for name in ("space", "log", "cache", "scrub"):
             if isinstance(dedup.get(name), dict):
                 document[name] = dedup[name]
         return document

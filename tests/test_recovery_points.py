@@ -69,6 +69,8 @@ def walk(server: Server, eyes: Eyes, load: Load, role: str, name: str) -> bool:
     while eyes.crash_seen(role) != sequence and time.monotonic() < deadline:
         if name == "dedup.store.delete":
             delete_a_volume(server)
+        if name.startswith("dedup.scrub"):
+            patiently(server, "call", role="dedup", message={"call": "scrub-start"})
         if role == "kernel" or recovering or ":call" in name:
             # Promotions, calls and recoveries happen when somebody dies or asks.
             if "promote" not in name and not recovering:

@@ -10,6 +10,7 @@
     check                                       recounts everything: {"inconsistencies": [...], "count": n}
     map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian},
                                                 see enum map_kind in store.h; at most MAP_BLOCKS at a time
+    scrub-..., du-...                           background jobs: jobs.py
     stop                                        destages all, closes the store
 
 A volume call is answered when its change is on stable storage.
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from atoll.ipc.runtime import CallError, Context
+from atoll.services.dedup import jobs
 from atoll.services.dedup._dedup import ffi, lib
 
 BLOCK_BYTES = 4096
@@ -52,6 +54,7 @@ class Control:
             "check": self.check,
             "map": self.map,
             "stop": self.stop,
+            **jobs.handlers(state),
         }
 
     # --- Looking ----------------------------------------------------------------------------------------------------
@@ -91,6 +94,7 @@ class Control:
                 "loading_blocks": int(figures.cache_loading),
                 "pinned_blocks": int(figures.cache_pinned),
             },
+            "scrub": jobs.scrub(self._state),
             "requests": {
                 "accepted": int(figures.accepted),
                 "waiting": int(figures.waiting),

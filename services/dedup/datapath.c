@@ -529,6 +529,9 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     if (dp->flush_count != 0)
         did |= run_flushes(dp);
     did |= destage_step(dp, &wake);
+    did |= scrub_step(dp, &wake);
+    if (!did || dp->sweep_age % 16 == 0)
+        did |= du_step(dp);
     if (dp->flush_count != 0 && dp->arena->failed_records != 0)
         did = true; /* a write has just failed: its flushes fail in the next step */
     /* Nobody tells when a reply has been sent, so look again soon. */
@@ -544,6 +547,8 @@ void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t 
 {
     if (slot->kind == IO_FILL)
         cache_io_done(dedup->datapath, slot, status);
+    else if (slot->kind == IO_SCRUB)
+        scrub_io_done(dedup->datapath, slot, status);
     else
         destage_io_done(dedup->datapath, slot, status);
 }

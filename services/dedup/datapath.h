@@ -61,6 +61,11 @@
 #define DP_EXTENTS_LEAVES 64
 /* Blocks that one CACHE request reads ahead. */
 #define DP_PREFETCH_BLOCKS 256
+/* Pages at the end of the driver's buffers, before the store's, that the scrub reads into; damaged blocks that it keeps
+ * by name, and places in volumes that it names for each. */
+#define DP_SCRUB_PAGES 64
+#define DP_SCRUB_DAMAGED 64
+#define DP_SCRUB_REFERRERS 4
 /* Smallest read cache: two parts of reads at once. */
 #define DP_CACHE_MINIMUM 256
 
@@ -154,6 +159,35 @@ struct dp_slot {
 _Static_assert(DP_SLOT_HOT_BYTES % 8 == 0, "saved by words");
 _Static_assert(sizeof(struct atoll_extent) == sizeof(struct atoll_segment), "extents lie where segments do");
 
+enum scrub_state { SCRUB_IDLE = 0, SCRUB_DATA = 1, SCRUB_REFERRERS = 3, SCRUB_DONE = 4, SCRUB_CANCELLED = 5 };
+enum scrub_block_state { SCRUB_UNREAD = 0, SCRUB_READING = 1, SCRUB_RIGHT = 2, SCRUB_WRONG = 3 };
+
+struct dp_scrub_block {
+    uint64_t pba;
+    struct fingerprint print;  /* when its read began */
+    uint32_t state;            /* enum scrub_block_state */
+    uint32_t attempts;
+    uint32_t status;           /* of the last read */
+    uint32_t reserved;
+};
+struct dp_scrub_damage {
+    uint64_t pba, status, referrer_count;
+    uint64_t referrers[DP_SCRUB_REFERRERS]; /* volume << 52 | LBA */
+};
+struct dp_scrub {
+    uint64_t number;           /* of the last one begun */
+    uint64_t state;            /* enum scrub_state */
+    uint64_t rate_bytes_s;     /* 0: as fast as it goes */
+    uint64_t started_s, ended_s; /* Unix time */
+    uint64_t position;         /* next PBA; in REFERRERS volume << 52 | leaf */
+    uint64_t stored_blocks;    /* when it began */
+    uint64_t verified_blocks, changed_blocks, damaged_count, lost_pages;
+    uint64_t outstanding;      /* reads under way */
+    uint64_t batch_count;
+    struct dp_scrub_block batch[DP_SCRUB_PAGES];       /* block i is read into the scrub's page i */
+    struct dp_scrub_damage damaged[DP_SCRUB_DAMAGED];  /* by PBA */
+};
+
 struct dp_arena {
     uint64_t nic_pages, merge_pages, cache_pages; /* sizes of the tables (cache: of which dp.cache_pages are used) */
     uint64_t next_order, next_acceptance;
@@ -168,6 +202,7 @@ struct dp_arena {
     uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
     uint32_t current_part;       /* with header.current: not transactional */
     uint32_t reserved;
+    struct dp_scrub scrub;
     struct dp_run runs[DP_RUNS];
     struct dp_slot slots[ATOLL_SLOT_COUNT];
 };
@@ -183,7 +218,7 @@ struct datapath {
     uint8_t *held;
     uint64_t record_count;
     uint64_t cache_pages;
-    uint64_t nic_buffer, merge_buffer, zero_buffer, cache_buffer; /* addresses */
+    uint64_t nic_buffer, merge_buffer, zero_buffer, cache_buffer, scrub_buffer; /* addresses */
     const uint32_t *nic_done;   /* atoll_nic_public.done */
     uint64_t destage_delay_ms;
     uint64_t track_blocks;      /* a run that is shared stands on one track of so many */
@@ -227,6 +262,8 @@ struct datapath {
     uint64_t space_failures;    /* of syncs, when it was drawn */
     bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
     uint64_t now_ms;
+    struct du *du;              /* what `atoll du` counts; NULL before the first time */
+    uint64_t scrub_due_ns;      /* its rate: no read before */
 };
 
 #define DP_NO_SLOT 0xffff
@@ -358,6 +395,20 @@ void match_decide(struct datapath *dp, uint32_t number, struct match_decision *d
 /* The first `placed` writers have got places from `pba` on: followers whose rows do not fit them go back to the list. Returns how
  * many are left. */
 uint32_t match_trim(struct datapath *dp, struct match_decision *decision, uint64_t pba, uint32_t placed);
+
+/* --- datapath_scrub.c --------------------------------------------------------------------------------------------------- */
+/* Begins a scrub, or gives the one that runs another rate. In a transaction, as all here. */
+void scrub_start(struct datapath *dp, uint64_t rate_bytes_s);
+void scrub_cancel(struct datapath *dp);
+/* A bounded step; true if it did something. *wake_ms: when to look again at the latest, unless it is sooner already. */
+bool scrub_step(struct datapath *dp, uint64_t *wake_ms);
+void scrub_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
+void scrub_adopt(struct datapath *dp); /* no read is under way any more */
+
+/* --- datapath_du.c ------------------------------------------------------------------------------------------------------ */
+int du_start(struct datapath *dp, uint64_t *number); /* enum atoll_status */
+bool du_step(struct datapath *dp);
+void du_state(struct datapath *dp, struct du_state *state);
 
 /* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
 struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages; };

@@ -117,13 +117,15 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
         snprintf(error, 256, "arena of nic has %llu pages, dedup was made for %llu", (unsigned long long)nic_pages,
                  (unsigned long long)arena->nic_pages);
     else if (!buffer_of(domain, ATOLL_ROLE_DISK, &dp->cache_buffer, &cache_pages) ||
-             cache_pages < DP_CACHE_MINIMUM + STORE_BOUNCE_PAGES)
+             cache_pages < DP_CACHE_MINIMUM + DP_SCRUB_PAGES + STORE_BOUNCE_PAGES)
         snprintf(error, 256, "arena of disk has %llu pages, dedup needs %u", (unsigned long long)cache_pages,
-                 DP_CACHE_MINIMUM + STORE_BOUNCE_PAGES);
+                 DP_CACHE_MINIMUM + DP_SCRUB_PAGES + STORE_BOUNCE_PAGES);
     else
         error[0] = 0;
     /* After the death of all the driver's arena is a new one, and perhaps smaller; the cache is empty then. */
-    dp->cache_pages = cache_pages - STORE_BOUNCE_PAGES < arena->cache_pages ? cache_pages - STORE_BOUNCE_PAGES : arena->cache_pages;
+    cache_pages -= STORE_BOUNCE_PAGES + DP_SCRUB_PAGES;
+    dp->cache_pages = cache_pages < arena->cache_pages ? cache_pages : arena->cache_pages;
+    dp->scrub_buffer = dp->cache_buffer + cache_pages * DP_BLOCK;
     const struct atoll_arena_header *nic = domain->peers[ATOLL_ROLE_NIC];
     if (error[0] == 0 && (nic->role_offset % 8 != 0 ||
                           !atoll_reference_in(domain, ATOLL_ROLE_NIC, atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset,
@@ -203,6 +205,7 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
     give_flush(dp);
     atoll_domain_commit(dp->domain);
     log_committed(dp);
+    scrub_adopt(dp);
     destage_adopt(dp, quarantine);
     atoll_domain_commit(dp->domain);
     log_committed(dp);

@@ -33,7 +33,7 @@ static struct dp_geometry datapath_geometry(const struct dedup_config *config)
 {
     return (struct dp_geometry){.nic_pages = config->nic_pages,
                                 .merge_pages = config->merge_pages,
-                                .cache_pages = config->cache_pages - STORE_BOUNCE_PAGES};
+                                .cache_pages = config->cache_pages - STORE_BOUNCE_PAGES - DP_SCRUB_PAGES};
 }
 
 static struct store_geometry store_geometry(const struct dedup_config *config)
@@ -401,3 +401,50 @@ int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t cou
 }
 
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }
+
+/* --- Scrub, du -------------------------------------------------------------------------------------------------------------- */
+
+void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s)
+{
+    scrub_start(dedup->datapath, rate_bytes_s);
+    atoll_domain_commit(dedup->domain);
+}
+
+void dedup_scrub_cancel(struct dedup *dedup)
+{
+    scrub_cancel(dedup->datapath);
+    atoll_domain_commit(dedup->domain);
+}
+
+void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub)
+{
+    const struct dp_scrub *its = &dedup->datapath->arena->scrub;
+    struct store_space space = {0};
+    if (store_state(dedup) == STORE_READY)
+        store_space(dedup, &space);
+    *scrub = (struct dedup_scrub){.number = its->number, .state = its->state, .rate_bytes_s = its->rate_bytes_s,
+                                  .started_s = its->started_s, .ended_s = its->ended_s, .position = its->position,
+                                  .device_blocks = space.device_blocks, .stored_blocks = its->stored_blocks,
+                                  .verified_blocks = its->verified_blocks, .changed_blocks = its->changed_blocks,
+                                  .damaged_count = its->damaged_count, .lost_pages = its->lost_pages};
+}
+
+_Static_assert(sizeof(((struct dedup_damage *)0)->lba) / 8 == DP_SCRUB_REFERRERS, "those that are named");
+
+bool dedup_scrub_damage(struct dedup *dedup, uint32_t index, struct dedup_damage *damage)
+{
+    const struct dp_scrub *its = &dedup->datapath->arena->scrub;
+    if (index >= DP_SCRUB_DAMAGED || index >= its->damaged_count)
+        return false;
+    const struct dp_scrub_damage *found = &its->damaged[index];
+    *damage = (struct dedup_damage){.pba = found->pba, .status = found->status, .referrer_count = found->referrer_count};
+    for (uint32_t number = 0; number < DP_SCRUB_REFERRERS; number++) {
+        damage->volume[number] = (uint32_t)(found->referrers[number] >> 52);
+        damage->lba[number] = found->referrers[number] & (((uint64_t)1 << 52) - 1);
+    }
+    return true;
+}
+
+int dedup_du_start(struct dedup *dedup, uint64_t *number) { return du_start(dedup->datapath, number); }
+
+void dedup_du(struct dedup *dedup, struct du_state *state) { du_state(dedup->datapath, state); }

@@ -47,6 +47,30 @@ struct dedup_figures {
     uint64_t sync_failures;
 };
 
+/* The scrub: enum scrub_state of datapath.h, in the order of its phases. */
+struct dedup_scrub {
+    uint64_t number, state, rate_bytes_s, started_s, ended_s;
+    uint64_t position, device_blocks; /* how far the phase is */
+    uint64_t stored_blocks, verified_blocks, changed_blocks, damaged_count, lost_pages;
+};
+struct dedup_damage {
+    uint64_t pba, status, referrer_count;
+    uint32_t volume[4]; /* of the first of them */
+    uint64_t lba[4];
+};
+
+/* What volumes cost, in blocks. */
+struct du_volume {
+    uint64_t mapped;  /* entries that name a block */
+    uint64_t logged;  /* of these, not written out yet */
+    uint64_t alone;   /* distinct blocks */
+    uint64_t shared;  /* of these, named by other volumes too */
+};
+struct du_state {
+    uint64_t number, running, windows, windows_done, leaves, leaves_done, lost_leaves;
+    struct du_volume volumes[256];
+};
+
 uint64_t dedup_role_bytes(const struct dedup_config *config);
 uint64_t dedup_buffer_bytes(const struct dedup_config *config);
 /* Attaches to the arena and recovers from what the predecessor left. NULL with a reason in `error` (256 bytes).
@@ -74,6 +98,13 @@ uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
 /* Map values (store.h) of the blocks [first, first + count) of a volume that exists, each as at some moment of the call. Serves
  * meanwhile, as dedup_run does. Returns enum dedup_reason. */
 int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns);
+void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s);
+void dedup_scrub_cancel(struct dedup *dedup);
+void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub);
+/* Damaged block `index` of the last scrub; false if it is not kept. */
+bool dedup_scrub_damage(struct dedup *dedup, uint32_t index, struct dedup_damage *damage);
+int dedup_du_start(struct dedup *dedup, uint64_t *number);
+void dedup_du(struct dedup *dedup, struct du_state *state);
 /* Recounts and compares everything (between steps); lines of text, number of inconsistencies. */
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
 /* cffi:end */

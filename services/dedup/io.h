@@ -21,7 +21,8 @@ enum io_kind {
     IO_FREE = 0,
     IO_DESTAGE = 1,    /* datapath: argument = run index */
     IO_FILL = 2,       /* datapath: read into cache pages; argument as datapath wants */
-    IO_STORE = 3       /* store: argument as store wants */
+    IO_STORE = 3,      /* store: argument as store wants */
+    IO_SCRUB = 8       /* scrub: argument = number of the scrub << 8 | first block of the batch */
 };
 
 struct io_slot {
