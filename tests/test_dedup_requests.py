@@ -122,6 +122,31 @@ def test_a_slow_device_costs_no_savings() -> None:
         verify(stage, second, b"".join(scattered))
 
 
+def test_what_was_stored_while_a_batch_was_being_read_is_shared() -> None:
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.write(volume, 0, block(1))
+        stage.drain()
+        stage.write(volume, BLOCK, block(1) + block(2))  # waits for block 0 to be read and compared
+        stage.turn()
+        stage.turn()
+        stage.take_ios()
+        reads = [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_READ]
+        assert len(reads) == 1
+        stage.write(volume, 8 * BLOCK, block(2))  # does not
+        for _ in range(20):
+            stage.turn()
+            stage.take_ios()
+            for io in [io for io in stage.ios if io not in reads]:
+                stage.complete(io)
+        assert stage.figures().stored_blocks == 2
+        stage.complete(reads[0])
+        stage.drain()
+        assert stage.figures().stored_blocks == 2 and stage.figures().references == 4
+        stage.check()
+
+
 def test_zeros_take_no_space() -> None:
     with Stage() as stage:
         stage.open()

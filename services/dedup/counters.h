@@ -41,7 +41,7 @@ enum dedup_counter {
     DEDUP_COUNTER_SWEEPS = 34,
     DEDUP_COUNTER_FLUSH_FAILURES = 35,
     DEDUP_COUNTER_THRESHOLD_BLOCKS = 36,   /* written although an equal block was stored: their runs were too short */
-    DEDUP_COUNTER_HELD_BACK_BLOCKS = 37,   /* left to the next batch: with what follows, their run may be long enough */
+    DEDUP_COUNTER_HELD_BACK_BLOCKS = 37,   /* left to the next batch: with what follows, their run may be long enough; or an equal block was stored meanwhile */
     DEDUP_COUNTER_DATAPATH_COUNT = 38
 };
 /* cffi:end */

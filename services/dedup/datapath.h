@@ -40,6 +40,8 @@
 #define DP_NONE 0xffffffffu
 /* Link of a record in a matching run: equal blocks are stored, but too few in sequence. */
 #define DP_REJECTED 0xfffffffeu
+/* There are equal blocks, but no pages to read them into: the block is written. */
+#define DP_UNREAD 0xfffffffdu
 #define DP_BLOCK ATOLL_BLOCK_BYTES
 
 /* Segments of a result: each block one, and holes between. */
@@ -108,7 +110,7 @@ struct dp_run {
     uint32_t record_count;      /* the rest are followers: equal to records[link[i]] */
     uint64_t min_order;
     uint32_t records[DP_RUN_RECORDS];
-    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE or DP_REJECTED */
+    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE, DP_REJECTED or DP_UNREAD */
 };
 
 enum page_state {

@@ -172,7 +172,7 @@ static void check_pins(struct datapath *dp, struct findings *findings)
         found(findings, "%llu slots have pins, the list has %u", U(slots_with_pins), arena->pinned_count);
     for (uint32_t number = 0; number < DP_RUNS; number++)
         for (uint32_t index = 0; arena->runs[number].state == RUN_MATCHING && index < arena->runs[number].record_count; index++)
-            if (arena->runs[number].link[index] < DP_REJECTED)
+            if (arena->runs[number].link[index] < DP_UNREAD)
                 pages[arena->runs[number].link[index]]++;
     for (uint64_t record = 0; record < dp->record_count; record++)
         if (records[record] != dp->records[record].pins)

@@ -223,7 +223,7 @@ static bool match_loaded(const struct datapath *dp, uint32_t number)
 {
     const struct dp_run *run = &dp->arena->runs[number];
     for (uint32_t index = 0; index < run->record_count; index++)
-        if (run->link[index] < DP_REJECTED && dp->pages[run->link[index]].state == PAGE_LOADING)
+        if (run->link[index] < DP_UNREAD && dp->pages[run->link[index]].state == PAGE_LOADING)
             return false;
     return true;
 }

@@ -52,7 +52,7 @@ static uint64_t planned_place(const struct datapath *dp, uint32_t record)
             if (run->records[index] != record)
                 continue;
             if (run->state == RUN_MATCHING)
-                return run->link[index] < DP_REJECTED ? dp->pages[run->link[index]].pba : 0;
+                return run->link[index] < DP_UNREAD ? dp->pages[run->link[index]].pba : 0;
             return run->pba + (index < run->writer_count ? index : run->link[index]);
         }
     }
@@ -224,7 +224,8 @@ void match_stored(struct datapath *dp, uint32_t number)
         dp_sweep(dp);
         if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
             atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, chosen);
-            return;
+            for (uint32_t each = 0; each < chosen; each++)
+                pages[each] = DP_UNREAD;
         }
     }
     for (uint32_t each = 0; each < chosen; each++)
@@ -273,6 +274,14 @@ static bool follow(struct datapath *dp, uint32_t record, uint32_t node)
     return true;
 }
 
+/* The block had no equal when the batch was collected, and has one now: stored while others of the batch were being read. The next
+ * batch has it read; that can happen once to a block, since it has an equal from then on. */
+static bool came_late(struct datapath *dp, const struct dp_record *r, uint32_t link)
+{
+    uint64_t place;
+    return link == DP_NONE && store_candidates(dp->dedup, r->print, &place, 1) != 0;
+}
+
 /* One run of the batch: shares, follows, holds back; what is left goes to `decision`. places[i]: confirmed, or 0. */
 static void decide_run(struct datapath *dp, const uint32_t *records, const uint64_t *places, const uint32_t *link, uint32_t count,
                        struct match_decision *decision)
@@ -302,7 +311,7 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
     uint32_t keep = count - held_back(dp, records, count, runs_open_tail(blocks, count, &rule, choice));
     for (uint32_t index = 0; index < count; index++) {
         uint32_t record = records[index], node = choice[index] == RUNS_NONE ? DP_NONE : nodes[index][choice[index]];
-        if (index >= keep) {
+        if (index >= keep || (blocks[index].count == 0 && came_late(dp, at(dp, record), link[index]))) {
             log_requeue(dp, record);
             atoll_count(dp->domain, DEDUP_COUNTER_HELD_BACK_BLOCKS, 1);
         } else if (choice[index] == RUNS_NONE || !(node == DP_NONE ? share(dp, record, places[index]) : follow(dp, record, node))) {
@@ -361,7 +370,7 @@ void match_decide(struct datapath *dp, uint32_t number, struct match_decision *d
     uint32_t count = run->record_count;
     decision->rest_count = decision->writer_count = decision->follower_count = 0;
     for (uint32_t index = 0; index < count; index++)
-        places[index] = run->link[index] < DP_REJECTED && at(dp, run->records[index])->state != RECORD_DROPPED
+        places[index] = run->link[index] < DP_UNREAD && at(dp, run->records[index])->state != RECORD_DROPPED
                             ? confirm(dp, run->records[index], run->link[index]) : 0;
     for (uint32_t first = 0, end; first < count; first = end) {
         end = run_end(dp, run->records, count, first);
@@ -371,7 +380,7 @@ void match_decide(struct datapath *dp, uint32_t number, struct match_decision *d
             decide_run(dp, run->records + first, places + first, run->link + first, end - first, decision);
     }
     for (uint32_t index = 0; index < count; index++)
-        if (run->link[index] < DP_REJECTED)
+        if (run->link[index] < DP_UNREAD)
             cache_unpin(dp, run->link[index]);
     decide_rest(dp, decision);
 }
