@@ -91,9 +91,13 @@ def test_a_damaged_block_is_named_and_never_served(make_server: Callable[..., Se
         with Connection.open(str(server.socket)) as connection:
             connection.negotiate(volume)
             with pytest.raises(NbdError) as error:
-                connection.read(lba * BLOCK, BLOCK)
-            assert error.value.code == 5
+                connection.read((lba - 5) * BLOCK, 10 * BLOCK)
+            assert error.value.code == 5 and error.value.offset == lba * BLOCK
+            assert f'volume "{volume}", at LBA {lba}: the stored data' in str(error.value)
+            assert f"(address {bad})" in str(error.value)
             assert connection.read((lba + 1) * BLOCK, BLOCK) == content(18)
+        line = f"a block on the device is not what was stored, pba {bad}, volume {volume}, lba {lba}"
+        wait_for("the log names it", lambda line=line: line in server.log.read_text())
 
 
 def test_a_scrub_goes_on_over_kills(make_server: Callable[..., Server]) -> None:
@@ -102,7 +106,7 @@ def test_a_scrub_goes_on_over_kills(make_server: Callable[..., Server]) -> None:
     bad = [place(server, "disk", lba) for lba in (5, 1000, 1990)]
     for pba in bad:
         flip(server, pba)
-    number = server.json("scrub", "--rate", "4MiB", "--background")["number"]
+    number = server.json("scrub", "--rate", "1MiB", "--background")["number"]
     for role in ("dedup", "disk", "dedup", "kernel", "disk", "dedup"):
         seen = call(server, "scrub-status")["verified_bytes"]
         wait_for("the scrub goes on", lambda seen=seen: call(server, "scrub-status")["verified_bytes"] > seen)

@@ -16,6 +16,7 @@ import uuid
 from typing import Any
 
 from atoll.ipc.runtime import Context
+from atoll.services.dedup import jobs
 from atoll.services.dedup._dedup import ffi, lib
 from atoll.services.dedup.control import Control
 
@@ -51,8 +52,11 @@ def main(context: Context) -> None:
     control = Control(context, state)
     context.serving()
     while not context.stopping:
-        if lib.dedup_run(state, lib.DEDUP_GOAL_SERVE, 0) == lib.ATOLL_REASON_CONTROL:
+        reason = lib.dedup_run(state, lib.DEDUP_GOAL_SERVE, 0)
+        if reason == lib.ATOLL_REASON_CONTROL:
             context.serve_control(control.handlers)
+        elif reason == lib.DEDUP_REASON_DAMAGE:
+            jobs.tell_damage(context, state)
 
 
 def _sizes(config: dict[str, Any]) -> Any:

@@ -185,6 +185,7 @@ static void send_done(struct datapath *dp, uint32_t number)
                                        .part = (uint16_t)slot->part,
                                        .status = (uint16_t)slot->status};
     message.words[0] = slot->failed_address;
+    message.words[1] = slot->failed_lba;
     if (slot->status == ATOLL_OK && slot->extent_count != 0) {
         message.address = (uint64_t)(uintptr_t)slot->segments;
         message.length = slot->extent_count * (uint32_t)sizeof(struct atoll_extent);
@@ -223,6 +224,7 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
     assert(slot->state == SLOT_ACCEPTED && slot->phase == PHASE_LOADING);
     bool stale = false;
     uint32_t failed = DP_NONE;
+    uint64_t bytes = 0, failed_bytes = 0; /* of the result before the segment; before the failed block */
     for (uint32_t index = 0; index < slot->segment_count; index++) {
         uint64_t address = slot->segments[index].address, end = address + slot->segments[index].length;
         for (address &= ~(uint64_t)(DP_BLOCK - 1); address < end; address += DP_BLOCK) {
@@ -235,9 +237,12 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
                 return;
             }
             stale = stale || dp->pages[page].state == PAGE_STALE;
-            if (dp->pages[page].state == PAGE_FAILED && failed == DP_NONE)
+            if (dp->pages[page].state == PAGE_FAILED && failed == DP_NONE) {
                 failed = page;
+                failed_bytes = bytes + (address > slot->segments[index].address ? address - slot->segments[index].address : 0);
+            }
         }
+        bytes += slot->segments[index].length;
     }
     if (dp->journal->count >= DP_STEP_JOURNAL) { /* all slots may have waited for this page: the others in later steps */
         queue_retry(dp, number);
@@ -256,8 +261,22 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
     if (failed != DP_NONE) {
         slot->status = dp->pages[failed].status;
         slot->failed_address = dp->pages[failed].pba;
+        uint64_t lba = (slot->request.words[0] + failed_bytes) / DP_BLOCK;
+        if (slot->request.opcode == ATOLL_OP_READ) {
+            slot->failed_lba = lba + 1;
+            dp_note_damage(dp, slot->failed_address, slot->status, slot->request.halves[4], lba);
+        }
     }
     finish(dp, number);
+}
+
+void dp_note_damage(struct datapath *dp, uint64_t pba, uint32_t status, uint32_t volume, uint64_t lba)
+{
+    if (dp->damage_count == DP_DAMAGE_NOTES) {
+        dp->damage_dropped++;
+        return;
+    }
+    dp->damage[dp->damage_count++] = (struct dp_damage){.pba = pba, .lba = lba, .volume = volume, .status = status};
 }
 
 /* --- Execution ------------------------------------------------------------------------------------------------------------ */
@@ -375,7 +394,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     slot->phase = PHASE_START;
     slot->status = ATOLL_OK;
     slot->result_bytes = slot->extent_count = 0;
-    slot->progress = slot->failed_address = slot->target = 0;
+    slot->progress = slot->failed_address = slot->failed_lba = slot->target = 0;
     slot->acceptance = arena->next_acceptance;
     dp_set64(dp, &arena->next_acceptance, arena->next_acceptance + 1);
 

@@ -148,7 +148,8 @@ struct dp_slot {
     uint64_t ticket;
     uint64_t sync_failures;          /* when the ticket was drawn */
     uint64_t progress;               /* next LBA */
-    uint64_t failed_address;
+    uint64_t failed_address;         /* PBA that could not be read, or is not right */
+    uint64_t failed_lba;             /* + 1; 0: not known */
     uint32_t state, phase;
     uint32_t part, status;
     uint32_t result_bytes;
@@ -209,6 +210,10 @@ struct dp_arena {
     struct dp_slot slots[ATOLL_SLOT_COUNT];
 };
 
+/* A damaged or unreadable place, for the log. */
+#define DP_DAMAGE_NOTES 16
+struct dp_damage { uint64_t pba, lba; uint32_t volume, status; }; /* volume: ATOLL_VOLUME_COUNT if none asked for it */
+
 /* Private to the process: pointers, and indices that datapath_attach makes again. */
 struct datapath {
     struct dedup *dedup;
@@ -265,6 +270,8 @@ struct datapath {
     bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
     uint64_t now_ms;
     struct du *du;              /* what `atoll du` counts; NULL before the first time */
+    struct dp_damage damage[DP_DAMAGE_NOTES]; /* seen and not told to the log yet */
+    uint32_t damage_count, damage_dropped;
     uint64_t scrub_due_ns;      /* its rate: no read before */
 };
 
@@ -314,6 +321,8 @@ void slot_wait_page(struct datapath *dp, uint32_t number);            /* READ in
 void dp_sweep(struct datapath *dp);                                   /* pins whose replies nic has sent */
 /* The volume that a request names, or NULL with *status set. Checks offset and length against its size. */
 struct atoll_volume *dp_volume(struct datapath *dp, const struct atoll_descriptor *request, uint32_t *status);
+
+void dp_note_damage(struct datapath *dp, uint64_t pba, uint32_t status, uint32_t volume, uint64_t lba);
 
 /* --- datapath_log.c: records, list, pages given back ---------------------------------------------------------------- */
 /* The record `value` (a MAP_LOG map value) names; checked. */

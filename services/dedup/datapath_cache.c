@@ -258,6 +258,8 @@ static void loaded(struct datapath *dp, uint32_t page, uint32_t status)
     dp_set32(dp, &p->state, state);
     if (state != PAGE_VALID && p->attached)
         detach(dp, page);
+    if (state == PAGE_FAILED && dp->page_waiters[page] == DP_NO_SLOT)
+        dp_note_damage(dp, p->pba, status, ATOLL_VOLUME_COUNT, 0);
     if (p->pins == 0 && !p->attached)
         free_page(dp, page);
 

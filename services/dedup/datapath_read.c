@@ -57,6 +57,7 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
                  (dp->records[log_record_of(dp, values[index])].flags & RECORD_CORRUPT)) {
             slot->status = ATOLL_ECORRUPT;
             slot->failed_address = first + index;
+            slot->failed_lba = first + index + 1;
             return OUTCOME_DONE;
         }
     }

@@ -104,6 +104,7 @@ static void note_damage(struct datapath *dp, const struct dp_scrub_block *block)
     uint64_t number = scrub->damaged_count;
     dp_set64(dp, &scrub->damaged_count, number + 1);
     atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
+    dp_note_damage(dp, block->pba, block->status, ATOLL_VOLUME_COUNT, 0);
     if (number >= DP_SCRUB_DAMAGED)
         return;
     atoll_save(dp->journal, &scrub->damaged[number], sizeof scrub->damaged[number]);

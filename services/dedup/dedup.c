@@ -211,6 +211,8 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
 {
     struct datapath *dp = dedup->datapath;
     uint32_t status;
+    if (goal->kind == DEDUP_GOAL_SERVE && dp->damage_count != 0)
+        return DEDUP_REASON_DAMAGE;
     if (goal->kind == DEDUP_GOAL_SERVE)
         return atoll_domain_pending(dedup->domain, ATOLL_ROLE_KERNEL) != 0 ? ATOLL_REASON_CONTROL : 0;
     if (goal->kind == DEDUP_GOAL_LOAD) {
@@ -403,6 +405,21 @@ int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t cou
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }
 
 /* --- Scrub, du -------------------------------------------------------------------------------------------------------------- */
+
+bool dedup_take_damage(struct dedup *dedup, struct dedup_seen *seen)
+{
+    struct datapath *dp = dedup->datapath;
+    if (dp->damage_count == 0)
+        return false;
+    const struct dp_damage *first = &dp->damage[0];
+    *seen = (struct dedup_seen){.pba = first->pba, .lba = first->lba, .volume = first->volume, .status = first->status};
+    memmove(dp->damage, dp->damage + 1, --dp->damage_count * sizeof dp->damage[0]);
+    if (dp->damage_count == 0) {
+        seen->dropped = dp->damage_dropped;
+        dp->damage_dropped = 0;
+    }
+    return true;
+}
 
 void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s)
 {

@@ -33,7 +33,8 @@ enum dedup_reason {
     DEDUP_REASON_REACHED = 16,
     DEDUP_REASON_TIMEOUT = 17,
     DEDUP_REASON_UNFLUSHED = 18, /* an acknowledged write cannot be placed */
-    DEDUP_REASON_LOST = 19       /* a page of metadata cannot be read */
+    DEDUP_REASON_LOST = 19,      /* a page of metadata cannot be read */
+    DEDUP_REASON_DAMAGE = 20     /* while serving: a place is damaged (dedup_take_damage), for the log */
 };
 
 struct dedup_figures {
@@ -98,6 +99,10 @@ uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
 /* Map values (store.h) of the blocks [first, first + count) of a volume that exists, each as at some moment of the call. Serves
  * meanwhile, as dedup_run does. Returns enum dedup_reason. */
 int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns);
+/* The oldest damage that was seen and not taken yet; false if there is none. `volume` is ATOLL_VOLUME_COUNT where nobody
+ * waited for the block; `dropped`: so many more were not kept. */
+struct dedup_seen { uint64_t pba, lba, dropped; uint32_t volume, status; };
+bool dedup_take_damage(struct dedup *dedup, struct dedup_seen *seen);
 void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s);
 void dedup_scrub_cancel(struct dedup *dedup);
 void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub);

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from atoll.ipc.runtime import CallError
+from atoll.ipc.runtime import CallError, Context
 from atoll.services.dedup._dedup import ffi, lib
 
 BLOCK_BYTES = 4096
@@ -47,6 +47,20 @@ def handlers(state: Any) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]
         "du-start": du_start,
         "du-status": lambda call: usage(state),
     }
+
+
+def tell_damage(context: Context, state: Any) -> None:
+    """Lines for the log: which place is damaged, and for whom it was read. What does not fit the ring is dropped."""
+    seen = ffi.new("struct dedup_seen *")
+    while lib.dedup_take_damage(state, seen):
+        what = "is not what was stored" if seen.status == lib.ATOLL_ECORRUPT else "cannot be read"
+        fields: dict[str, Any] = {"pba": int(seen.pba)}
+        if seen.volume < lib.ATOLL_VOLUME_COUNT:
+            fields |= {"volume": name_of(state, seen.volume), "lba": int(seen.lba)}
+        if seen.dropped:
+            fields["more"] = int(seen.dropped)
+        context.event(f"a block on the device {what}", **fields)
+    context.lib.atoll_domain_commit(context.domain)
 
 
 def name_of(state: Any, volume: int) -> str:

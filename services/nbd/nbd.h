@@ -249,7 +249,7 @@ static inline bool nbd_uses_chunks(const struct nbd_slot *slot)
 /* --- request.c --- */
 const char *nbd_command_name(uint32_t type);
 /* Why part of an accepted request failed; `place` is words[0] of dedup's answer. */
-void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, const char *volume_name, char *text);
+void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, const char *volume_name, char *text);
 
 /* --- volumes.c --- */
 /* The volume as published now. It is read again only if its version has changed. */

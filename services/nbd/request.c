@@ -115,7 +115,7 @@ uint32_t nbd_code(uint32_t status)
     }
 }
 
-void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, const char *volume_name, char *text)
+void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, const char *volume_name, char *text)
 {
     char why[96];
     switch (status) {
@@ -138,7 +138,7 @@ void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, c
     else
         snprintf(text, NBD_TEXT_BYTES, "%s of %" PRIu64 " bytes at offset %" PRIu64 " of volume \"%s\", at LBA %" PRIu64 ": %s",
                  nbd_command_name(slot->type), slot->length, slot->offset, volume_name,
-                 (slot->offset + slot->done_bytes) >> ATOLL_BLOCK_SHIFT, why);
+                 offset >> ATOLL_BLOCK_SHIFT, why);
 }
 
 uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_bytes, uint64_t part, uint64_t unit)

@@ -159,6 +159,11 @@ void nbd_finish_success(struct nbd *nbd, struct nbd_slot *slot)
 /* `taken`: dedup has the payload of the current part. */
 void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, int taken)
 {
+    nbd_finish_error_at(nbd, slot, status, place, slot->offset + slot->done_bytes, taken);
+}
+
+void nbd_finish_error_at(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, int taken)
+{
     uint32_t flags = slot->type == NBD_CMD_WRITE ? ATOLL_FLAG_DISCARD | (taken ? ATOLL_FLAG_TAKEN : 0) : 0;
     nbd_count_error(nbd, status);
     if (slot->type == NBD_CMD_READ && slot->part != 0 && !nbd_uses_chunks(slot)) {
@@ -169,10 +174,10 @@ void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, u
     }
     char text[NBD_TEXT_BYTES];
     struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity, .part = (uint16_t)slot->part};
-    nbd_explain(slot, status, place, nbd_volume_name(nbd, slot->volume, slot->generation), text);
+    nbd_explain(slot, status, place, offset, nbd_volume_name(nbd, slot->volume, slot->generation), text);
     nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text,
                     nbd_has_parts(slot->type) && (nbd_code(status) == NBD_EIO || nbd_code(status) == NBD_ENOSPC),
-                    slot->offset + slot->done_bytes, &reply);
+                    offset, &reply);
     reply.flags = (uint8_t)(ATOLL_FLAG_LAST | flags);
     nbd_send_reply(nbd, slot, &reply);
 }

@@ -107,10 +107,10 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     uint32_t status;
     if (look == NBD_LOOK_GONE) {
         status = ATOLL_ENOENT;
-        nbd_explain(slot, status, 0, "", text);
+        nbd_explain(slot, status, 0, slot->offset, "", text);
     } else if (nbd_poisoned(nbd, message->identity)) {
         status = ATOLL_EPOISON;
-        nbd_explain(slot, status, 0, nbd_volume_name(nbd, slot->volume, slot->generation), text);
+        nbd_explain(slot, status, 0, slot->offset + slot->done_bytes, nbd_volume_name(nbd, slot->volume, slot->generation), text);
     } else {
         status = (uint32_t)nbd_validate(&request, features, volume->size_bytes, (volume->flags & ATOLL_VOLUME_READONLY) != 0,
                                         nbd->volumes[slot->volume].name, text);
@@ -130,7 +130,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
         slot->part_bytes = (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, 0, 0, nbd_unit(request.type));
     if (request.type == NBD_CMD_WRITE && !payload_fits(nbd, message, slot->part_bytes)) {
         peer_fault(nbd);
-        nbd_explain(slot, ATOLL_EIO, 0, nbd_volume_name(nbd, slot->volume, slot->generation), text);
+        nbd_explain(slot, ATOLL_EIO, 0, slot->offset + slot->done_bytes, nbd_volume_name(nbd, slot->volume, slot->generation), text);
         refuse(nbd, slot, 1, ATOLL_EIO, text);
         return NBD_OUTCOME_TAKEN;
     }
@@ -376,7 +376,11 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
         return;
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : message->status;
     if (status != ATOLL_OK) {
-        nbd_finish_error(nbd, slot, status, message->words[0], 1);
+        /* words[1]: the block's LBA + 1, if dedup knows it; believed where it lies in the request. */
+        uint64_t first = slot->offset >> ATOLL_BLOCK_SHIFT, lba = message->words[1] - 1, offset = slot->offset + slot->done_bytes;
+        if (message->words[1] != 0 && slot->length != 0 && lba >= first && lba <= (slot->offset + slot->length - 1) >> ATOLL_BLOCK_SHIFT)
+            offset = lba == first ? slot->offset : lba << ATOLL_BLOCK_SHIFT;
+        nbd_finish_error_at(nbd, slot, status, message->words[0], offset, 1);
         return;
     }
     switch (slot->type) {

@@ -58,6 +58,8 @@ void nbd_wait_for_turn(struct nbd *nbd, struct nbd_slot *slot, const struct atol
 /* The last reply of `slot`: "done"; or an error, `taken` if dedup has the payload of the current part; or not a byte. */
 void nbd_finish_success(struct nbd *nbd, struct nbd_slot *slot);
 void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, int taken);
+/* The same where it is known which block of the volume it was: `offset`, in bytes. */
+void nbd_finish_error_at(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, int taken);
 void nbd_finish_empty(struct nbd *nbd, struct nbd_slot *slot, uint32_t part, uint32_t flags);
 
 /* Sends; there is room (see nbd_step). */
