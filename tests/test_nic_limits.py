@@ -164,8 +164,8 @@ def test_a_part_that_trickles_in_has_its_time_and_no_more() -> None:
 
 
 def test_trickling_writers_do_not_keep_the_pages_from_others() -> None:
-    """More of them than there are pages for. Those who wait get theirs long before the payload's time-out; a slow writer
-    that moves as much as it must is not dropped."""
+    """More of them than there are pages for. Those who wait get theirs long before the payload's time-out; a slow
+    writer that moves as much as it must is not dropped."""
     with Stage(payload_timeout_s=20.0, crowded_timeout_s=2.0) as stage:  # 16 MiB of pages: 64 parts
         stage.take_share = 0.0
         stage.start()
