@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from atoll.ipc._ipc import lib
 
+WRITE = lib.ATOLL_OP_IO_WRITE
+
 SIZE = 96 * BLOCK
 
 
@@ -394,7 +396,7 @@ def test_a_failed_destage_is_kept_and_tried_elsewhere() -> None:
         places: list[int] = []
 
         def rule(io: Io) -> int:
-            if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 3 * BLOCK:
+            if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length >= 3 * BLOCK:  # the three, and whatever goes with them
                 places.append(io.offset)
                 return int(lib.ATOLL_EIO) if failing else OK
             return OK
@@ -421,6 +423,72 @@ def test_a_failed_destage_is_kept_and_tried_elsewhere() -> None:
         assert final.status == OK and places
         expected = (block(1) + block(2) + block(3)).ljust(10 * BLOCK, b"\0") + block(9)
         verify(stage, volume, expected.ljust(SIZE, b"\0"))
+        stage.check()
+
+
+def test_a_flush_tries_again_at_once_what_has_failed() -> None:
+    """However long the back-off has become: the device is well again, and so is the flush."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.drain()
+        tried = 0
+
+        def rule(io: Io) -> int:
+            nonlocal tried
+            if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 3 * BLOCK:
+                tried += 1
+                return int(lib.ATOLL_EIO)
+            return OK
+
+        stage.io_rule = rule
+        stage.write(volume, 0, block(1) + block(2) + block(3))
+        for turn in range(1, 9):
+            flush = stage.flush(volume)
+            stage.run_until_idle()
+            assert flush.status == lib.ATOLL_EUNFLUSHED and tried >= turn, "each one has tried"
+        stage.io_rule = None
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == OK
+        stage.check()
+
+
+def test_a_checkpoint_that_fails_fails_no_flush() -> None:
+    """What is flushed lies in the log, twice; that pages cannot be written now is nothing to those who flush."""
+    with Stage(log_blocks=64) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.drain()
+        behind_data = range(stage.device_blocks * 2 // 3, stage.device_blocks - 64 - 16)  # before the log again
+        expected = bytearray(SIZE)
+        failed = since = 0
+        for number in range(60):  # half of the log is full soon: a checkpoint begins
+            at = number % 50 * BLOCK
+            expected[at : at + BLOCK] = block(1000 + number)
+            stage.write(volume, at, block(1000 + number))
+            flush = stage.flush(volume)
+            deadline = time.monotonic() + 20
+            while not flush.done:
+                stage.turn()
+                stage.take_ios()
+                pages = [io for io in stage.ios if io.opcode == WRITE and io.offset // BLOCK in behind_data]
+                for io in [io for io in stage.ios if io not in pages]:
+                    while io.opcode == lib.ATOLL_OP_IO_SYNC and pages:  # while the flush waits for it
+                        stage.complete(pages.pop(), lib.ATOLL_EIO)
+                        failed += 1
+                        for _ in range(3):
+                            stage.turn()
+                    stage.complete(io)
+                stage.answers()
+                assert time.monotonic() < deadline
+            assert flush.status == OK, f"flush {number} with {failed} failed writes"
+            since += failed != 0
+            if since == 5:
+                break
+        assert since == 5
+        stage.drain()
+        verify(stage, volume, bytes(expected))
         stage.check()
 
 

@@ -92,6 +92,14 @@ static void queue_flush(struct datapath *dp, uint32_t number)
         dp->flush_target = slot->target;
 }
 
+/* A flush is asked: what failed before may be well again, so it fails for what is tried from now on. */
+static void begin_flush(struct datapath *dp, uint32_t number)
+{
+    dp->flush_since[number] = dp->destage_failures;
+    destage_hurry(dp);
+    queue_flush(dp, number);
+}
+
 /* --- Slots ------------------------------------------------------------------------------------------------------------- */
 
 void slot_save(struct datapath *dp, struct dp_slot *slot) { atoll_save(dp->journal, &slot->identity, DP_SLOT_HOT_BYTES); }
@@ -349,7 +357,7 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
     default:
         slot->phase = PHASE_DESTAGE;
         slot->target = dp->arena->next_order - 1;
-        queue_flush(dp, number);
+        begin_flush(dp, number);
     }
 }
 
@@ -416,7 +424,7 @@ void datapath_resume(struct datapath *dp, uint32_t number)
         break;
     case PHASE_DESTAGE:
     case PHASE_SYNC:
-        queue_flush(dp, number);
+        begin_flush(dp, number);
         break;
     default:
         queue_retry(dp, number);
@@ -490,10 +498,11 @@ static bool run_flushes(struct datapath *dp)
     dp->flush_head = DP_NO_SLOT;
     dp->flush_count = 0;
     dp->flush_target = 0;
+    dp->failures_told = dp->destage_failures;
     while (number != DP_NO_SLOT) {
         struct dp_slot *slot = &dp->arena->slots[number];
         uint32_t next = dp->slot_next[number], status = ATOLL_OK;
-        bool over = false;
+        bool over = false, tried = slot->target < pending || dp->destage_failures != dp->flush_since[number];
         if (dp->journal->count >= DP_STEP_JOURNAL) {
             queue_flush(dp, number);
             number = next;
@@ -501,7 +510,7 @@ static bool run_flushes(struct datapath *dp)
             continue;
         }
         slot_save(dp, slot);
-        if (slot->phase == PHASE_DESTAGE && dp->arena->failed_records != 0) {
+        if (slot->phase == PHASE_DESTAGE && dp->arena->failed_records != 0 && tried) {
             over = true;
             status = ATOLL_EUNFLUSHED;
         } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
@@ -551,7 +560,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     did |= scrub_step(dp, &wake);
     if (!did || dp->sweep_age % 16 == 0)
         did |= du_step(dp);
-    if (dp->flush_count != 0 && dp->arena->failed_records != 0)
+    if (dp->flush_count != 0 && dp->destage_failures != dp->failures_told)
         did = true; /* a write has just failed: its flushes fail in the next step */
     /* Nobody tells when a reply has been sent, so look again soon. */
     if ((dp->retry_count != 0 || dp->arena->pinned_records != 0 || dp->arena->returning != DP_NONE) && (wake == 0 || wake > 5))

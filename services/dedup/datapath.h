@@ -234,6 +234,7 @@ struct datapath {
     uint16_t slot_next[ATOLL_SLOT_COUNT];
     uint32_t retry_head, retry_tail, retry_count;
     uint32_t flush_head, flush_tail, flush_count;
+    uint64_t flush_since[ATOLL_SLOT_COUNT]; /* destage_failures when the flush was asked: one that came before is not its own */
     uint16_t *page_waiters;     /* per cache page: head of the READs that wait for it, DP_NO_SLOT none */
     bool retry;                 /* something happened for which waiting requests may have waited */
     bool ranges;                /* a TRIM or ZERO goes on in the next step */
@@ -263,6 +264,8 @@ struct datapath {
     bool drain;                 /* destage everything */
     uint64_t flush_target;      /* largest of waiting flushes */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
+    uint64_t destage_failures;  /* failed writes, damaged pages; counted by this process */
+    uint64_t failures_told;     /* to the flushes that wait */
     uint64_t retry_ns;          /* after a failed write: no destage before */
     uint64_t backoff_ns;
     uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
@@ -380,6 +383,8 @@ void destage_attach(struct datapath *dp);
 bool destage_step(struct datapath *dp, uint64_t *wake_ms);
 /* Lowest order that is not on the device yet (UINT64_MAX: all is). */
 uint64_t destage_pending_order(const struct datapath *dp);
+/* Somebody asks for what a back-off holds up: tried again at once. */
+void destage_hurry(struct datapath *dp);
 /* True while a waiting FLUSH covers `record`, which is in a run: then it must not be superseded (the flush would have to
  * wait for its successor, and for that one's). */
 bool destage_protected(const struct datapath *dp, uint32_t record);

