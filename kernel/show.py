@@ -4,8 +4,9 @@ Takes the documents that `--json` prints, so both say the same. Values that a do
 """
 
 import os
+import signal
 import sys
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,16 +166,17 @@ def processes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def watch_processes(ask: Callable[[], Sequence[Mapping[str, Any]]], interval_s: float) -> None:
-    """Until interrupted."""
+    """Until interrupted. Not by an exception, which would be lost where it met a finaliser."""
     from rich.live import Live
 
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     try:
         with Live(process_table(ask()), auto_refresh=False) as live:
-            while True:
-                time.sleep(interval_s)
+            while not interrupted.wait(interval_s):
                 live.update(process_table(ask()), refresh=True)
-    except KeyboardInterrupt:
-        return
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # --- trace ----------------------------------------------------------------------------------------------------------
