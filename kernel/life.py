@@ -42,7 +42,6 @@ class Life:
     previous_signal: int = 0
     restarts: int = 0
     crashes: int = 0
-    died_ns: int = 0
     promoted_ns: int = 0
     served: bool = False
     blame: int = 0
@@ -72,7 +71,6 @@ class Life:
         words[Word.PREVIOUS_SIGNAL] = self.previous_signal
         words[Word.RESTARTS] = self.restarts
         words[Word.CRASHES] = self.crashes
-        words[Word.DIED_NS] = self.died_ns
         words[Word.PROMOTED_NS] = self.promoted_ns
         words[Word.SERVED] = self.served
         words[Word.BLAME] = self.blame
@@ -90,7 +88,6 @@ class Life:
         self.previous_signal = words[Word.PREVIOUS_SIGNAL]
         self.restarts = words[Word.RESTARTS]
         self.crashes = words[Word.CRASHES]
-        self.died_ns = words[Word.DIED_NS]
         self.promoted_ns = words[Word.PROMOTED_NS]
         self.served = bool(words[Word.SERVED])
         self.blame = words[Word.BLAME]

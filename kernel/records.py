@@ -41,11 +41,10 @@ class Word(IntEnum):
     PREVIOUS_SIGNAL = 6  # that ended the predecessor
     RESTARTS = 7
     CRASHES = 8  # by itself, in a row
-    DIED_NS = 9
-    PROMOTED_NS = 10
-    SERVED = 11  # 1: an incarnation of this instance has served
-    BLAME = 12  # signal to report for a process that the kernel itself killed
-    NOT_BEFORE_NS = 13
+    PROMOTED_NS = 9
+    SERVED = 10  # 1: an incarnation of this instance has served
+    BLAME = 11  # signal to report for a process that the kernel itself killed
+    NOT_BEFORE_NS = 12
 
 
 class ServiceWord(IntEnum):

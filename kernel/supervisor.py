@@ -141,7 +141,7 @@ class Supervisor:
         if not self.may_start(life):
             return
         now = time.monotonic_ns()
-        if now < life.not_before_ns and not self.ending:
+        if now < life.not_before_ns:
             self.loop.at(life.not_before_ns, lambda: self.decide(life))
             return
         owner = rolelock.owner(life.role.number)
@@ -164,7 +164,6 @@ class Supervisor:
         life.incarnation = max(life.incarnation, int(header.incarnation)) + 1
         life.phase = Phase.PROMOTING
         life.promoted_ns = time.monotonic_ns()
-        life.reason = ""
         life.record(self.rows)  # the intent: the next kernel goes on from here
         crash_point(self.domain, "kernel.promote.before")
         self._send_order(life)
@@ -301,7 +300,6 @@ class Supervisor:
                 wait_ns = min(FIRST_BACKOFF_NS << min(life.crashes - FREE_CRASHES - 1, 20), self._backoff_ns)
                 life.not_before_ns = now + wait_ns
                 life.reason = life.reason or f"{life.last_end}, {life.crashes} times in a row"
-            life.died_ns = now
         else:
             life.not_before_ns = 0
         life.previous_signal = life.blame or number
@@ -310,7 +308,7 @@ class Supervisor:
         life.phase = Phase.EMPTY
         life.record(self.rows)
         because = f": {life.reason}" if life.reason else ""
-        self.on_died(life, failed)  # before the next one begins, with which the reason is gone
+        self.on_died(life, failed)  # before the next one begins
         self.decide(life)  # before the log: a client waits
         log.warning("%s: process %d %s%s", life.role.name, pid, life.last_end, because)
 
@@ -459,6 +457,7 @@ class Supervisor:
             crash_point(self.domain, "kernel.promote.serving")
             life.phase = Phase.SERVING
             life.served = True
+            life.reason = ""
             life.standby_failures = 0
             life.hang_progress = -1
             process.be_ordinary(life.active.pid)

@@ -65,7 +65,8 @@ def walk(server: Server, eyes: Eyes, load: Load, role: str, name: str) -> bool:
     sequence = patiently(server, "crash-point", name=name)["sequence"]
     recovering = ".recover" in name
     began, provoked = time.monotonic(), 0
-    deadline = began + (15.0 if name == "dedup.store.root" else 4.0)  # a checkpoint: when the log is full
+    rare = name.startswith("dedup.store.") and name not in NOT_HERE  # a checkpoint: when the log is full
+    deadline = began + (20.0 if rare else 4.0)
     while eyes.crash_seen(role) != sequence and time.monotonic() < deadline:
         if name == "dedup.store.delete":
             delete_a_volume(server)
