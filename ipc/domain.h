@@ -5,7 +5,7 @@
  *   atoll_domain_receive     messages from a peer
  *   atoll_domain_send        reserve an entry to a peer
  *   atoll_domain_commit      commit the step, publish indices, wake peers that sleep
- *   atoll_domain_sleep       until a peer publishes or the timeout ends (futex domains)
+ *   atoll_domain_sleep       until a peer publishes or the timeout ends
  *   atoll_domain_may_sleep / atoll_domain_awake   the same around a wait of one's own (epoll, io_uring)
  *
  * After a crash: atoll_domain_open of the successor rolls back, publishes, and wakes all peers, because the dead may
@@ -53,9 +53,9 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
 void atoll_domain_serving(struct atoll_domain *domain);
 void atoll_domain_commit(struct atoll_domain *domain);
 void atoll_domain_wake_all(struct atoll_domain *domain);
-/* Sleeps on the tails of all inbound rings; returns at once if a message waits. timeout_ns < 0: no limit.
+/* Sleeps until a message comes (by the own eventfd, or without one on the tails of all inbound rings); returns at once if one waits. timeout_ns < 0: no limit.
  * `ignored_roles`: bit mask of rings whose messages cannot be taken now (a limit is reached); they neither wake nor
- * keep awake; give a timeout then (100 ms), so that `progress` shows that this is no hang.
+ * keep awake (by eventfd they do wake); give a timeout then (100 ms), so that `progress` shows that this is no hang.
  * Returns 1 if there may be something to do, 0 on timeout. */
 int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns);
 /* For domains that wait in epoll with their eventfd: true if nothing is pending and `sleeping` is set. */
@@ -73,7 +73,8 @@ uint64_t atoll_now_ns(void);
 struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
     struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
-    int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a peer is woken; -1: by futex, -2: by none */
+    int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
+    int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
 };
 
 /* True if [address, address + length) lies within the arena of `role`: the check before any use of a reference (I8). */
