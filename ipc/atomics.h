@@ -7,6 +7,8 @@
  *             waker:   store_release(tail), full_fence, look at sleeping
  *             (store-load on both sides: only a full fence keeps both from seeing the old value)
  *   SP-DONE   nic: send complete, then store_release(done)  dedup: load_acquire(done), then reuse the page
+ *   SP-USE    nbd:   use = pages, full_fence, look at the pages' generations    dedup: generation + 1, full_fence, look at uses
+ *             (as SP-SLEEP: one of the two sees the other)
  *
  * A successor needs compiler order only: its predecessor is dead, and its stores are all in coherent memory.
  */

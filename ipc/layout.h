@@ -22,6 +22,7 @@
 #ifndef ATOLL_IPC_LAYOUT_H
 #define ATOLL_IPC_LAYOUT_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "ipc/limits.h"
@@ -266,12 +267,46 @@ struct atoll_volume {
 enum atoll_volume_state { ATOLL_VOLUME_FREE = 0, ATOLL_VOLUME_READY = 1, ATOLL_VOLUME_DELETING = 2 };
 enum atoll_volume_flag { ATOLL_VOLUME_READONLY = 1 };
 
+/* What nbd may answer by itself: a block that lies in memory. Written by dedup, looked at by nbd, never waited for.
+ *
+ *   dedup: takes a value away (0) before the block changes, puts one there after the change is committed, and
+ *          adds 1 to a page's generation before it looks who uses the page (SP-USE)
+ *   nbd:   takes the value, publishes that it uses the page, full_fence, and takes the page only if its generation is
+ *          that of the value
+ *
+ * A value that is there is true; none says nothing. So neither needs the journal: what a dead dedup has taken away or not
+ * yet put there is asked of its successor. */
+struct atoll_lookup_entry {
+    uint64_t key;             /* atoll_lookup_key */
+    uint64_t value;           /* 0: none; atoll_lookup_value */
+};
+
+enum atoll_lookup_kind {
+    ATOLL_LOOKUP_NONE = 0,
+    ATOLL_LOOKUP_PAGE = 1,
+    ATOLL_LOOKUP_HOLE = 2,
+    ATOLL_LOOKUP_PENDING = 3  /* dedup's own: to be put there after the commit */
+};
+
+/* Pages are numbered through: nic's, dedup's merge pages, the driver's. */
+struct atoll_lookup {
+    uint64_t entries_address; /* of set_count sets of ATOLL_LOOKUP_WAYS entries: one cache line each; 0: none */
+    uint64_t set_count;
+    uint64_t generations_address; /* uint32_t per page */
+    uint64_t page_count;
+    uint64_t first[3];        /* page number from which on pages lie at address[], in sequence */
+    uint64_t address[3];
+    uint64_t zeros_address;
+    uint64_t zeros_bytes;
+};
+
 /* Start of dedup's role area. `held` is read by nic after the death of all (its own tables start anew then) and by the
  * live checker: byte i is 1 while dedup's write log refers to page i of nic's buffers. */
 struct atoll_dedup_public {
     struct atoll_volume volumes[256];
     uint64_t held_address;
     uint64_t held_count;
+    struct atoll_lookup lookup;
 };
 
 /* Start of nic's role area. */
@@ -279,9 +314,14 @@ struct atoll_nic_public {
     uint32_t done[2048];      /* per slot: sequence of its last request that is finished for good (SP-DONE) */
 };
 
-/* Start of nbd's role area. */
+/* Start of nbd's role area. Not transactional but for `volume`: a use that was published and not made use of holds its pages
+ * until nic is done with the slot, no more. */
 struct atoll_nbd_public {
     uint32_t volume[2048];    /* per connection: id + 1 of the volume it uses, 0 none */
+    uint64_t used[32];        /* a bit per slot: only these need be looked at */
+    uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force until nic's done[slot] has reached its sequence (SP-USE) */
+    uint8_t touched[65536];   /* by number of the driver's page, modulo: changes from time to time while the page is read */
+    uint32_t pages[135168];   /* ATOLL_USE_PAGES per slot: those that `use` counts */
 };
 /* cffi:end */
 
@@ -299,6 +339,9 @@ _Static_assert(sizeof(struct atoll_arena_header) == 8192, "arena header");
 _Static_assert(sizeof(struct atoll_volume) == 512, "volume");
 _Static_assert(ATOLL_ROLE_COUNT == 16 && ATOLL_SLOT_COUNT == 2048 && ATOLL_CONNECTION_COUNT == 2048 &&
                ATOLL_VOLUME_NAME_BYTES == 256, "literals in the structures above");
+_Static_assert(ATOLL_LOOKUP_WAYS * sizeof(struct atoll_lookup_entry) == 64, "a set is one cache line");
+_Static_assert(sizeof(((struct atoll_nbd_public *)0)->pages) == ATOLL_SLOT_COUNT * ATOLL_USE_PAGES * sizeof(uint32_t) &&
+               ATOLL_USE_PAGES >= ATOLL_PART_BLOCKS, "a part's pages");
 _Static_assert(ATOLL_COUNTER_COUNT * 8 <= 4096 && ATOLL_SUSPECT_COUNT * 16 <= 4096, "counters and suspects fit their page");
 
 static inline uint64_t atoll_identity(uint32_t connection, uint32_t slot, uint32_t sequence)
@@ -308,6 +351,32 @@ static inline uint64_t atoll_identity(uint32_t connection, uint32_t slot, uint32
 static inline uint32_t atoll_identity_connection(uint64_t identity) { return (uint32_t)(identity >> 48); }
 static inline uint32_t atoll_identity_slot(uint64_t identity) { return (uint32_t)(identity >> 32) & 0xffff; }
 static inline uint32_t atoll_identity_sequence(uint64_t identity) { return (uint32_t)identity; }
+
+/* Of a block of a volume, 0 if such a block is not looked up: entries of a deleted volume fit no other's. */
+static inline uint64_t atoll_lookup_key(uint32_t volume, uint32_t generation, uint64_t lba)
+{
+    return lba >> 40 != 0 ? 0 : (uint64_t)(generation & 0x7fff) << 48 | (uint64_t)(volume & 0xff) << 40 | lba | (uint64_t)1 << 63;
+}
+static inline uint64_t atoll_lookup_set(uint64_t key, uint64_t set_count)
+{
+    return (uint64_t)((unsigned __int128)(key * 0x9e3779b97f4a7c15u) * set_count >> 64);
+}
+static inline uint64_t atoll_lookup_value(uint32_t kind, uint32_t page, uint32_t generation)
+{
+    return (uint64_t)kind << 62 | (uint64_t)(page & 0x3fffffff) << 32 | generation;
+}
+static inline uint32_t atoll_lookup_kind(uint64_t value) { return (uint32_t)(value >> 62); }
+static inline uint32_t atoll_lookup_page(uint64_t value) { return (uint32_t)(value >> 32) & 0x3fffffff; }
+static inline uint32_t atoll_lookup_generation(uint64_t value) { return (uint32_t)value; }
+
+/* A slot's use of `count` pages. Confirmed: all of them were there, the reply refers to them. */
+static inline uint64_t atoll_use(uint32_t sequence, bool confirmed, uint32_t count)
+{
+    return (uint64_t)sequence << 32 | (uint64_t)confirmed << 31 | count;
+}
+static inline uint32_t atoll_use_sequence(uint64_t use) { return (uint32_t)(use >> 32); }
+static inline bool atoll_use_confirmed(uint64_t use) { return use >> 31 & 1; }
+static inline uint32_t atoll_use_count(uint64_t use) { return (uint32_t)use & 0x7fffffff; }
 
 static inline uint64_t atoll_arena_address(uint32_t role)
 {

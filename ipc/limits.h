@@ -32,6 +32,11 @@
 /* Segments of the largest reply part: a header before and after every data run. */
 #define ATOLL_REPLY_SEGMENTS 160
 
+/* Entries of a set of the look-up table: a cache line. */
+#define ATOLL_LOOKUP_WAYS 4
+/* Pages that one slot can use without dedup's knowing: a part's, and one so that lists begin on a cache line or half of one. */
+#define ATOLL_USE_PAGES 66
+
 /* Ring entries: one message per slot and direction can be outstanding, so a reply always has its place. */
 #define ATOLL_DATA_RING_ENTRIES 4096
 /* Entries of rings between dedup and a storage driver: one per I/O slot, with room. */

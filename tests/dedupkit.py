@@ -154,7 +154,7 @@ class Stage:
         self.shapes = {
             KERNEL: (4096, 0),
             NIC: (lists, nic_pages * BLOCK),
-            NBD: (8192, 0),
+            NBD: (ffi.sizeof("struct atoll_nbd_public"), 0),
             DEDUP: (self.lib.dedup_role_bytes(self.config), self.lib.dedup_buffer_bytes(self.config)),
             DISK: (4096, cache_pages * BLOCK),
         }

@@ -9,7 +9,8 @@ with Stage() as stage:
 
 The stand-ins are strict. nic: a reply must belong to a slot in use, its parts must come in order, its bytes must lie in
 an arena; pages are counted as lent or given back. dedup: executes on a bytearray per volume, in the order of arrival;
-the same part twice is an error. Blocks of zeros are holes.
+the same part twice is an error. Blocks of zeros are holes. With `remember` it puts what was read into its look-up table
+(nbdmemory.py), so that nbd answers by itself when it is read again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from nbdclient import OPTION_MAGIC, Command, Decoder, Request, Result, info_data, meta_data, request_bytes
+from nbdmemory import TABLE_BYTES, TABLE_PAGES, Memory
 
 from atoll.ipc import objects, physmap
 from atoll.ipc._ipc import ffi, lib
@@ -52,6 +54,7 @@ DEDUP_PAGES = 66  # per slot: the blocks of a part
 LIST_BYTES = 8192  # per slot: segments or extents
 ZEROS = 64  # pages of zeros behind dedup's blocks
 PUBLIC_BYTES = 1 << 18
+CHANGES = (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
 
 Rule = Callable[["Work"], int]
 
@@ -98,6 +101,7 @@ class Use:
     expected: bytes = field(default=b"", repr=False)  # what dedup has read for it
     failed: int = 0  # first status with which dedup answered, if not OK
     silent: bool = False  # came after the client's last word: no answer is due
+    changes: int = 0  # stage.changes when it was submitted
 
 
 class Stage:
@@ -114,7 +118,10 @@ class Stage:
             KERNEL: (4096, 0),
             NIC: (8192 + SLOTS * LIST_BYTES, PAGES * BLOCK),
             NBD: nbd.plan(self.config),
-            DEDUP: (PUBLIC_BYTES + SLOTS * LIST_BYTES, (SLOTS * DEDUP_PAGES + ZEROS) * BLOCK),
+            DEDUP: (
+                PUBLIC_BYTES + SLOTS * LIST_BYTES + TABLE_BYTES,
+                (SLOTS * DEDUP_PAGES + ZEROS + TABLE_PAGES) * BLOCK,
+            ),
         }
         for role, (role_bytes, buffer_bytes) in shapes.items():
             self._make(role, role_bytes, buffer_bytes)
@@ -132,6 +139,16 @@ class Stage:
         self.shuffle = False  # dedup answers in any order, with delays
         self.rule: Rule | None = None  # status for a piece of work
         self.log: list[Work] = []
+        self.remember = False
+        self.changes = 0  # requests that change something, executed or under way
+        self.memory = Memory(
+            public=ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area),
+            table=self.peers[DEDUP].role_area + PUBLIC_BYTES + SLOTS * LIST_BYTES,
+            pages=self.zeros() + ZEROS * BLOCK,
+            zeros=self.zeros(),
+            uses=ffi.cast("struct atoll_nbd_public *", physmap.address(NBD) + int(physmap.header(NBD).role_offset)),
+            done=self.nic_public().done,
+        )
         self.publish()
 
     # --- Arenas ---
@@ -190,6 +207,9 @@ class Stage:
                 entry.name_bytes = len(volume.name)
                 ffi.memmove(entry.name, volume.name, len(volume.name))
             entry.version += 1
+
+    def nic_public(self) -> Any:
+        return ffi.cast("struct atoll_nic_public *", self.peers[NIC].role_area)
 
     def area(self) -> Any:
         """struct nbd_area, read-only."""
@@ -382,6 +402,7 @@ class Stage:
         use.wire.receive(self._gather(message), message)
         if flags & lib.ATOLL_FLAG_LAST:
             del self.uses[slot]
+            self.nic_public().done[slot] = use.sequence
             self.free_slots.insert(0, slot)
             use.wire.outstanding -= 1
             if use.request is not None:
@@ -465,8 +486,14 @@ class Stage:
 
     def _apply(self, work: Work, slot: int, use: Use, volume: VolumeData) -> dict[str, Any]:
         start, end = work.offset, work.offset + work.length
+        if work.opcode in (lib.ATOLL_OP_WRITE, lib.ATOLL_OP_ZERO, lib.ATOLL_OP_TRIM):
+            self.memory.forget(volume.id, volume.generation, start // BLOCK, -(-end // BLOCK))
         match work.opcode:
             case lib.ATOLL_OP_READ:
+                if self.remember:
+                    for lba in range(start // BLOCK, -(-end // BLOCK)):
+                        block = bytes(volume.data[lba * BLOCK : (lba + 1) * BLOCK])
+                        self.memory.put(volume.id, volume.generation, lba, block.ljust(BLOCK, b"\0"))
                 use.expected += volume.data[start:end]
                 return self._read(slot, start, bytes(volume.data[start:end]))
             case lib.ATOLL_OP_WRITE:
@@ -593,8 +620,13 @@ class Wire:
         assert self.decoder.buffered == 0, "a reply is not whole"
         result = self.results.get(use.request.cookie)
         assert result is not None, "the last reply is sent, but the request has no complete answer"
-        if result.error is None and use.request.command == Command.READ:
+        if use.request.command in CHANGES:
+            self.stage.changes += 1
+        if result.error is None and use.request.command == Command.READ and use.executed:
             assert result.data == use.expected
+        elif result.error is None and use.request.command == Command.READ and use.changes == self.stage.changes:
+            start, end = use.request.offset, use.request.offset + use.request.length
+            assert any(result.data == bytes(v.data[start:end]) for v in self.stage.volumes.values()), "from memory"
 
     @property
     def has_chunks(self) -> bool:
@@ -671,7 +703,10 @@ class Wire:
         slot = stage.free_slots.pop()
         stage.sequences[slot] += 1
         self.has_ended |= request.command == Command.DISC or magic is not None
-        use = stage.uses[slot] = Use(self, stage.sequences[slot], request, payload, silent=self.has_ended)
+        stage.changes += request.command in CHANGES
+        use = stage.uses[slot] = Use(
+            self, stage.sequences[slot], request, payload, silent=self.has_ended, changes=stage.changes
+        )
         self.outstanding += 1
         fields = stage.place_part(slot) if payload else {}
         assert not use.part

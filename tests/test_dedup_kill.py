@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 from dedupkit import BLOCK, FUA, NO_HOLE, OK, Request, Stage, build_hooked
+from lookupkit import Reader
 
 from atoll.ipc._ipc import lib
 
@@ -34,6 +35,7 @@ class Load:
         self.stage, self.volume, self.random = stage, volume, random.Random(seed)
         self.expected = bytearray(SIZE)
         self.requests: list[tuple[Request, bytes | None]] = []
+        self.reader = Reader(stage)
 
     def submit(self, count: int) -> None:
         cuts = sorted(self.random.sample(range(1, SIZE // BLOCK), count - 1))
@@ -41,6 +43,8 @@ class Load:
             self.one(first * BLOCK, min((end - first), 20) * BLOCK)
         if self.random.random() < 0.5:
             self.requests.append((self.stage.flush(self.volume), None))
+        for _ in range(4):  # what is read from memory must stay, whoever dies
+            self.reader.take(self.volume, self.random.randrange(SIZE // BLOCK))
 
     def one(self, start: int, room: int) -> None:
         chance = self.random
@@ -89,6 +93,11 @@ def finish(stage: Stage, load: Load) -> None:
     stage.run_until_idle(shuffle=True)
     load.verify()
     stage.check()
+    load.reader.verify(load.volume, load.expected)
+    load.reader.check()
+    if load.random.random() < 0.5 or len(stage.free_pages) < 3 * SIZE // BLOCK:
+        load.reader.release()
+        stage.run_until_idle()
 
 
 @pytest.mark.slow

@@ -71,3 +71,24 @@ def test_one_process_plays_a_role_whoever_is_killed(tmp_path: Path) -> None:
 )
 def test_each_part_of_the_takeover_is_needed(defines: list[str], wrong: str, tmp_path: Path) -> None:
     assert wrong in verdict("takeover.pml", defines, tmp_path)
+
+
+@pytest.mark.parametrize("defines", [[], ["-DKEPT", "-DVERSIONS=2"]], ids=" ".join)
+def test_a_read_from_memory_sends_what_it_found_and_nothing_old(defines: list[str], tmp_path: Path) -> None:
+    assert verdict("lookup.pml", defines, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("defines", "wrong"),
+    [
+        (["-DNO_NBD_FENCE"], "content"),
+        (["-DNO_DEDUP_FENCE"], "content"),
+        (["-DNO_SECOND_LOOK"], "content"),
+        (["-DNO_RETIRE"], "content"),
+        (["-DNO_USE"], "content"),
+        (["-DKEPT", "-DVERSIONS=2", "-DNO_TAKE_AWAY"], "version>=known"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_each_part_of_the_look_up_is_needed(defines: list[str], wrong: str, tmp_path: Path) -> None:
+    assert wrong in verdict("lookup.pml", defines, tmp_path)

@@ -71,6 +71,7 @@ def volumes() -> list[VolumeData]:
 
 def scenario(stage: Stage) -> None:
     """A little of everything, several things at a time. Never waits for anything but the stage itself."""
+    stage.remember = True
     first, second, third = stage.connect(), stage.connect(), stage.connect()
     third.negotiate(extended=True)
     first.negotiate(structured=False)
@@ -89,11 +90,15 @@ def scenario(stage: Stage) -> None:
     reads = [first.submit(Command.READ, 0, PART + 500), third.submit(Command.READ, MIB - BLOCK, 3 * BLOCK)]
     status = third.submit(Command.BLOCK_STATUS, 0, 2 * MIB)
     flush = first.submit(Command.FLUSH)
+    stage.settle()
+    again = [first.submit(Command.READ, 7 * BLOCK, BLOCK), third.submit(Command.READ, MIB - BLOCK, 3 * BLOCK)]
     first.submit(Command.DISC)
     stage.settle()
     assert all(wire.results[cookie].error is None for wire, cookie in zip((first, third, first), writes, strict=True))
     assert first.results[reads[0]].check().data == bytes(5) + b"a" * (PART + 77) + bytes(500 - 82)
     assert third.results[reads[1]].check().data == bytes(BLOCK) + b"b" * BLOCK + bytes(BLOCK)
+    assert first.results[again[0]].check().data == b"a" * BLOCK
+    assert third.results[again[1]].check().data == bytes(BLOCK) + b"b" * BLOCK + bytes(BLOCK)
     assert third.results[refused].error is not None and third.results[status].extents[1][1] == 3
     assert first.results[flush].error is None and first.is_closed
     assert len(second.take_stream()) > nbd.lib.NBD_REPLY_BYTES
@@ -175,6 +180,7 @@ def test_death_at_random_instants() -> None:
     chance = random.Random(seed)
     with Stage(volumes(), seed=seed) as stage:
         revive(stage)
+        stage.remember = True
         stage.shuffle = True
         stage.start()
         modes = [(False, False), (True, False), (False, True)] * 2

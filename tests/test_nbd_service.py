@@ -44,7 +44,7 @@ def test_counters_have_names() -> None:
 
 
 def lib_count() -> int:
-    return int(nbd.lib.NBD_COUNTER_MESSAGES) + 1
+    return int(nbd.lib.NBD_COUNTER_COUNT)
 
 
 # --- Commands ---

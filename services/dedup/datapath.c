@@ -433,6 +433,7 @@ void datapath_resume(struct datapath *dp, uint32_t number)
 
 static void commit_now(struct datapath *dp)
 {
+    log_settle(dp);
     give_flush(dp);
     atoll_domain_commit(dp->domain);
     log_committed(dp);
@@ -548,7 +549,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
 {
     bool did = false;
     uint64_t wake = 0;
-    if (++dp->sweep_age >= 1024 || dp->arena->pinned_records != 0 || dp->blocked != 0)
+    if (++dp->sweep_age >= 1024 || dp->arena->pinned_records > dp->log_limbo_count || dp->blocked != 0)
         dp_sweep(dp);
     if (dp->retry_count == 0)
         dp->retry = false, dp->blocked = 0, dp->space_target = 0;
@@ -562,6 +563,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
         did |= du_step(dp);
     if (dp->flush_count != 0 && dp->destage_failures != dp->failures_told)
         did = true; /* a write has just failed: its flushes fail in the next step */
+    did |= log_settle(dp);
     /* Nobody tells when a reply has been sent, so look again soon. */
     if ((dp->retry_count != 0 || dp->arena->pinned_records != 0 || dp->arena->returning != DP_NONE) && (wake == 0 || wake > 5))
         wake = 5;

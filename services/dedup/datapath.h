@@ -6,6 +6,7 @@
  *                 struct dp_record[]       write log; record i is page i of nic's buffers, then of dedup's merge pages
  *                 struct dp_page[]         read cache; page i of the disk driver's buffers
  *                 uint8_t held[]           published: which of nic's pages the log refers to
+ *                 look-up table            published: what nbd answers by itself (datapath_lookup.c)
  *   buffer area:  merge pages, then 64 KiB of zeros (what holes are read from)
  *
  * Life of a logged block:
@@ -14,8 +15,8 @@
  *             |           |          |
  *             +-----------+----------+--- overwritten or trimmed: LOGGED is let go at once, the others are DROPPED
  *                                         and let go by their run
- *   let go: PINNED while a reader sends from the page, then FREE (nic's page is given back; RETURNING while the ring
- *   to nic is full)
+ *   let go: PINNED until the end of the step, and while a reader sends from the page; then FREE (nic's page is given back;
+ *   RETURNING while the ring to nic is full)
  *
  * Each LOGGED or MATCHING record holds one reservation of space; WRITING has turned it into a place (run's pba + index).
  * A new write to a logged block takes over the old record's base value, its reservation and its place in the order
@@ -68,6 +69,10 @@
 #define DP_SCRUB_PAGES 64
 #define DP_SCRUB_DAMAGED 64
 #define DP_SCRUB_REFERRERS 4
+/* Blocks that one step can put into the look-up table; more are not put there. */
+#define DP_LOOKUP_NOTES 4096
+/* Pages that the read cache makes free at once when it has none: one look at who uses them serves all. */
+#define DP_EVICTIONS 32
 /* Smallest read cache: two parts of reads at once. */
 #define DP_CACHE_MINIMUM 256
 
@@ -214,6 +219,25 @@ struct dp_arena {
 #define DP_DAMAGE_NOTES 16
 struct dp_damage { uint64_t pba, lba; uint32_t volume, status; }; /* volume: ATOLL_VOLUME_COUNT if none asked for it */
 
+/* What a step wants to be seen in the look-up table after its commit. */
+struct dp_note {
+    struct atoll_lookup_entry *entry;
+    uint64_t key, value;
+};
+
+/* Private to the process: the look-up table's places, and what datapath_lookup.c remembers within a step. */
+struct dp_lookup {
+    struct atoll_lookup_entry *entries;  /* arena */
+    uint32_t *generations;               /* arena */
+    uint64_t set_count, page_count;
+    const struct atoll_nbd_public *uses; /* nbd's arena; NULL: nobody looks anything up */
+    uint64_t *in_use;                    /* bit per page, as lookup_uses found it */
+    uint32_t *marked, marked_count;      /* those set */
+    uint32_t next_way;
+    uint32_t noted_count;
+    struct dp_note noted[DP_LOOKUP_NOTES];
+};
+
 /* Private to the process: pointers, and indices that datapath_attach makes again. */
 struct datapath {
     struct dedup *dedup;
@@ -250,8 +274,15 @@ struct datapath {
     uint32_t cache_mask;
     uint32_t *cache_free;
     uint32_t cache_free_count;
+    uint32_t *cache_limbo;      /* free but for readers that dedup does not know: see cache_settle */
+    uint32_t cache_limbo_count;
     uint32_t clock_hand;
     uint8_t *page_used;
+    uint8_t *page_touched;      /* as nbd had it when last looked at */
+
+    uint32_t *log_limbo;        /* PINNED records without pins: see log_settle */
+    uint32_t log_limbo_count;
+    struct dp_lookup lookup;
 
     uint32_t *inflight_heads;   /* hash of the records being written, by fingerprint: node = run * DP_RUN_RECORDS + index */
     uint32_t inflight_next[DP_RUNS * DP_RUN_RECORDS];
@@ -343,6 +374,9 @@ uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba);
 void log_unlink(struct datapath *dp, uint32_t record);
 void log_requeue(struct datapath *dp, uint32_t record);  /* back into the list, by its order; state LOGGED */
 void log_release(struct datapath *dp, uint32_t record);  /* nobody but readers needs it */
+/* Frees the records that were let go and that no reader uses. At the end of a step, before give_flush; true if some are left
+ * for want of room in the journal. */
+bool log_settle(struct datapath *dp);
 void log_unpin(struct datapath *dp, uint32_t record);
 void log_clear_flags(struct datapath *dp, uint32_t record);
 void log_set_flag(struct datapath *dp, uint32_t record, uint16_t flag);
@@ -364,6 +398,31 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
 void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about to be rewritten */
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NONE */
+
+/* --- datapath_lookup.c ------------------------------------------------------------------------------------------------ */
+uint64_t lookup_arena_bytes(uint64_t page_count);
+/* False: nbd's arena has no room for what it must publish. */
+bool lookup_attach(struct datapath *dp, void *memory);
+void lookup_release(struct datapath *dp);
+void lookup_adopt(struct datapath *dp);                  /* nothing in the table is true any more */
+/* In a step, when a block is known or gets new content: after the commit nbd can find it. At most DP_LOOKUP_NOTES a step. Page
+ * numbers: records, then cache pages. */
+void lookup_note(struct datapath *dp, uint32_t volume, uint64_t lba, uint32_t page);
+void lookup_note_hole(struct datapath *dp, uint32_t volume, uint64_t lba);
+/* Before a block loses its content. */
+void lookup_forget(struct datapath *dp, uint32_t volume, uint64_t lba);
+void lookup_committed(struct datapath *dp);
+void lookup_retire(struct datapath *dp, uint32_t page);
+/* Looks who uses pages that were retired before; takes a full fence and a look at each slot in use. */
+void lookup_uses(struct datapath *dp);
+static inline bool lookup_in_use(const struct datapath *dp, uint32_t page)
+{
+    return dp->lookup.in_use[page / 64] >> page % 64 & 1;
+}
+/* True if nbd has read the cache page since this was last asked (or may have). */
+bool lookup_was_touched(struct datapath *dp, uint32_t cache_page);
+/* The next use in force that is confirmed, from (*slot, *index) on, which it advances; false: no more. For the checker. */
+bool lookup_find_use(const struct datapath *dp, uint32_t *slot, uint32_t *index, uint32_t *page);
 
 /* --- datapath_read.c, datapath_write.c: executing requests ------------------------------------------------------------ */
 enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);

@@ -7,10 +7,12 @@
  *   cache_io_done        check what was read against the fingerprint stored for it
  *
  * A page belongs to its place (PBA) by its committed entry; the hash and the stack of free pages are private. A page
- * that is being read is never used for anything else. Content of a place changes only when the place is allocated again,
+ * that is being read is never used for anything else; nor is one that nbd gave to a reader by itself: pages without pins are
+ * in limbo until a look at nbd's uses (datapath_lookup.c) says that they are free. Content of a place changes only when the place
+ * is allocated again,
  * and then cache_drop detaches its page: readers pinned to it keep it, nobody finds it any more.
  *
- * After a crash: cache_attach makes hash and stack again; reads in flight complete to the successor.
+ * After a crash: cache_attach makes hash and stack again (all free pages are in limbo then); reads in flight complete to the successor.
  */
 #include <stdlib.h>
 
@@ -58,10 +60,10 @@ void cache_attach(struct datapath *dp)
     uint32_t count = (uint32_t)dp->cache_pages;
     for (uint32_t bucket = 0; bucket <= dp->cache_mask; bucket++)
         dp->cache_heads[bucket] = DP_NONE;
-    dp->cache_free_count = 0;
+    dp->cache_free_count = dp->cache_limbo_count = 0;
     for (uint32_t page = count; page-- > 0;) {
         if (dp->pages[page].state == PAGE_FREE)
-            dp->cache_free[dp->cache_free_count++] = page;
+            dp->cache_limbo[dp->cache_limbo_count++] = page;
         else if (dp->pages[page].attached)
             hash_insert(dp, page);
     }
@@ -79,11 +81,34 @@ static void detach(struct datapath *dp, uint32_t page)
     dp_set32(dp, &dp->pages[page].attached, 0);
 }
 
+static void into_limbo(struct datapath *dp, uint32_t page)
+{
+    lookup_retire(dp, (uint32_t)dp->record_count + page);
+    dp_set32(dp, &dp->pages[page].state, PAGE_FREE);
+    dp->cache_limbo[dp->cache_limbo_count++] = page;
+}
+
 static void free_page(struct datapath *dp, uint32_t page)
 {
-    dp_set32(dp, &dp->pages[page].state, PAGE_FREE);
-    dp->cache_free[dp->cache_free_count++] = page;
+    into_limbo(dp, page);
     dp->retry = true;
+}
+
+/* Pages in limbo that nobody uses are free. */
+static void cache_settle(struct datapath *dp)
+{
+    uint32_t kept = 0;
+    if (dp->cache_limbo_count == 0)
+        return;
+    lookup_uses(dp);
+    for (uint32_t index = 0; index < dp->cache_limbo_count; index++) {
+        uint32_t page = dp->cache_limbo[index];
+        if (lookup_in_use(dp, (uint32_t)dp->record_count + page))
+            dp->cache_limbo[kept++] = page;
+        else
+            dp->cache_free[dp->cache_free_count++] = page;
+    }
+    dp->cache_limbo_count = kept;
 }
 
 void cache_unpin(struct datapath *dp, uint32_t page)
@@ -108,29 +133,38 @@ void cache_drop(struct datapath *dp, uint64_t pba)
         free_page(dp, page);
 }
 
-/* A page for a new block, not attached, or DP_NONE: two turns of the clock find none without pins. */
-static uint32_t take_page(struct datapath *dp)
+/* Makes up to DP_EVICTIONS pages free, in limbo: two turns of the clock find those that were not used lately. */
+static void evict(struct datapath *dp)
 {
-    uint32_t count = (uint32_t)dp->cache_pages;
-    if (dp->cache_free_count != 0)
-        return dp->cache_free[--dp->cache_free_count];
-    for (uint32_t turn = 0; turn < 2 * count; turn++) {
+    uint32_t count = (uint32_t)dp->cache_pages, evicted = 0;
+    for (uint32_t turn = 0; turn < 2 * count && evicted < DP_EVICTIONS; turn++) {
         uint32_t page = dp->clock_hand;
         struct dp_page *p = &dp->pages[page];
         dp->clock_hand = page + 1 == count ? 0 : page + 1;
         if (p->pins != 0 || p->state != PAGE_VALID)
             continue;
-        if (dp->page_used[page]) {
+        if (lookup_was_touched(dp, page) || dp->page_used[page]) {
             dp->page_used[page] = 0;
             continue;
         }
         assert(p->attached);
         detach(dp, page);
-        dp_set32(dp, &p->state, PAGE_FREE);
-        atoll_count(dp->domain, DEDUP_COUNTER_CACHE_EVICTIONS, 1);
-        return page;
+        into_limbo(dp, page);
+        evicted++;
     }
-    return DP_NONE;
+    atoll_count(dp->domain, DEDUP_COUNTER_CACHE_EVICTIONS, evicted);
+}
+
+/* A page for a new block, not attached, or DP_NONE: all are pinned or used by readers. */
+static uint32_t take_page(struct datapath *dp)
+{
+    if (dp->cache_free_count == 0)
+        cache_settle(dp);
+    if (dp->cache_free_count == 0) {
+        evict(dp);
+        cache_settle(dp);
+    }
+    return dp->cache_free_count == 0 ? DP_NONE : dp->cache_free[--dp->cache_free_count];
 }
 
 /* Sends the reads of pages[from..to), whose blocks stand in sequence. */

@@ -192,6 +192,44 @@ static void check_pins(struct datapath *dp, struct findings *findings)
     free(pages);
 }
 
+/* What nbd has given to readers by itself is not used for anything else; what was let go is not lost. */
+static void check_uses(struct datapath *dp, struct findings *findings)
+{
+    uint8_t *limbo = calloc(dp->record_count + dp->cache_pages, 1);
+    uint64_t without_pins = 0;
+    uint32_t slot = 0, index = 0, page;
+    if (limbo == 0) {
+        found(findings, "out of memory");
+        return;
+    }
+    for (uint32_t each = 0; each < dp->log_limbo_count; each++)
+        limbo[dp->log_limbo[each]] = 1;
+    for (uint32_t each = 0; each < dp->cache_limbo_count; each++)
+        limbo[dp->record_count + dp->cache_limbo[each]] = 1;
+    for (uint64_t record = 0; record < dp->record_count; record++) {
+        const struct dp_record *r = &dp->records[record];
+        bool let_go = r->state == RECORD_PINNED && r->pins == 0;
+        without_pins += let_go;
+        if (let_go != (limbo[record] != 0))
+            found(findings, "log record %llu (state %u, %u pins): in limbo %u", U(record), r->state, r->pins, limbo[record]);
+    }
+    if (without_pins != dp->log_limbo_count)
+        found(findings, "%llu records are let go, %u are in limbo", U(without_pins), dp->log_limbo_count);
+    while (lookup_find_use(dp, &slot, &index, &page)) {
+        if (page < dp->record_count) {
+            if (dp->records[page].state == RECORD_FREE || dp->records[page].state == RECORD_RETURNING)
+                found(findings, "slot %u: nbd uses log record %u, whose state is %u", slot, page, dp->records[page].state);
+        } else if (page - dp->record_count < dp->cache_pages) {
+            uint32_t state = dp->pages[page - dp->record_count].state;
+            if (state == PAGE_LOADING || (state == PAGE_FREE && !limbo[page]))
+                found(findings, "slot %u: nbd uses cache page %llu, whose state is %u", slot, U(page - dp->record_count), state);
+        } else {
+            found(findings, "slot %u: nbd uses page %u, there is none", slot, page);
+        }
+    }
+    free(limbo);
+}
+
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
 {
     struct findings findings = {.text = text, .bytes = bytes};
@@ -211,6 +249,7 @@ uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
         check_map(dp, &findings, references, named);
         check_records(dp, &findings, references, named, &reservations);
         check_pins(dp, &findings);
+        check_uses(dp, &findings);
         for (uint64_t pba = 0; pba < space.device_blocks; pba++) {
             uint32_t counted = store_references(dp->dedup, pba);
             dp->domain->self->progress += pba % 65536 == 0;

@@ -466,6 +466,7 @@ void destage_adopt(struct datapath *dp, bool quarantine)
                 log_requeue(dp, record);
         }
         set_run_state(dp, number, RUN_FREE);
+        log_settle(dp);
         give_flush(dp);
         atoll_domain_commit(dp->domain);
         log_committed(dp);

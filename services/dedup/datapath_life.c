@@ -11,7 +11,7 @@
 
 static uint64_t align(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
 
-struct parts { uint64_t records, pages, held, end; };
+struct parts { uint64_t records, pages, held, lookup, end; };
 
 static struct parts parts_of(const struct dp_geometry *geometry)
 {
@@ -19,7 +19,8 @@ static struct parts parts_of(const struct dp_geometry *geometry)
     parts.records = align(sizeof(struct dp_arena), ATOLL_PAGE_BYTES);
     parts.pages = parts.records + (geometry->nic_pages + geometry->merge_pages) * sizeof(struct dp_record);
     parts.held = align(parts.pages + geometry->cache_pages * sizeof(struct dp_page), 64);
-    parts.end = align(parts.held + geometry->nic_pages, ATOLL_PAGE_BYTES);
+    parts.lookup = align(parts.held + geometry->nic_pages, ATOLL_PAGE_BYTES);
+    parts.end = parts.lookup + lookup_arena_bytes(geometry->nic_pages + geometry->merge_pages + geometry->cache_pages);
     return parts;
 }
 
@@ -57,11 +58,14 @@ static void attach_private(struct datapath *dp)
     dp->cache_heads = need(buckets, sizeof *dp->cache_heads);
     dp->cache_next = need(dp->cache_pages, sizeof *dp->cache_next);
     dp->cache_free = need(dp->cache_pages, sizeof *dp->cache_free);
+    dp->cache_limbo = need(dp->cache_pages, sizeof *dp->cache_limbo);
     dp->page_used = need(dp->cache_pages, 1);
+    dp->page_touched = need(dp->cache_pages, 1);
     dp->page_waiters = need(dp->cache_pages, sizeof *dp->page_waiters);
     memset(dp->page_waiters, 0xff, dp->cache_pages * sizeof *dp->page_waiters);
     dp->merge_free = need(dp->arena->merge_pages, sizeof *dp->merge_free);
     dp->merge_freed = need(dp->arena->merge_pages, sizeof *dp->merge_freed);
+    dp->log_limbo = need(dp->record_count, sizeof *dp->log_limbo);
     dp->inflight_heads = need(DP_INFLIGHT_HEADS, sizeof *dp->inflight_heads);
     dp->retry_head = dp->flush_head = DP_NO_SLOT;
     cache_attach(dp);
@@ -74,10 +78,13 @@ static void release_private(struct datapath *dp)
     free(dp->cache_heads);
     free(dp->cache_next);
     free(dp->cache_free);
+    free(dp->cache_limbo);
     free(dp->page_used);
+    free(dp->page_touched);
     free(dp->page_waiters);
     free(dp->merge_free);
     free(dp->merge_freed);
+    free(dp->log_limbo);
     free(dp->inflight_heads);
 }
 
@@ -138,6 +145,12 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
     dp->nic_done = ((const struct atoll_nic_public *)(uintptr_t)(atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset))->done;
     dp->now_ms = atoll_now_ns() / 1000000;
     dedup->datapath = dp;
+    if (!lookup_attach(dp, (char *)memory + parts.lookup)) {
+        snprintf(error, 256, "arena of nbd has no room for what it must publish");
+        lookup_release(dp);
+        free(dp);
+        return 0;
+    }
     attach_private(dp);
     return dp;
 }
@@ -178,6 +191,7 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
         if (number % 256 == 255)
             atoll_domain_commit(dp->domain);
     }
+    lookup_adopt(dp);
     dp_set32(dp, &arena->pinned_count, 0);
     for (uint64_t page = 0; page < arena->cache_pages; page++) {
         atoll_save(dp->journal, &dp->pages[page], sizeof dp->pages[page]);
@@ -190,17 +204,22 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
     attach_private(dp);
     for (uint64_t record = 0; record < dp->record_count; record++) {
         struct dp_record *r = &dp->records[record];
-        if (r->pins != 0)
+        if (r->pins != 0) {
             dp_set32(dp, &r->pins, 0);
-        if (r->state == RECORD_PINNED) {
-            dp_set64(dp, &arena->pinned_records, arena->pinned_records - 1);
-            log_release(dp, (uint32_t)record);
+            if (r->state == RECORD_PINNED) /* those without pins are there already */
+                dp->log_limbo[dp->log_limbo_count++] = (uint32_t)record;
         }
         if (dp->journal->count >= DP_STEP_JOURNAL) {
+            log_settle(dp);
             give_flush(dp);
             atoll_domain_commit(dp->domain);
             log_committed(dp);
         }
+    }
+    while (log_settle(dp)) {
+        give_flush(dp);
+        atoll_domain_commit(dp->domain);
+        log_committed(dp);
     }
     give_flush(dp);
     atoll_domain_commit(dp->domain);

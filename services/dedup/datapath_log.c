@@ -4,10 +4,12 @@
  *   log_append, log_drop              a block gets new content; loses it
  *   log_unlink, log_requeue           into a run; back
  *   log_release, log_unpin            nobody needs the record; a reader has finished with it
+ *   log_settle                        frees what nobody uses
  *   give_back, give_flush             nic's pages to nic, 8 per message
  *   merge_take, merge_put             dedup's own pages
  *
- * After a crash: everything here is transactional; the stack of free merge pages is made again from the records.
+ * After a crash: everything here is transactional; the stack of free merge pages and the list of those to be settled are made
+ * again from the records.
  */
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
@@ -120,6 +122,8 @@ void log_set_flag(struct datapath *dp, uint32_t record, uint16_t flag)
     struct dp_record *r = at(dp, record);
     if (flag == RECORD_CORRUPT && r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT))
         log_unlink(dp, record); /* it will never be destaged; it stays what the map names */
+    if (flag == RECORD_CORRUPT)
+        lookup_retire(dp, record); /* who reads it must be told */
     set_flags(dp, record, r->flags | flag);
 }
 
@@ -212,14 +216,32 @@ static void free_record(struct datapath *dp, uint32_t record)
 
 void log_release(struct datapath *dp, uint32_t record)
 {
-    struct dp_record *r = at(dp, record);
     log_clear_flags(dp, record);
-    if (r->pins != 0) {
-        set_state(dp, record, RECORD_PINNED);
-        dp_set64(dp, &dp->arena->pinned_records, dp->arena->pinned_records + 1);
-        return;
+    lookup_retire(dp, record);
+    set_state(dp, record, RECORD_PINNED);
+    dp_set64(dp, &dp->arena->pinned_records, dp->arena->pinned_records + 1);
+    if (at(dp, record)->pins == 0)
+        dp->log_limbo[dp->log_limbo_count++] = record;
+}
+
+bool log_settle(struct datapath *dp)
+{
+    uint32_t kept = 0;
+    if (dp->log_limbo_count == 0)
+        return false;
+    lookup_uses(dp);
+    for (uint32_t index = 0; index < dp->log_limbo_count; index++) {
+        uint32_t record = dp->log_limbo[index];
+        if (lookup_in_use(dp, record) || dp->journal->count >= 2 * DP_STEP_JOURNAL) {
+            dp->log_limbo[kept++] = record;
+            continue;
+        }
+        assert(at(dp, record)->state == RECORD_PINNED && at(dp, record)->pins == 0);
+        dp_set64(dp, &dp->arena->pinned_records, dp->arena->pinned_records - 1);
+        free_record(dp, record);
     }
-    free_record(dp, record);
+    dp->log_limbo_count = kept;
+    return dp->journal->count >= 2 * DP_STEP_JOURNAL;
 }
 
 void log_unpin(struct datapath *dp, uint32_t record)
@@ -227,10 +249,8 @@ void log_unpin(struct datapath *dp, uint32_t record)
     struct dp_record *r = at(dp, record);
     assert(r->pins != 0);
     dp_set32(dp, &r->pins, r->pins - 1);
-    if (r->pins == 0 && r->state == RECORD_PINNED) {
-        dp_set64(dp, &dp->arena->pinned_records, dp->arena->pinned_records - 1);
-        free_record(dp, record);
-    }
+    if (r->pins == 0 && r->state == RECORD_PINNED)
+        dp->log_limbo[dp->log_limbo_count++] = record;
 }
 
 /* --- Content ---------------------------------------------------------------------------------------------------------- */
@@ -269,6 +289,7 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
     if (status != ATOLL_OK)
         return status;
 
+    lookup_note(dp, volume, lba, record); /* takes away what was there, too */
     atoll_save(dp->journal, r, sizeof *r);
     r->lba = lba;
     r->volume = (uint16_t)volume;
@@ -307,7 +328,10 @@ bool log_drop(struct datapath *dp, uint32_t record)
 
 void log_attach(struct datapath *dp)
 {
-    dp->merge_free_count = dp->merge_freed_count = 0;
+    dp->merge_free_count = dp->merge_freed_count = dp->log_limbo_count = 0;
+    for (uint64_t record = 0; dp->arena->pinned_records != 0 && record < dp->record_count; record++)
+        if (dp->records[record].state == RECORD_PINNED && dp->records[record].pins == 0)
+            dp->log_limbo[dp->log_limbo_count++] = (uint32_t)record;
     for (uint64_t record = dp->record_count; record-- > dp->arena->nic_pages;)
         if (dp->records[record].state == RECORD_FREE)
             dp->merge_free[dp->merge_free_count++] = (uint32_t)record;
@@ -322,6 +346,7 @@ void merge_put(struct datapath *dp, uint32_t record) { dp->merge_freed[dp->merge
 
 void log_committed(struct datapath *dp)
 {
+    lookup_committed(dp);
     if (dp->merge_freed_count != 0)
         dp->retry = true;
     while (dp->merge_freed_count != 0)

@@ -86,12 +86,16 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
             uint32_t record = log_record_of(dp, values[index]);
             dp_set32(dp, &dp->records[record].pins, dp->records[record].pins + 1);
             add_segment(segments, &segment_count, record_address(dp, record) + start, bytes, ATOLL_SEGMENT_DATA);
+            lookup_note(dp, request->halves[4], first + index, record);
         } else if (MAP_KIND(values[index]) == MAP_PBA) {
             uint32_t page = pages[pba_count++];
             loading = loading || dp->pages[page].state != PAGE_VALID;
             add_segment(segments, &segment_count, page_address(dp, page) + start, bytes, ATOLL_SEGMENT_DATA);
+            if (dp->pages[page].state == PAGE_VALID && dp->pages[page].attached)
+                lookup_note(dp, request->halves[4], first + index, (uint32_t)dp->record_count + page);
         } else {
             add_segment(segments, &segment_count, dp->zero_buffer, bytes, ATOLL_SEGMENT_HOLE);
+            lookup_note_hole(dp, request->halves[4], first + index);
         }
     }
     slot_set_segments(dp, slot, segments, segment_count);

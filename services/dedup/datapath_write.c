@@ -325,6 +325,7 @@ static enum dp_outcome clear_block(struct datapath *dp, struct dp_slot *slot, ui
         if (outcome != OUTCOME_DONE || slot->status != ATOLL_OK)
             return outcome;
     }
+    lookup_forget(dp, volume, lba);
     if (MAP_KIND(value) == MAP_LOG) {
         uint32_t record = log_record_of(dp, value);
         base = dp->records[record].base;

@@ -29,7 +29,7 @@ COUNTERS: tuple[str, ...] = (
     *("errors_eperm", "errors_eio", "errors_enomem", "errors_einval", "errors_enospc", "errors_eoverflow"),
     *("errors_enotsup", "errors_eshutdown"),
     *("connections_opened", "connections_closed", "options", "bad_magic"),
-    *("poisoned", "stale_messages", "peer_faults", "steps", "messages"),
+    *("poisoned", "stale_messages", "peer_faults", "steps", "messages", "reads_from_memory"),
 )
 
 CONNECTION_STATES = ("free", "greeted", "options", "transmission", "draining", "closing")

@@ -8,6 +8,8 @@
  *   nbd_volumes     the volumes as dedup publishes them
  *   nbd_parse, nbd_validate, nbd_code   the rules of a request, without any state
  *
+ * READs of one part whose blocks lie in memory are answered without asking dedup (lookup.c).
+ *
  * The role's area of the arena, in this order: struct nbd_area (public part first). A reply's headers and segment list
  * lie in the slot's nbd_reply; nic reads them until it has sent them, and only then is the slot used again.
  *
@@ -147,7 +149,9 @@ enum nbd_counter {
     NBD_COUNTER_STALE = 23,          /* messages that belong to nothing under way */
     NBD_COUNTER_PEER_FAULTS = 24,    /* messages that break the contract */
     NBD_COUNTER_STEPS = 25,
-    NBD_COUNTER_MESSAGES = 26
+    NBD_COUNTER_MESSAGES = 26,
+    NBD_COUNTER_READS_FROM_MEMORY = 27, /* answered without asking dedup */
+    NBD_COUNTER_COUNT = 28
 };
 
 /* A request's header, decoded. */
@@ -225,6 +229,17 @@ struct nbd_volume {
     struct atoll_volume copy;
 };
 
+/* dedup's look-up table, as checked when dedup's incarnation was last new. */
+struct nbd_lookup {
+    const struct atoll_lookup_entry *entries; /* NULL: there is none */
+    const uint32_t *generations;
+    const uint32_t *done;            /* atoll_nic_public.done */
+    struct atoll_lookup table;
+    uint32_t incarnation;            /* of dedup */
+    uint32_t tidy_word;
+    uint64_t hits;
+};
+
 struct nbd {
     struct atoll_domain *domain;
     struct nbd_area *area;
@@ -236,6 +251,7 @@ struct nbd {
     uint32_t framed;                 /* 1: `frame` and `message` wait for nbd_answer */
     struct nbd_frame frame;
     struct atoll_descriptor message; /* of `frame`, still in the ring */
+    struct nbd_lookup lookup;
     struct nbd_volume volumes[ATOLL_VOLUME_COUNT];
 };
 
@@ -256,6 +272,14 @@ void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, u
 enum nbd_look nbd_look(struct nbd *nbd, uint32_t id, uint32_t generation, const struct atoll_volume **volume);
 /* Its name for texts, "" if it cannot be had. Valid until the table is looked at again. */
 const char *nbd_volume_name(struct nbd *nbd, uint32_t id, uint32_t generation);
+
+/* --- lookup.c --- */
+void nbd_lookup_attach(struct nbd *nbd);
+/* Data of the READ in `slot`, whose length is not 0: at most ATOLL_PART_BLOCKS segments in `data`, whose pages stay until nic is
+ * done with the slot. False: dedup must be asked. */
+bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segment *data, uint32_t *count);
+/* Once per step: dedup need not look at slots whose uses are over. */
+void nbd_lookup_tidy(struct nbd *nbd);
 
 /* --- reply.c --- Each fills address, length and segment_count of `message` with what is to be sent. */
 void nbd_reply_success(const struct nbd_slot *slot, struct nbd_reply *reply, struct atoll_descriptor *message);

@@ -115,6 +115,7 @@ struct nbd *nbd_attach(struct atoll_domain *domain, int previous_signal, int res
     if (current != 0)
         atoll_set64(domain->journal, &domain->self->current, 0);
     atoll_domain_commit(domain);
+    nbd_lookup_attach(nbd);
     count_suspects(nbd);
     return nbd;
 }
@@ -168,6 +169,9 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
 
     if (nbd->framed)
         return NBD_REASON_FRAME;
+    const struct atoll_arena_header *dedup = nbd->domain->peers[ATOLL_ROLE_DEDUP];
+    if (dedup != 0 && atoll_load_relaxed(&dedup->incarnation) != nbd->lookup.incarnation)
+        nbd_lookup_attach(nbd);
     nbd->unstable = 0;
     for (; taken < limit && peek(nbd, ATOLL_ROLE_DEDUP, &message); taken++) {
         set_current(nbd, message.identity);
@@ -191,8 +195,10 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     }
     nbd->taken = taken;
     nbd->stalled = limit == 0;
-    if (taken != 0)
+    if (taken != 0) {
         commit_step(nbd);
+        nbd_lookup_tidy(nbd);
+    }
     if (!nbd->framed) {
         set_current(nbd, 0);
         return 0;

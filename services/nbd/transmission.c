@@ -53,6 +53,25 @@ static void take_disc(struct nbd *nbd, const struct atoll_descriptor *message)
     nbd_set_state(nbd, connection, NBD_CONNECTION_DRAINING);
 }
 
+/* A READ of one part is answered at once if its blocks lie in memory: nothing of it needs to be kept. */
+static bool read_from_memory(struct nbd *nbd, struct nbd_slot *slot)
+{
+    struct nbd_connection *connection = connection_of(nbd, slot->identity);
+    struct atoll_segment data[ATOLL_PART_BLOCKS];
+    uint32_t count;
+    if (slot->part_bytes != slot->work_bytes || !nbd_lookup(nbd, slot, data, &count))
+        return false;
+    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity};
+    nbd_reply_read(slot, reply_of(nbd, slot->identity), data, count, 1, &reply);
+    reply.flags = ATOLL_FLAG_LAST;
+    if (connection->streaming != 0)
+        nbd_wait_for_turn(nbd, slot, &reply);
+    else
+        nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
+    atoll_count(nbd->domain, NBD_COUNTER_READS_FROM_MEMORY, 1);
+    return true;
+}
+
 static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descriptor *message)
 {
     struct atoll_journal *journal = nbd->domain->journal;
@@ -138,9 +157,11 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
         atoll_count(nbd->domain, NBD_COUNTER_READ_BYTES, request.length);
     if (request.type == NBD_CMD_WRITE)
         atoll_count(nbd->domain, NBD_COUNTER_WRITE_BYTES, request.length);
+    atoll_set64(journal, &connection->requests, connection->requests + 1);
+    if (request.type == NBD_CMD_READ && read_from_memory(nbd, slot))
+        return NBD_OUTCOME_TAKEN;
     atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
     atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
-    atoll_set64(journal, &connection->requests, connection->requests + 1);
     nbd_send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
     return NBD_OUTCOME_TAKEN;
 }
