@@ -1,4 +1,4 @@
-"""The clients that `make bench` measures with: fio, and `nbdload` of bench/load, which decides what is duplicate.
+"""The clients that `make bench` measures with: fio, and `nbdload` of bench/extra, which decides what is duplicate.
 
 - `Load`                what is asked of a server
 - `run(load, target, cpus, folder)`   one measurement: a `Sample`
@@ -19,10 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.bench import duplicates
+from atoll.bench import compiled, duplicates
 from atoll.bench.peers import MIB, BenchError, need, pinned
 
-HERE = Path(__file__).resolve().parent
 CONTENT_BYTES = 4096
 POOL_BLOCKS = 256  # lies in a processor's cache; each block is made different by a number in it
 FILL_BYTES = 256 << 10
@@ -159,12 +158,10 @@ def run_fio(
 
 
 def nbdload(folder: Path) -> str:
-    """The program, compiled if it is not yet or is older than its source."""
-    source, program = HERE / "load" / "nbdload.c", folder / "nbdload"
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        flags = ["-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror"]
-        client_run([need("gcc"), *flags, "-o", str(program), str(source), "-lnbd"], folder, 60)
-    return str(program)
+    try:
+        return str(compiled.program("nbdload", folder, ("nbd",)))
+    except compiled.Missing as error:
+        raise BenchError(f"{error}: say make bench, or as root .ci/system-packages bench") from None
 
 
 def pool(folder: Path) -> Path:

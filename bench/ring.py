@@ -19,16 +19,20 @@ import os
 import signal
 import socket
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import posix_ipc
+from cffi import FFI
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from atoll.bench import compiled
 from atoll.bench._bench import ffi, lib
 from atoll.ipc import physmap
 from atoll.ipc.roles import Role
@@ -37,9 +41,10 @@ BATCHES = (1, 8, 32, 256)
 ENTRIES = 4096
 ASKER, ANSWERER = Role.NIC, Role.NBD
 SAME, TWO = "same core", "two cores"
-RING, LINE, PIPE, SOCKET, QUEUE, PYTHON = (
+RING, LINE, DPDK, PIPE, SOCKET, QUEUE, PYTHON = (
     "atoll ring",
     "cache line",
+    "DPDK rte_ring",
     "pipe",
     "Unix socket",
     "posix_ipc queue",
@@ -60,7 +65,8 @@ class Case:
     batch: int = 1
 
 
-def cases(cpu_count: int) -> list[Case]:
+def cases(cpu_count: int, dpdk: bool = False) -> list[Case]:
+    """`dpdk`: its ring too, which only spins and so needs two processors."""
     placements = (SAME, TWO) if cpu_count > 1 else (SAME,)
     found = []
     for placement in placements:
@@ -70,6 +76,9 @@ def cases(cpu_count: int) -> list[Case]:
             found += [Case("throughput", transport, placement, "sleeping", batch) for batch in batches]
         if placement == TWO:
             found += [Case("round trip", LINE, TWO, "spinning"), Case("round trip", RING, TWO, "spinning")]
+            if dpdk:
+                found += [Case("throughput", DPDK, TWO, "spinning", batch) for batch in BATCHES]
+                found.append(Case("round trip", DPDK, TWO, "spinning"))
         found += [
             Case("round trip", transport, placement, "sleeping") for transport in (RING, PIPE, SOCKET, QUEUE, PYTHON)
         ]
@@ -133,13 +142,64 @@ class Shared:
         self.arrived[0] = 0
 
 
+class Dpdk:
+    """DPDK's ring, compiled where libdpdk is installed; two of them in memory that both processes share."""
+
+    DECLARATIONS = """
+        int64_t rte_bench_bytes(uint32_t entries);
+        int rte_bench_make(void *memory, uint32_t entries);
+        void rte_bench_produce(void *ring, uint32_t batch, uint64_t duration_ns);
+        void rte_bench_consume(void *ring, uint32_t batch, void *result);
+        void rte_bench_ask(void *there, void *back, uint64_t duration_ns, void *result);
+        void rte_bench_answer(void *there, void *back);
+    """
+
+    def __init__(self) -> None:
+        """Raises compiled.Missing."""
+        own = FFI()
+        own.cdef(self.DECLARATIONS)
+        with tempfile.TemporaryDirectory(prefix="atoll-bench-") as folder:
+            path = compiled.library("rte_ring", Path(folder), "libdpdk", ("rte_ring", "rte_eal"))
+            self.lib = cast(Any, own.dlopen(str(path)))
+        size = (self.lib.rte_bench_bytes(ENTRIES) + 4095) // 4096 * 4096
+        self.memories = [mmap.mmap(-1, size) for _ in range(2)]
+        self.rings = [own.from_buffer(memory) for memory in self.memories]
+
+    def make(self) -> None:
+        for ring in self.rings:
+            checked(self.lib.rte_bench_make(ring, ENTRIES))
+
+    def ends(self, case: Case, shared: Shared, duration_ns: int) -> list[Callable[[], None]]:
+        self.make()
+        there, back = self.rings
+        at = shared.base
+        if case.kind == "throughput":
+            return [
+                lambda: self.lib.rte_bench_produce(there, case.batch, duration_ns),
+                lambda: self.lib.rte_bench_consume(there, case.batch, at),
+            ]
+        return [
+            lambda: self.lib.rte_bench_ask(there, back, duration_ns, at),
+            lambda: self.lib.rte_bench_answer(there, back),
+        ]
+
+
+def dpdk_or_none() -> Dpdk | None:
+    try:
+        return Dpdk()
+    except compiled.Missing:
+        return None
+
+
 def checked(result: int) -> None:
     if result < 0:
         raise BenchError(os.strerror(-result))
 
 
 @contextlib.contextmanager
-def ends(case: Case, arenas: Arenas, shared: Shared, duration_ns: int) -> Iterator[list[Callable[[], None]]]:
+def ends(
+    case: Case, arenas: Arenas, shared: Shared, duration_ns: int, dpdk: Dpdk | None = None
+) -> Iterator[list[Callable[[], None]]]:
     """What the two processes of a measurement do: the asking or producing end first."""
     result, batch = shared.result, case.batch
     produces = case.kind == "throughput"
@@ -165,6 +225,9 @@ def ends(case: Case, arenas: Arenas, shared: Shared, duration_ns: int) -> Iterat
                 lib.bench_ring_answer(domain, ASKER, wait)
 
         yield [lambda: first(arenas.open(ASKER)), lambda: second(arenas.open(ANSWERER))]
+    elif case.transport == DPDK:
+        assert dpdk is not None
+        yield dpdk.ends(case, shared, duration_ns)
     elif case.transport == PYTHON:
         with python_ends(produces, shared, duration_ns) as functions:
             yield functions
@@ -261,10 +324,12 @@ def python_ends(produces: bool, shared: Shared, duration_ns: int) -> Iterator[li
         queue.close()
 
 
-def measure(case: Case, arenas: Arenas, shared: Shared, cpus: list[int], duration_s: float) -> dict[str, float]:
+def measure(
+    case: Case, arenas: Arenas, shared: Shared, cpus: list[int], duration_s: float, dpdk: Dpdk | None = None
+) -> dict[str, float]:
     """One measurement: {"messages_per_s"} or {"p50_ns", "p99_ns"}."""
     shared.clear()
-    with ends(case, arenas, shared, round(duration_s * 1e9)) as functions:
+    with ends(case, arenas, shared, round(duration_s * 1e9), dpdk) as functions:
         pids = []
         try:
             for index, function in enumerate(functions):
@@ -322,7 +387,8 @@ def wait_for(pids: list[int], case: Case, seconds: float) -> None:
 def run(seconds: float, plot: str | None = None) -> dict[str, Any]:
     """Measures for about `seconds`. BenchError if a message was lost or a process failed."""
     cpus = sorted(os.sched_getaffinity(0))
-    todo = cases(len(cpus))
+    dpdk = dpdk_or_none() if len(cpus) > 1 else None
+    todo = cases(len(cpus), dpdk is not None)
     rounds = 5 if seconds >= 10 else 3 if seconds >= 3 else 1
     duration_s = max(0.002, seconds / (len(todo) * rounds) - 0.012)  # making the processes takes some of it
     arenas, shared = Arenas(), Shared()
@@ -331,7 +397,7 @@ def run(seconds: float, plot: str | None = None) -> dict[str, Any]:
         for number in range(rounds):
             start = number * len(todo) // rounds  # each round begins elsewhere
             for case in todo[start:] + todo[:start]:
-                found[case].append(measure(case, arenas, shared, cpus, duration_s))
+                found[case].append(measure(case, arenas, shared, cpus, duration_s, dpdk))
     finally:
         arenas.close()
     document = {
@@ -377,7 +443,7 @@ def throughput_row(case: Case, found: Found) -> dict[str, Any]:
 
 
 def round_trip_row(case: Case, found: Found) -> dict[str, Any]:
-    waiting = "sleeping" if case.transport != LINE else "spinning"
+    waiting = "sleeping" if case.transport not in (LINE, DPDK) else "spinning"
     return {
         **row(case),
         "p50_ns": statistics.median(measured["p50_ns"] for measured in found[case]),

@@ -40,7 +40,7 @@ struct atoll_control_call {
 
 /* One 64-bit word of the own control area (or role area), in the running transaction. */
 void atoll_domain_set64(struct atoll_domain *domain, uint64_t *word, uint64_t value);
-/* Words changed since the last commit. */
+/* Words changed, and messages taken and put, since the last commit. */
 uint64_t atoll_domain_changes(const struct atoll_domain *domain);
 /* Undoes the running transaction; what the role keeps outside its arena is then out of step with it: end soon. */
 void atoll_domain_roll_back(struct atoll_domain *domain);

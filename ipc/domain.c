@@ -171,9 +171,9 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
             tx->consumer = &arena->consumer[role];
             tx->entries = (void *)((char *)tx->producer + ATOLL_PAGE_BYTES);
             tx->mask = count - 1;
-            tx->cached_head = atoll_load_acquire(&tx->consumer->head);
-            atoll_store_release(&tx->producer->tail, tx->producer->tail_committed);
-            tx->published = tx->producer->tail_committed;
+            tx->tail = tx->limit = tx->published = tx->producer->tail_committed;
+            atoll_store_release(&tx->producer->tail, tx->tail);
+            domain->rings->tx_roles |= 1u << peer;
         }
         producer = find_producer(arena, arena_bytes[peer], role, &count);
         if (producer != 0) {
@@ -182,8 +182,9 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
             rx->consumer = &self->consumer[peer];
             rx->entries = (const void *)((const char *)producer + ATOLL_PAGE_BYTES);
             rx->mask = count - 1;
-            rx->cached_tail = rx->seen_tail = rx->consumer->head_committed;
-            atoll_ring_publish_head(rx);
+            rx->head = rx->published = rx->cached_tail = rx->seen_tail = rx->consumer->head_committed;
+            atoll_store_release(&rx->consumer->head, rx->head); /* SP-HEAD */
+            domain->rings->rx_roles |= 1u << peer;
         }
     }
     return 0;
@@ -213,23 +214,27 @@ static void wake(struct atoll_domain *domain, uint32_t role)
 
 void atoll_domain_commit(struct atoll_domain *domain)
 {
+    struct atoll_rings *rings = domain->rings;
     uint32_t published = 0;
+    for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
+        atoll_ring_settle_head(domain->journal, &rings->rx[__builtin_ctz(left)]);
+    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
+        atoll_ring_settle_tail(domain->journal, &rings->tx[__builtin_ctz(left)]);
     ATOLL_CRASH_POINT_EACH(domain, "commit.before");
     atoll_commit(domain->journal);
     ATOLL_CRASH_POINT_EACH(domain, "commit.after");
-    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++) {
-        if (domain->rings->rx[role].consumer != 0)
-            atoll_ring_publish_head(&domain->rings->rx[role]);
-        if (domain->rings->tx[role].producer != 0 && atoll_ring_publish_tail(&domain->rings->tx[role]))
-            published |= 1u << role;
-    }
+    for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
+        atoll_ring_publish_head(&rings->rx[__builtin_ctz(left)]);
+    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
+        if (atoll_ring_publish_tail(&rings->tx[__builtin_ctz(left)]))
+            published |= left & -left;
     if (published == 0)
         return;
     ATOLL_CRASH_POINT_EACH(domain, "publish.after");
     atoll_full_fence(); /* SP-SLEEP */
-    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
-        if ((published >> role & 1) && atoll_load_relaxed(&domain->peers[role]->sleeping))
-            wake(domain, role);
+    for (; published != 0; published &= published - 1)
+        if (atoll_load_relaxed(&domain->peers[__builtin_ctz(published)]->sleeping))
+            wake(domain, (uint32_t)__builtin_ctz(published));
     ATOLL_CRASH_POINT_EACH(domain, "wake.after");
 }
 
@@ -243,8 +248,7 @@ void atoll_domain_wake_all(struct atoll_domain *domain)
 
 uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role)
 {
-    struct atoll_rx_ring *ring = &domain->rings->rx[role];
-    return ring->consumer == 0 ? 0 : atoll_ring_available(ring);
+    return atoll_ring_available(&domain->rings->rx[role]);
 }
 
 static bool anything_pending(struct atoll_domain *domain, uint32_t ignored_roles)
@@ -340,32 +344,6 @@ int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int6
 
 /* --- Messages ---------------------------------------------------------------------------------------------------- */
 
-bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message)
-{
-    struct atoll_rx_ring *ring = &domain->rings->rx[role];
-    if (ring->consumer == 0 || atoll_ring_available(ring) == 0)
-        return false;
-    *message = *atoll_ring_entry(ring, 0);
-    atoll_ring_pop(domain->journal, ring, 1);
-    if (atoll_trace_armed(domain))
-        atoll_trace_hop(domain, role, 0, message);
-    return true;
-}
-
-bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
-{
-    struct atoll_tx_ring *ring = &domain->rings->tx[role];
-    struct atoll_descriptor *entry = ring->producer == 0 ? 0 : atoll_ring_reserve(ring);
-    if (entry == 0)
-        return false;
-    *entry = *message;
-    entry->incarnation = domain->incarnation;
-    atoll_ring_push(domain->journal, ring);
-    if (atoll_trace_armed(domain))
-        atoll_trace_hop(domain, role, 1, entry);
-    return true;
-}
-
 static void trace_record(struct atoll_domain *domain, uint32_t peer, uint32_t direction,
                          const struct atoll_descriptor *message, uint64_t address, uint32_t length)
 {
@@ -406,19 +384,34 @@ void atoll_domain_set64(struct atoll_domain *domain, uint64_t *word, uint64_t va
     atoll_set64(domain->journal, word, value);
 }
 
-uint64_t atoll_domain_changes(const struct atoll_domain *domain) { return domain->journal->count; }
+uint64_t atoll_domain_changes(const struct atoll_domain *domain)
+{
+    const struct atoll_rings *rings = domain->rings;
+    uint64_t changes = domain->journal->count;
+    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
+        changes += (rings->tx[role].tail - rings->tx[role].published) + (rings->rx[role].head - rings->rx[role].published);
+    return changes;
+}
 
-void atoll_domain_roll_back(struct atoll_domain *domain) { atoll_roll_back(domain->journal); }
+void atoll_domain_roll_back(struct atoll_domain *domain)
+{
+    struct atoll_rings *rings = domain->rings;
+    atoll_roll_back(domain->journal);
+    for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
+        atoll_ring_return_head(&rings->rx[__builtin_ctz(left)]);
+    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
+        atoll_ring_return_tail(&rings->tx[__builtin_ctz(left)]);
+}
 
 uint32_t atoll_domain_next_entry(const struct atoll_domain *domain, uint32_t role)
 {
     const struct atoll_tx_ring *ring = &domain->rings->tx[role];
-    return ring->producer == 0 ? 0 : ring->producer->tail_committed & ring->mask;
+    return ring->tail & ring->mask;
 }
 
 uint32_t atoll_domain_room(struct atoll_domain *domain, uint32_t role)
 {
-    return domain->rings->tx[role].producer == 0 ? 0 : atoll_ring_room(&domain->rings->tx[role]);
+    return atoll_ring_room(&domain->rings->tx[role]);
 }
 
 int atoll_arena_adopt(uint32_t role, uint64_t instance, uint64_t arena_bytes, uint32_t rings_to,

@@ -64,15 +64,16 @@ void atoll_domain_awake(struct atoll_domain *domain);
 /* Messages waiting on the ring from `role` (control messages from the kernel: role 1). */
 uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role);
 /* Copies the next message from `role` and counts it as consumed in the running transaction; false if there is none. */
-bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message);
+static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message);
 /* Sends one message to `role` in the running transaction; false if the ring is full. The incarnation is filled in. */
-bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
+static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
 uint64_t atoll_now_ns(void);
 /* cffi:end */
 
 struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
     struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
+    uint32_t tx_roles, rx_roles;       /* bit masks: to and from whom there is a ring */
     int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
     int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
 };
@@ -107,5 +108,32 @@ static inline bool atoll_trace_armed(const struct atoll_domain *domain)
 
 /* Records one hop; call it only while a trace is armed. atoll_domain_take and _put do so by themselves. */
 void atoll_trace_hop(struct atoll_domain *domain, uint32_t peer, uint32_t direction, const struct atoll_descriptor *message);
+
+/* Inline, so that a ring's place is known to the compiler and nothing is passed on the way. */
+static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message)
+{
+    struct atoll_rx_ring *ring = &domain->rings->rx[role];
+    if (atoll_ring_available(ring) == 0)
+        return false;
+    *message = *atoll_ring_entry(ring, 0);
+    atoll_ring_prefetch(ring);
+    atoll_ring_pop(ring, 1);
+    if (atoll_trace_armed(domain))
+        atoll_trace_hop(domain, role, 0, message);
+    return true;
+}
+
+static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+{
+    struct atoll_tx_ring *ring = &domain->rings->tx[role];
+    struct atoll_descriptor *entry = atoll_ring_reserve(ring);
+    if (entry == 0)
+        return false;
+    atoll_ring_fill(entry, message, domain->incarnation);
+    atoll_ring_push(ring);
+    if (atoll_trace_armed(domain))
+        atoll_trace_hop(domain, role, 1, entry);
+    return true;
+}
 
 #endif

@@ -2,18 +2,20 @@
  * Rings: single-producer single-consumer queues of 64-byte descriptors from one domain to another.
  *
  * The producer half (tail, entries) lies in the producer's arena, the consumer half (head) in the consumer's (I1).
- * Indices are free-running 32-bit counters. Each side works on transactional copies (head_committed, tail_committed)
- * and publishes them after its commit; each caches the other's index and looks again only when it must.
+ * Indices are free-running 32-bit counters. Each side counts what a step takes and puts in private memory; the commit
+ * settles that as part of the transaction (head_committed, tail_committed), then publishes it; each caches the other's
+ * index and looks again only when it must.
  *
- *   producer: slot = atoll_ring_reserve(ring)      room for one more? fill it, then
- *             atoll_ring_push(journal, ring)       counted in the transaction
+ *   producer: slot = atoll_ring_reserve(ring)      room for one more? fill it (atoll_ring_fill), then
+ *             atoll_ring_push(ring)                counted in the step
  *   consumer: n = atoll_ring_available(ring)       entries that can be read
  *             copy atoll_ring_entry(ring, i), check, use
- *             atoll_ring_pop(journal, ring, n)     counted in the transaction
- *   both:     atoll_commit(journal), then atoll_ring_publish_tail / _head
+ *             atoll_ring_pop(ring, n)              counted in the step
+ *   both:     atoll_ring_settle_tail / _head, then atoll_commit(journal), then atoll_ring_publish_tail / _head
  *
- * After a crash: the successor rolls back, then publishes both; a peer sees each entry exactly once. The producer
- * never overwrites entries that a published head has not passed, so a rolled-back consumer finds them again.
+ * After a crash: what a step counted in private memory is gone with the process, what it had settled is rolled back; the
+ * successor publishes both; a peer sees each entry exactly once. The producer never overwrites entries that a
+ * published head has not passed, so a rolled-back consumer finds them again.
  */
 #ifndef ATOLL_IPC_RING_H
 #define ATOLL_IPC_RING_H
@@ -21,69 +23,99 @@
 #include "ipc/layout.h"
 #include "ipc/transaction.h"
 
+/* Entries whose lines are brought near ahead of their use: as many as cross between two cores while one is worked on. */
+#define ATOLL_RING_AHEAD 8
+
 /* Private to the process. */
 struct atoll_tx_ring {
-    struct atoll_ring_producer *producer;        /* own arena */
+    struct atoll_ring_producer *producer;        /* own arena; NULL: no such ring */
     const struct atoll_ring_consumer *consumer;  /* peer's arena */
     struct atoll_descriptor *entries;
     uint32_t mask;
-    uint32_t cached_head;
+    uint32_t tail;      /* of the step: the next entry to be filled */
+    uint32_t limit;     /* up to there is room, by the peer's head as last seen */
     uint32_t published; /* tail as last published */
 };
 
 struct atoll_rx_ring {
     const struct atoll_ring_producer *producer;  /* peer's arena */
-    struct atoll_ring_consumer *consumer;        /* own arena */
+    struct atoll_ring_consumer *consumer;        /* own arena; NULL: no such ring */
     const struct atoll_descriptor *entries;
     uint32_t mask;
+    uint32_t head;        /* of the step: the next entry to be taken */
     uint32_t cached_tail; /* entries before it are complete */
     uint32_t seen_tail;   /* as last loaded, good or bad: what a sleeper compares with */
+    uint32_t published;   /* head as last published */
 };
 
-/* The next free entry, or NULL if the ring is full. The caller fills it and pushes. */
-static inline struct atoll_descriptor *atoll_ring_reserve(struct atoll_tx_ring *ring)
-{
-    uint32_t tail = ring->producer->tail_committed;
-    if (tail - ring->cached_head > ring->mask) {
-        ring->cached_head = atoll_load_acquire(&ring->consumer->head); /* SP-HEAD */
-        if (tail - ring->cached_head > ring->mask)
-            return 0;
-    }
-    return &ring->entries[tail & ring->mask];
-}
-
-/* Entries that can still be pushed. */
+/* Entries that can still be pushed; a peer's head that claims what is not true leaves none (I8). */
 static inline uint32_t atoll_ring_room(struct atoll_tx_ring *ring)
 {
-    ring->cached_head = atoll_load_acquire(&ring->consumer->head); /* SP-HEAD */
-    return ring->mask + 1 - (ring->producer->tail_committed - ring->cached_head);
+    if (ring->producer == 0)
+        return 0;
+    uint32_t room = atoll_load_acquire(&ring->consumer->head) + ring->mask + 1 - ring->tail; /* SP-HEAD */
+    if (room > ring->mask + 1)
+        return 0;
+    ring->limit = ring->tail + room;
+    return room;
 }
 
-static inline void atoll_ring_push(struct atoll_journal *journal, struct atoll_tx_ring *ring)
+/* The next free entry, or NULL if the ring is full or there is none. The caller fills it and pushes. */
+static inline struct atoll_descriptor *atoll_ring_reserve(struct atoll_tx_ring *ring)
 {
-    atoll_set32(journal, &ring->producer->tail_committed, ring->producer->tail_committed + 1);
+    if (ring->tail == ring->limit && atoll_ring_room(ring) == 0)
+        return 0;
+    return &ring->entries[ring->tail & ring->mask];
+}
+
+typedef uint64_t atoll_pair __attribute__((vector_size(16)));
+
+/* Copies a message into a reserved entry, with this `incarnation`.
+ *
+ * It is read member by member, as it was written: a wider load of what was just stored in parts waits until those stores
+ * have left the processor, behind stores to earlier entries whose lines the consumer's core still has, so that the lines
+ * would cross one at a time. (volatile: the compiler would put the loads together.) It is written in pairs of words, so
+ * that few stores stand in line. */
+static inline void atoll_ring_fill(struct atoll_descriptor *entry, const struct atoll_descriptor *message,
+                                   uint32_t incarnation)
+{
+    const volatile struct atoll_descriptor *from = message;
+    atoll_pair *pairs = (atoll_pair *)entry;
+    uint64_t first = from->opcode | (uint64_t)from->flags << 8 | (uint64_t)from->segment_count << 16 |
+                     (uint64_t)incarnation << 32;
+    uint64_t fourth = from->length | (uint64_t)from->status << 32 | (uint64_t)from->part << 48;
+    pairs[0] = (atoll_pair){first, from->identity};
+    pairs[1] = (atoll_pair){from->address, fourth};
+    pairs[2] = (atoll_pair){from->words[0], from->words[1]};
+    pairs[3] = (atoll_pair){from->words[2], from->words[3]};
+}
+
+static inline void atoll_ring_push(struct atoll_tx_ring *ring) { ring->tail++; }
+
+static inline void atoll_ring_settle_tail(struct atoll_journal *journal, struct atoll_tx_ring *ring)
+{
+    if (ring->tail != ring->published)
+        atoll_set32(journal, &ring->producer->tail_committed, ring->tail);
 }
 
 /* True if there was something to publish (the peer may have to be woken). */
 static inline int atoll_ring_publish_tail(struct atoll_tx_ring *ring)
 {
-    uint32_t tail = ring->producer->tail_committed;
-    if (tail == ring->published)
+    if (ring->tail == ring->published)
         return 0;
-    atoll_store_release(&ring->producer->tail, tail); /* SP-TAIL */
+    atoll_store_release(&ring->producer->tail, ring->tail); /* SP-TAIL */
     ATOLL_STORED();
-    ring->published = tail;
+    ring->published = ring->tail;
     return 1;
 }
 
 /* Entries that can be read; a peer's tail that claims more than the ring holds counts as none (I8). */
 static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
 {
-    uint32_t head = ring->consumer->head_committed;
-    uint32_t count = ring->cached_tail - head;
-    if (count == 0) {
+    uint32_t count = ring->cached_tail - ring->head;
+    if (count == 0 && ring->consumer != 0) {
         ring->seen_tail = atoll_load_acquire(&ring->producer->tail); /* SP-TAIL */
-        count = ring->seen_tail - head;
+        count = ring->seen_tail - ring->head;
         if (count > ring->mask + 1)
             return 0;
         ring->cached_tail = ring->seen_tail;
@@ -94,22 +126,37 @@ static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
 /* Entry `index` past the head, 0 <= index < available. Copy it before it is checked and used (I8). */
 static inline const struct atoll_descriptor *atoll_ring_entry(const struct atoll_rx_ring *ring, uint32_t index)
 {
-    return &ring->entries[(ring->consumer->head_committed + index) & ring->mask];
+    return &ring->entries[(ring->head + index) & ring->mask];
 }
 
-static inline void atoll_ring_pop(struct atoll_journal *journal, struct atoll_rx_ring *ring, uint32_t count)
+/* Brings the line of an entry near that will be taken soon, if it is complete: the producer has left it. */
+static inline void atoll_ring_prefetch(const struct atoll_rx_ring *ring)
 {
-    atoll_set32(journal, &ring->consumer->head_committed, ring->consumer->head_committed + count);
+    uint32_t ahead = ring->head + ATOLL_RING_AHEAD;
+    if ((int32_t)(ring->cached_tail - ahead) > 0)
+        __builtin_prefetch(&ring->entries[ahead & ring->mask]);
+}
+
+static inline void atoll_ring_pop(struct atoll_rx_ring *ring, uint32_t count) { ring->head += count; }
+
+static inline void atoll_ring_settle_head(struct atoll_journal *journal, struct atoll_rx_ring *ring)
+{
+    if (ring->head != ring->published)
+        atoll_set32(journal, &ring->consumer->head_committed, ring->head);
 }
 
 /* Stores only what has changed: the producer keeps a copy of the line. */
 static inline void atoll_ring_publish_head(struct atoll_rx_ring *ring)
 {
-    uint32_t head = ring->consumer->head_committed;
-    if (atoll_load_relaxed(&ring->consumer->head) == head)
+    if (ring->head == ring->published)
         return;
-    atoll_store_release(&ring->consumer->head, head); /* SP-HEAD */
+    atoll_store_release(&ring->consumer->head, ring->head); /* SP-HEAD */
     ATOLL_STORED();
+    ring->published = ring->head;
 }
+
+/* After a roll back in a living process: both sides go on from what was committed last. */
+static inline void atoll_ring_return_tail(struct atoll_tx_ring *ring) { ring->tail = ring->producer->tail_committed; }
+static inline void atoll_ring_return_head(struct atoll_rx_ring *ring) { ring->head = ring->consumer->head_committed; }
 
 #endif

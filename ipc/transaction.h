@@ -6,8 +6,8 @@
  * back, newest first, and is then in the state of the last commit, ready to repeat the step from its inputs.
  *
  * One step of a domain is one transaction: messages consumed (head_committed), state changed, messages produced
- * (tail_committed). What peers see, head and tail themselves, is published after the commit from the committed words
- * (ring.h), by the domain or, if it died in between, by its successor. So no message is lost, repeated or half
+ * (tail_committed; both are settled by the commit, ring.h). What peers see, head and tail themselves, is published after the
+ * commit, by the domain or, if it died in between, by its successor. So no message is lost, repeated or half
  * applied, and nothing needs to be sent again when a domain dies.
  *
  *   atoll_set64(journal, &word, value)   change a 64-bit word

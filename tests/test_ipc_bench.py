@@ -24,7 +24,7 @@ def test_every_case_is_measured(document: tuple[dict, Path]) -> None:
     batches = {entry["batch"] for entry in found["throughput"] if entry["transport"] == ring.RING}
     assert batches == {1, 8, 32, 256}
     others = {entry["transport"] for entry in found["throughput"]}
-    assert others == {ring.RING, ring.PIPE, ring.SOCKET, ring.QUEUE, ring.PYTHON}
+    assert others - {ring.DPDK} == {ring.RING, ring.PIPE, ring.SOCKET, ring.QUEUE, ring.PYTHON}
     for entry in found["throughput"]:
         assert entry["lowest"] > 0 and entry["ratio_to_ring"] > 0
     for entry in found["round_trip"]:

@@ -137,7 +137,7 @@ static bool peek(struct nbd *nbd, uint32_t role, struct atoll_descriptor *messag
 
 static void accept(struct nbd *nbd, uint32_t role)
 {
-    atoll_ring_pop(nbd->domain->journal, &nbd->domain->rings->rx[role], 1);
+    atoll_ring_pop(&nbd->domain->rings->rx[role], 1);
     atoll_count(nbd->domain, NBD_COUNTER_MESSAGES, 1);
 }
 
