@@ -33,7 +33,7 @@ LOCK_WAIT_S = 5.0
 def run(world: World) -> NoReturn:
     process.name_this("atoll-kernel")
     process.die_with_parent(world.init_pid)
-    process.come_first()
+    process.come_first(threads=True)  # the one that waits for deaths
     domain = _become_kernel(world)
     header = domain.self
     rows = Rows(ffi.cast("char *", header) + header.role_offset)

@@ -73,26 +73,33 @@ def be_protected(score: int) -> bool:
 
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}.get(os.uname().machine, -1)
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority, slice in ns, two unused
+_FLAG_RESET_ON_FORK = 1
 FIRST_NICE = -10
 SHORT_SLICE_NS = 100_000
+REALTIME_PRIORITY = 1
 
 
-def come_first(pid: int = 0) -> None:
-    """Lets a process (0: this one) run soon after it is woken, as far as that is permitted and known here.
+def come_first(pid: int = 0, threads: bool = False) -> None:
+    """Lets a process (0: this one) run as soon as it is woken, as far as that is permitted here.
 
-    For those that run for a millisecond while a client waits: kernel, and a standby until it serves.
+    For those that run for a millisecond while a client waits: kernel, and a standby until it serves. Real time, since
+    a higher nice value counts only within a session where sessions are scheduled as groups (autogroup); else that, or
+    a shorter slice. `threads`: those that it makes later come first too.
     """
-    if not _schedule(pid, FIRST_NICE, SHORT_SLICE_NS):
-        _schedule(pid, 0, SHORT_SLICE_NS)  # a shorter slice is its own business, a larger share is not
+    flags = 0 if threads else _FLAG_RESET_ON_FORK
+    if _schedule(pid, os.SCHED_RR, flags, 0, REALTIME_PRIORITY, 0):
+        return
+    if not _schedule(pid, os.SCHED_OTHER, flags, FIRST_NICE, 0, SHORT_SLICE_NS):
+        _schedule(pid, os.SCHED_OTHER, flags, 0, 0, SHORT_SLICE_NS)  # a larger share is not its own business
 
 
-def be_ordinary(pid: int) -> None:
-    """Takes back `come_first`."""
-    _schedule(pid, 0, 0)
+def be_ordinary(pid: int = 0) -> None:
+    """Takes back `come_first`; that threads made later are ordinary stays, which takes privileges to change."""
+    _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, 0)
 
 
-def _schedule(pid: int, nice: int, slice_ns: int) -> bool:
-    attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, 0, 0, nice, 0, slice_ns, 0, 0)
+def _schedule(pid: int, policy: int, flags: int, nice: int, priority: int, slice_ns: int) -> bool:
+    attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, policy, flags, nice, priority, slice_ns, 0, 0)
     return _SYS_SCHED_SETATTR >= 0 and _libc.syscall(_SYS_SCHED_SETATTR, pid, attributes, 0) == 0
 
 

@@ -46,9 +46,13 @@ def run(world: World, role_name: str) -> NoReturn:
         for name, arena in world.arenas.items():
             if name != role_name and arena.arena_bytes - arena.buffer_bytes <= POPULATE_BYTES_MAX:
                 physmap.populate(table.ROLES[name].number)
+        context = _prepared(world, role)
+        started = process.start_time(os.getpid())
         process.come_first()  # until it serves: the kernel takes it back
         order, descriptors = _wait(channel)
-        status = _play(world, role, order, descriptors)
+        if order["fresh"]:
+            process.be_ordinary()  # nobody waits yet, and a store may be long in loading
+        status = _play(world, role, context, started, order, descriptors)
     except messages.EndOfChannel:
         status = 0
     except SystemExit as ended:
@@ -106,7 +110,25 @@ def _wait(channel: Any) -> tuple[dict[str, Any], list[int]]:
         messages.close_all(descriptors)
 
 
-def _play(world: World, role: table.Role, order: dict[str, Any], descriptors: list[int]) -> int:
+def _prepared(world: World, role: table.Role) -> Context:
+    """All that is known beforehand: what a forked process touches first it copies, and then a client waits."""
+    return Context(
+        role=role.name,
+        incarnation=0,
+        fresh=False,
+        adopted=False,
+        previous_signal=0,
+        config=world.config,
+        arena_bytes=world.arena_bytes(),
+        listeners=world.listeners if table.LISTENERS in role.rights else [],
+        device_fd=world.device.fd if table.DEVICE in role.rights and world.device is not None else -1,
+        uring=world.urings.get(role.name),
+    )
+
+
+def _play(
+    world: World, role: table.Role, context: Context, started: int, order: dict[str, Any], descriptors: list[int]
+) -> int:
     arena_fd, lock_fd = descriptors
     number = role.number
     physmap.map_lock(number, lock_fd, writable=True)
@@ -122,19 +144,9 @@ def _play(world: World, role: table.Role, order: dict[str, Any], descriptors: li
     # A predecessor may have served and died before the kernel saw it.
     fresh = bool(order["fresh"]) and physmap.header(number).serving_ns == 0
     half_made = fresh and physmap.header(number).incarnation != 0
-    context = Context(
-        role=role.name,
-        incarnation=order["incarnation"],
-        fresh=fresh,
-        adopted=order["adopted"],
-        previous_signal=order["previous_signal"],
-        config=world.config,
-        arena_bytes=world.arena_bytes(),
-        listeners=world.listeners if table.LISTENERS in role.rights else [],
-        device_fd=world.device.fd if table.DEVICE in role.rights and world.device is not None else -1,
-        uring=world.urings.get(role.name),
-    )
-    context.open(os.getpid())
+    context.incarnation, context.fresh, context.adopted = order["incarnation"], fresh, order["adopted"]
+    context.previous_signal = order["previous_signal"]
+    context.open(os.getpid(), started)
     if half_made:
         _wipe(context.role_area, world.arenas[role.name].role_bytes)
     table.module_of(role, world.config).main(context)

@@ -204,6 +204,8 @@ class Supervisor:
             if life.phase not in (Phase.PROMOTING, Phase.RECOVERING):
                 return
             now = time.monotonic_ns()
+            if life.active is not None:
+                process.be_ordinary(life.active.pid)  # it came first for long enough
             if life.phase is Phase.PROMOTING:
                 if now - bound_at[0] > LOCK_BOUND_NS:
                     self._end_late(life, "has not taken its role")
