@@ -100,7 +100,9 @@ class Endurance:
             return client.call(verb, **arguments)
 
     def space(self) -> dict[str, int]:
-        return self.call("status")["space"]
+        status = self.call("status")
+        assert "space" in status, f"dedup does not answer: {status['warnings']}"
+        return status["space"]
 
     def free(self) -> float:
         """Part of what can be stored at all."""
@@ -400,6 +402,9 @@ def main() -> int:
         try:
             server.start()
             Endurance(server, options.seed, lambda line: print(line, flush=True)).run(options.seconds)
+        except BaseException:
+            print(server.log_tail(), flush=True)
+            raise
         finally:
             left = server.end()
     print("\n".join(left) or "nothing left behind")
