@@ -112,7 +112,8 @@ class Endurance:
 
     def create(self) -> None:
         name, size = f"v{next(self.names)}", self.volume_sectors * SECTOR
-        self.call("volume-create", name=name, size_bytes=size, read_only=False)
+        threshold = self.choose.choice((1, 1, 2, 4, 8))
+        self.call("volume-create", name=name, size_bytes=size, read_only=False, threshold=threshold)
         self.volumes.append(Volume(name, self.connect(name), Model(0, self.volume_sectors)))
 
     def connect(self, name: str) -> nbd.Link:
