@@ -8,9 +8,8 @@ constant and a part that grows with the root of the distance, as Ruemmler and Wi
 modeling, IEEE Computer 27(3), 1994) found for all but the longest seeks; the device is taken to span the drive, so
 distances count in parts of it. Accesses are served in their order, one at a time. No cache of the drive, no zones.
 
-Default figures: the data sheet of Seagate's Exos 7E8 8 TB (average seek 8.5 ms, average latency 4.16 ms, sustained
-transfer of up to 249 MB/s at the outer edge, here 200 MB/s as a mean over the zones; a track to the next in 1 ms is
-typical of the class).
+Default figures: 7,200 rpm and an average seek of 8.2 ms are those of HGST's Ultrastar 7K4000 (its specification, section
+4.4: typical, of a read); 150 MB/s as a mean over the zones and 1 ms from a track to the next are typical of the class.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class Drive:
     device_bytes: int
     rpm: float = 7200.0
     seek_track_ms: float = 1.0
-    seek_average_ms: float = 8.5
-    bytes_per_s: float = 200e6
+    seek_average_ms: float = 8.2
+    bytes_per_s: float = 150e6
 
     @property
     def turn_ms(self) -> float:

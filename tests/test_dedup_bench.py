@@ -27,21 +27,21 @@ def served(*accesses: tuple[int, int], drive: Drive | None = None) -> Any:
 
 
 def test_a_sequence_costs_its_transfer() -> None:
-    found = served((0, 2_000_000), (2_000_000, 4_000_000))
+    found = served((0, 1_500_000), (1_500_000, 3_000_000))
     assert found.ms.tolist() == pytest.approx([10, 20]) and not found.seeks.any()
 
 
 def test_a_gap_on_the_track_passes_below_the_head() -> None:
     drive = Drive(GIB)
-    assert drive.track_bytes == pytest.approx(1_666_667, abs=1)
+    assert drive.track_bytes == pytest.approx(1_250_000, abs=1)
     found = served((0, 4096), (4096 + 200_000, 4096), drive=drive)
-    assert found.ms[1] == pytest.approx(1 + 4096 / 200_000) and not found.seeks.any()
+    assert found.ms[1] == pytest.approx((200_000 + 4096) / 150_000) and not found.seeks.any()
 
 
 def test_seeks_have_the_average_of_the_data_sheet() -> None:
     places = np.random.default_rng(1).integers(0, GIB // 4096, 20_000) * 4096
     found = Drive(GIB).serve(places, np.full(len(places), 4096))
-    per_access = 8.5 + 60_000 / 7200 / 2 + 4096 / 200_000
+    per_access = 8.2 + 60_000 / 7200 / 2 + 4096 / 150_000
     assert found.ms[found.seeks].mean() == pytest.approx(per_access, rel=0.02)
     back = served((0, 4096), (0, 4096))
     assert back.seeks.tolist() == [False, True] and back.ms[1] > 4.16
