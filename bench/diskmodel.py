@@ -8,8 +8,9 @@ constant and a part that grows with the root of the distance, as Ruemmler and Wi
 modeling, IEEE Computer 27(3), 1994) found for all but the longest seeks; the device is taken to span the drive, so
 distances count in parts of it. Accesses are served in their order, one at a time. No cache of the drive, no zones.
 
-Default figures: 7,200 rpm and an average seek of 8.2 ms are those of HGST's Ultrastar 7K4000 (its specification, section
-4.4: typical, of a read); 150 MB/s as a mean over the zones and 1 ms from a track to the next are typical of the class.
+Default figures: 7,200 rpm and an average seek of 8.2 ms are those of the Ultrastar 7K4000 (HGST's specification,
+section 4.4: typical, of a read); 150 MB/s as a mean over the zones and 1 ms from a track to the next are typical of
+the class.
 """
 
 from __future__ import annotations
