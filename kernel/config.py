@@ -88,7 +88,7 @@ class Dedup(Struct, forbid_unknown_fields=True, kw_only=True):
     fingerprint_entries: Annotated[int, Meta(ge=1024, le=1 << 32)] = 1048576
     destage_delay_ms: Annotated[int, Meta(ge=0, le=60000)] = 100
     metadata_log_bytes: Size = Size(16 * MIB)
-    map_frames: Annotated[int, Meta(ge=0, le=1 << 32)] = 0  # 0: derived from the device
+    metadata_cache_bytes: Size = Size(64 * MIB)  # pages of map, counts and fingerprints in memory
     track_bytes: Size = Size(0)  # what the main device reads without a seek; 0: as the device says
 
 

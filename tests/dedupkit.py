@@ -137,6 +137,7 @@ class Stage:
         seed: int = 0,
         log_blocks: int = 0,
         track_blocks: int = 64,
+        frames: int = 1024,
     ) -> None:
         if extension is None:
             extension = importlib.import_module("atoll.services.dedup._dedup")
@@ -146,7 +147,7 @@ class Stage:
         self.config = self.ffi.new("struct dedup_config *")
         self.config.nic_pages, self.config.merge_pages, self.config.cache_pages = nic_pages, merge_pages, cache_pages
         self.config.device_blocks, self.config.fingerprint_slots = device_blocks, 4096
-        self.config.map_frames, self.config.log_blocks = 64, log_blocks
+        self.config.metadata_frames, self.config.log_blocks = frames, log_blocks
         self.config.destage_delay_ms, self.config.track_blocks = destage_delay_ms, track_blocks
         self.instance = secrets.randbits(64)
         self.sizes: dict[int, int] = {}
@@ -561,7 +562,9 @@ class Stage:
 
     def check(self) -> None:
         text = self.ffi.new("char[]", 65536)
-        count = self.lib.dedup_check(self.state, text, 65536)
+        while (count := self.lib.dedup_check(self.state, text, 65536)) == self.lib.DEDUP_CHECK_WAITS:
+            if not self.disk():
+                self.lib.dedup_check_turn(self.state, False)
         assert count == 0, self.ffi.string(text).decode()
 
     def figures(self) -> Any:

@@ -66,13 +66,16 @@ def _sizes(config: dict[str, Any]) -> Any:
     sizes.merge_pages = dedup["merge_buffer_bytes"] // BLOCK_BYTES
     sizes.cache_pages = config["disk"]["cache_bytes"] // BLOCK_BYTES
     sizes.device_blocks = config["device_bytes"] // BLOCK_BYTES
-    sizes.map_frames = dedup.get("map_frames", 0)
+    sizes.metadata_frames = dedup["metadata_cache_bytes"] // BLOCK_BYTES
+    sizes.grow = bool(config.get("grow", False))
     sizes.fingerprint_slots = dedup["fingerprint_entries"]
     sizes.log_blocks = dedup.get("metadata_log_bytes", 0) // BLOCK_BYTES
     sizes.destage_delay_ms = dedup["destage_delay_ms"]
     sizes.track_blocks = dedup["track_bytes"] // BLOCK_BYTES
     if sizes.track_blocks < lib.ATOLL_THRESHOLD_MAX:
         raise ValueError(f"dedup.track_bytes is {dedup['track_bytes']}, at least 256 KiB are needed")
+    if sizes.metadata_frames < 512:
+        raise ValueError(f"dedup.metadata_cache_bytes is {dedup['metadata_cache_bytes']}, at least 2 MiB are needed")
     if sizes.cache_pages < 512:
         raise ValueError(f"disk.cache_bytes is {config['disk']['cache_bytes']}, at least 2 MiB are needed")
     if sizes.merge_pages < 16:

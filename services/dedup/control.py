@@ -72,6 +72,7 @@ class Control:
             "space": {
                 "device_bytes": int(figures.device_blocks) * BLOCK_BYTES,
                 "metadata_bytes": int(figures.metadata_blocks) * BLOCK_BYTES,
+                "metadata_used_bytes": int(figures.metadata_used_blocks) * BLOCK_BYTES,
                 "free_bytes": int(figures.free_blocks) * BLOCK_BYTES,
                 "pending_free_bytes": int(figures.pending_free_blocks) * BLOCK_BYTES,
                 "reserved_bytes": int(figures.reserved_blocks) * BLOCK_BYTES,
@@ -95,6 +96,11 @@ class Control:
                 "pinned_blocks": int(figures.cache_pinned),
             },
             "scrub": jobs.scrub(self._state),
+            "metadata_cache": {
+                "capacity_bytes": int(figures.metadata_cache_pages) * BLOCK_BYTES,
+                "held_bytes": int(figures.metadata_cache_held) * BLOCK_BYTES,
+                "dirty_bytes": int(figures.metadata_cache_dirty) * BLOCK_BYTES,
+            },
             "requests": {
                 "accepted": int(figures.accepted),
                 "waiting": int(figures.waiting),
@@ -107,7 +113,8 @@ class Control:
 
     def check(self, call: dict[str, Any]) -> dict[str, Any]:
         text = ffi.new("char[]", TEXT_BYTES)
-        count = int(lib.dedup_check(self._state, text, TEXT_BYTES))
+        while (count := int(lib.dedup_check(self._state, text, TEXT_BYTES))) == lib.DEDUP_CHECK_WAITS:
+            lib.dedup_check_turn(self._state, True)
         lines = ffi.string(text).decode(errors="replace").splitlines()
         return {"inconsistencies": lines, "count": count}
 

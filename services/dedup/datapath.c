@@ -305,8 +305,22 @@ struct atoll_volume *dp_volume(struct datapath *dp, const struct atoll_descripto
     return *status == ATOLL_OK ? volume : 0;
 }
 
+enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want)
+{
+    if (want == STORE_WAIT) {
+        if (store_starved(dp->dedup))
+            dp->blocked |= RESOURCE_PAGE;
+        return OUTCOME_RETRY;
+    }
+    slot->status = store_want_status(dp->dedup);
+    slot->failed_address = store_want_page(dp->dedup);
+    return OUTCOME_DONE;
+}
+
 static enum dp_outcome dispatch(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
 {
+    if (dp->blocked & RESOURCE_PAGE) /* one that is older lacks pages of metadata */
+        return OUTCOME_RETRY;
     switch (request->opcode) {
     case ATOLL_OP_READ: return exec_read(dp, number, request);
     case ATOLL_OP_WRITE: return exec_write(dp, number, request);
@@ -476,6 +490,7 @@ static bool run_retry(struct datapath *dp)
     dp->space_target = 0;
     dp->retry_head = DP_NO_SLOT;
     dp->retry_count = 0;
+    store_urgent(dp->dedup, true); /* the oldest */
     while (number != DP_NO_SLOT) {
         uint32_t next = dp->slot_next[number];
         if (dp->journal->count >= DP_STEP_JOURNAL) {
@@ -484,8 +499,10 @@ static bool run_retry(struct datapath *dp)
         } else {
             execute_again(dp, number);
         }
+        store_urgent(dp->dedup, false);
         number = next;
     }
+    store_urgent(dp->dedup, false);
     dp->retry = again || dp->ranges;
     return dp->retry_count < count || dp->retry;
 }

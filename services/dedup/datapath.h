@@ -113,6 +113,8 @@ struct dp_run {
     uint64_t pba;               /* of the first of the written */
     uint32_t writer_count;      /* records[0..writer_count) go to pba + index */
     uint32_t record_count;      /* the rest are followers: equal to records[link[i]] */
+    uint32_t done;              /* RUN_WRITTEN: records that have been finished, of both kinds */
+    uint32_t reserved;
     uint64_t min_order;
     uint32_t records[DP_RUN_RECORDS];
     uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE, DP_REJECTED or DP_UNREAD */
@@ -293,6 +295,7 @@ struct datapath {
     uint64_t sweep_age;         /* steps since the last sweep */
     bool loaded;                /* a page has been loaded: batches that compare may go on */
     bool drain;                 /* destage everything */
+    uint32_t lookups;           /* steps in which the next batch has waited for pages of metadata */
     uint64_t flush_target;      /* largest of waiting flushes */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
     uint64_t destage_failures;  /* failed writes, damaged pages; counted by this process */
@@ -301,6 +304,7 @@ struct datapath {
     uint64_t backoff_ns;
     uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
     uint64_t space_failures;    /* of syncs, when it was drawn */
+    struct check *check;        /* that has not come to its end */
     bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
     uint64_t now_ms;
     struct du *du;              /* what `atoll du` counts; NULL before the first time */
@@ -312,7 +316,8 @@ struct datapath {
 #define DP_NO_SLOT 0xffff
 #define DP_INFLIGHT_HEADS 16384
 
-enum dp_resource { RESOURCE_CACHE = 1, RESOURCE_MERGE = 2, RESOURCE_LOG_ROOM = 4, RESOURCE_RUN = 8, RESOURCE_SPACE = 16 };
+enum dp_resource { RESOURCE_CACHE = 1, RESOURCE_MERGE = 2, RESOURCE_LOG_ROOM = 4, RESOURCE_RUN = 8, RESOURCE_SPACE = 16,
+                   RESOURCE_PAGE = 32 /* a place in memory for a page of metadata */ };
 
 /* What executing a request ended in. */
 enum dp_outcome {
@@ -353,6 +358,8 @@ void slot_set_segments(struct datapath *dp, struct dp_slot *slot, const struct a
 void slot_unpin(struct datapath *dp, struct dp_slot *slot);           /* releases the pages of its segments */
 void slot_wait_page(struct datapath *dp, uint32_t number);            /* READ in PHASE_LOADING: queue at its next page, or finish */
 void dp_sweep(struct datapath *dp);                                   /* pins whose replies nic has sent */
+/* What comes of a request whose metadata is not there (`want` is not STORE_HAVE): RETRY, or DONE with the slot's status set. */
+enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want);
 /* The volume that a request names, or NULL with *status set. Checks offset and length against its size. */
 struct atoll_volume *dp_volume(struct datapath *dp, const struct atoll_descriptor *request, uint32_t *status);
 
@@ -499,7 +506,9 @@ void datapath_resume(struct datapath *dp, uint32_t number); /* one of them */
 /* The predecessor crashed by itself: notes the request it was executing, if any (I8). Outside of transactions. */
 void datapath_note_suspect(struct datapath *dp);
 /* Recounts everything and compares; writes a line per inconsistency to `text` (`bytes`, always ended by 0) and returns how
- * many there are. Takes time in proportion to the device; between steps only. */
+ * many there are. Takes time in proportion to the device; between steps only. DP_CHECK_WAITS: a page of metadata is being read; to be
+ * called again, with nothing but I/O done in between (store_step_quiet). */
+#define DP_CHECK_WAITS UINT32_MAX
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes);
 /* One message from nbd. */
 void datapath_message(struct datapath *dp, const struct atoll_descriptor *message);

@@ -3,7 +3,10 @@
  *
  *   datapath_check     between steps; reads only
  *
- * After a crash: it is what the tests call after each.
+ * Map and counts are paged, so it goes on where it waited for a page. References are counted in windows of the device, each with a walk
+ * over all maps: its memory is bounded, its time is not.
+ *
+ * After a crash: it is what the tests call after each. One that had not come to its end is forgotten.
  */
 #include <stdarg.h>
 #include <stdio.h>
@@ -37,48 +40,88 @@ static void __attribute__((format(printf, 2, 3))) found(struct findings *finding
 
 #define U(value) ((unsigned long long)(value))
 
-/* The map: references per place, and each logged block's record. `named` counts how often the map names a record. */
-static void check_map(struct datapath *dp, struct findings *findings, uint32_t *references, uint8_t *named)
+#define WINDOW_BLOCKS ((uint64_t)1 << 24) /* 64 MiB of counts */
+
+struct check {
+    struct findings findings;
+    struct store_space space;
+    uint64_t window, window_end;  /* places being counted */
+    uint32_t *references;         /* of these, by the maps */
+    uint8_t *named;               /* how often the map names a record */
+    uint32_t volume;              /* cursor: volume, leaf, then place */
+    uint64_t leaf, mapped, place;
+    bool maps_done;
+    uint64_t reservations, stored, total;
+};
+
+static void count_reference(struct check *check, uint64_t pba)
 {
-    struct dedup *dedup = dp->dedup;
-    for (uint32_t id = 0; id < ATOLL_VOLUME_COUNT; id++) {
-        const struct atoll_volume *volume = &dedup->public->volumes[id];
-        if (volume->state == ATOLL_VOLUME_FREE)
-            continue;
-        uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK), mapped = 0;
-        for (uint64_t leaf = 0; (leaf = store_map_next_leaf(dedup, id, leaf, leaves)) < leaves; leaf++) {
-            dp->domain->self->progress++; /* not hung */
-            const uint64_t *entries = store_map_leaf(dedup, id, leaf);
-            for (uint32_t index = 0; entries != 0 && index < 512; index++) {
-                uint64_t value = entries[index], lba = leaf * 512 + index;
-                mapped += MAP_KIND(value) == MAP_PBA || MAP_KIND(value) == MAP_LOG;
-                if (MAP_KIND(value) == MAP_PBA && store_pba_valid(dedup, MAP_NUMBER(value))) {
-                    references[MAP_NUMBER(value)]++;
-                } else if (MAP_KIND(value) == MAP_PBA) {
-                    found(findings, "volume %u block %llu: place %llu is not on the device", id, U(lba), U(MAP_NUMBER(value)));
-                } else if (MAP_KIND(value) == MAP_LOG) {
-                    uint64_t record = MAP_NUMBER(value);
-                    if (record >= dp->record_count) {
-                        found(findings, "volume %u block %llu: no log record %llu", id, U(lba), U(record));
-                        continue;
-                    }
-                    const struct dp_record *r = &dp->records[record];
-                    if (r->volume != id || r->lba != lba || r->state < RECORD_LOGGED || r->state > RECORD_WRITING)
-                        found(findings, "volume %u block %llu: log record %llu is of volume %u block %llu, state %u", id, U(lba),
-                              U(record), r->volume, U(r->lba), r->state);
-                    if (named[record] != 255)
-                        named[record]++;
-                }
+    if (pba >= check->window && pba < check->window_end)
+        check->references[pba - check->window]++;
+}
+
+/* The entries of one leaf. What is not about places is looked at with the first window. */
+static void check_leaf(struct datapath *dp, struct check *check, const uint64_t *entries)
+{
+    struct findings *findings = &check->findings;
+    uint32_t id = check->volume;
+    bool first = check->window == 0;
+    for (uint32_t index = 0; entries != 0 && index < 512; index++) {
+        uint64_t value = entries[index], lba = check->leaf * 512 + index;
+        check->mapped += MAP_KIND(value) == MAP_PBA || MAP_KIND(value) == MAP_LOG;
+        if (MAP_KIND(value) == MAP_PBA && store_pba_valid(dp->dedup, MAP_NUMBER(value))) {
+            count_reference(check, MAP_NUMBER(value));
+        } else if (MAP_KIND(value) == MAP_PBA && first) {
+            found(findings, "volume %u block %llu: place %llu is not on the device", id, U(lba), U(MAP_NUMBER(value)));
+        } else if (MAP_KIND(value) == MAP_LOG && first) {
+            uint64_t record = MAP_NUMBER(value);
+            if (record >= dp->record_count) {
+                found(findings, "volume %u block %llu: no log record %llu", id, U(lba), U(record));
+                continue;
             }
+            const struct dp_record *r = &dp->records[record];
+            if (r->volume != id || r->lba != lba || r->state < RECORD_LOGGED || r->state > RECORD_WRITING)
+                found(findings, "volume %u block %llu: log record %llu is of volume %u block %llu, state %u", id, U(lba), U(record),
+                      r->volume, U(r->lba), r->state);
+            if (check->named[record] != 255)
+                check->named[record]++;
         }
-        if (volume->state == ATOLL_VOLUME_READY && mapped != volume->mapped_blocks)
-            found(findings, "volume %u: %llu blocks are mapped, its entry says %llu", id, U(mapped), U(volume->mapped_blocks));
     }
 }
 
-static void check_records(struct datapath *dp, struct findings *findings, uint32_t *references, const uint8_t *named,
-                          uint64_t *reservations)
+/* All maps, leaf by leaf: references of the window's places, and each logged block's record. False: a page must be waited for. */
+static bool check_maps(struct datapath *dp, struct check *check)
 {
+    for (; check->volume < ATOLL_VOLUME_COUNT; check->volume++, check->leaf = check->mapped = 0) {
+        const struct atoll_volume *volume = &dp->dedup->public->volumes[check->volume];
+        uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK);
+        while (volume->state != ATOLL_VOLUME_FREE && check->leaf < leaves) {
+            dp->domain->self->progress++; /* not hung */
+            enum store_want want = store_next_leaf(dp->dedup, check->volume, check->leaf, leaves, &check->leaf);
+            if (want == STORE_HAVE && check->leaf >= leaves)
+                break;
+            if (want == STORE_HAVE)
+                want = store_want_map(dp->dedup, check->volume, check->leaf * 512, 1, STORE_LOOK);
+            if (want == STORE_WAIT)
+                return false;
+            if (want == STORE_LOST && check->window == 0)
+                found(&check->findings, "volume %u: a page of the map is damaged (leaf %llu, page %llx)", check->volume,
+                      U(check->leaf), U(store_want_page(dp->dedup)));
+            else if (want == STORE_HAVE)
+                check_leaf(dp, check, store_map_leaf(dp->dedup, check->volume, check->leaf));
+            check->leaf++;
+        }
+        if (volume->state == ATOLL_VOLUME_READY && check->mapped != volume->mapped_blocks && check->window == 0)
+            found(&check->findings, "volume %u: %llu blocks are mapped, its entry says %llu", check->volume, U(check->mapped),
+                  U(volume->mapped_blocks));
+    }
+    return true;
+}
+
+static void check_records(struct datapath *dp, struct check *check)
+{
+    struct findings *findings = &check->findings;
+    const uint8_t *named = check->named;
     const struct dp_arena *arena = dp->arena;
     uint64_t live = 0, failed = 0, pinned = 0, listed = 0, logged = 0, in_runs = 0, members = 0;
     for (uint64_t record = 0; record < dp->record_count; record++) {
@@ -89,12 +132,10 @@ static void check_records(struct datapath *dp, struct findings *findings, uint32
         pinned += r->state == RECORD_PINNED;
         logged += r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT);
         in_runs += r->state == RECORD_MATCHING || r->state == RECORD_WRITING || r->state == RECORD_DROPPED;
-        *reservations += r->state == RECORD_LOGGED || r->state == RECORD_MATCHING;
+        check->reservations += r->state == RECORD_LOGGED || r->state == RECORD_MATCHING;
         if (named[record] != (current ? 1 : 0) &&
             !(current && dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY))
             found(findings, "log record %llu (state %u) is named %u times by the map", U(record), r->state, named[record]);
-        if (current && MAP_KIND(r->base) == MAP_PBA && store_pba_valid(dp->dedup, MAP_NUMBER(r->base)))
-            references[MAP_NUMBER(r->base)]++;
         if (record < arena->nic_pages && (dp->held[record] != 0) != (r->state != RECORD_FREE))
             found(findings, "page %llu: held says %u, its record's state is %u", U(record), dp->held[record], r->state);
         if (current && !(r->flags & RECORD_CORRUPT) &&
@@ -121,6 +162,8 @@ static void check_records(struct datapath *dp, struct findings *findings, uint32
         for (uint32_t index = 0; run->state != RUN_FREE && index < run->record_count; index++) {
             const struct dp_record *r = &dp->records[run->records[index]];
             bool writer = run->state >= RUN_WRITING && index < run->writer_count;
+            if (run->state >= RUN_WRITING && !writer && index < run->done)
+                continue; /* a follower that has been finished */
             members++;
             if (r->state != RECORD_DROPPED && r->state != (writer ? RECORD_WRITING : RECORD_MATCHING))
                 found(findings, "run %u, record %u: state %u", number, run->records[index], r->state);
@@ -230,48 +273,123 @@ static void check_uses(struct datapath *dp, struct findings *findings)
     free(limbo);
 }
 
+/* What overwritten records still refer to. */
+static void check_bases(struct datapath *dp, struct check *check)
+{
+    for (uint64_t record = 0; record < dp->record_count; record++) {
+        const struct dp_record *r = &dp->records[record];
+        bool current = r->state >= RECORD_LOGGED && r->state <= RECORD_WRITING;
+        if (current && MAP_KIND(r->base) == MAP_PBA && store_pba_valid(dp->dedup, MAP_NUMBER(r->base)))
+            count_reference(check, MAP_NUMBER(r->base));
+    }
+}
+
+/* The window's counts. False: a page must be waited for. */
+static bool check_counts(struct datapath *dp, struct check *check)
+{
+    for (; check->place < check->window_end; check->place++) {
+        uint64_t pba = check->place;
+        dp->domain->self->progress += pba % 65536 == 0;
+        if (!store_pba_valid(dp->dedup, pba))
+            continue;
+        enum store_want want = pba % 1024 == 0 || check->place == check->window || !store_references(dp->dedup, pba)
+                                   ? store_want_base(dp->dedup, MAP_VALUE(MAP_PBA, pba)) : STORE_HAVE;
+        if (want == STORE_WAIT)
+            return false;
+        uint32_t counted = store_references(dp->dedup, pba);
+        check->stored += counted != 0;
+        check->total += counted;
+        if (want == STORE_LOST)
+            found(&check->findings, "place %llu: its page of counts is damaged", U(pba));
+        else if (check->references[pba - check->window] != counted)
+            found(&check->findings, "place %llu: %u references, map and log have %u", U(pba), counted,
+                  check->references[pba - check->window]);
+    }
+    return true;
+}
+
+static void check_sums(struct datapath *dp, struct check *check)
+{
+    const struct store_space *space = &check->space;
+    if (check->total != space->references)
+        found(&check->findings, "%llu references, the sum says %llu", U(check->total), U(space->references));
+    uint64_t writing = 0;
+    for (uint32_t number = 0; number < DP_RUNS; number++) {
+        const struct dp_run *run = &dp->arena->runs[number];
+        if (run->state >= RUN_WRITING && run->done < run->writer_count)
+            writing += run->writer_count - run->done;
+    }
+    if (check->stored + writing != space->stored_blocks)
+        found(&check->findings, "%llu places are referred to, %llu are being written, the store has %llu", U(check->stored), U(writing),
+              U(space->stored_blocks));
+    if (check->reservations + space->zero_promises != space->reserved_blocks)
+        found(&check->findings, "%llu logged blocks and %llu promises, %llu reservations", U(check->reservations),
+              U(space->zero_promises), U(space->reserved_blocks));
+}
+
+static uint32_t end_check(struct datapath *dp)
+{
+    uint32_t count = dp->check->findings.count;
+    free(dp->check->references);
+    free(dp->check->named);
+    free(dp->check);
+    dp->check = 0;
+    return count;
+}
+
+static bool begin_window(struct check *check, uint64_t from)
+{
+    check->window = check->place = from;
+    check->window_end = check->space.device_blocks - from < WINDOW_BLOCKS ? check->space.device_blocks : from + WINDOW_BLOCKS;
+    check->volume = 0;
+    check->leaf = check->mapped = 0;
+    check->maps_done = false;
+    free(check->references);
+    check->references = calloc(check->window_end - from, sizeof *check->references);
+    return check->references != 0;
+}
+
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
 {
-    struct findings findings = {.text = text, .bytes = bytes};
-    struct store_space space;
-    uint64_t reservations = 0, stored = 0, total = 0;
-    text[0] = 0;
-    if (store_state(dp->dedup) != STORE_READY) {
-        found(&findings, "the store is not loaded");
-        return findings.count;
-    }
-    store_space(dp->dedup, &space);
-    uint32_t *references = calloc(space.device_blocks, sizeof *references);
-    uint8_t *named = calloc(dp->record_count, 1);
-    if (references == 0 || named == 0) {
-        found(&findings, "out of memory");
-    } else {
-        check_map(dp, &findings, references, named);
-        check_records(dp, &findings, references, named, &reservations);
-        check_pins(dp, &findings);
-        check_uses(dp, &findings);
-        for (uint64_t pba = 0; pba < space.device_blocks; pba++) {
-            uint32_t counted = store_references(dp->dedup, pba);
-            dp->domain->self->progress += pba % 65536 == 0;
-            stored += counted != 0;
-            total += counted;
-            if (references[pba] != counted)
-                found(&findings, "place %llu: %u references, map and log have %u", U(pba), counted, references[pba]);
+    struct check *check = dp->check;
+    if (check == 0) {
+        text[0] = 0;
+        check = dp->check = calloc(1, sizeof *check);
+        if (check == 0)
+            abort(); /* some hundred bytes */
+        check->findings = (struct findings){.text = text, .bytes = bytes};
+        if (store_state(dp->dedup) != STORE_READY) {
+            found(&check->findings, "the store is not loaded");
+            return end_check(dp);
         }
-        if (total != space.references)
-            found(&findings, "%llu references, the sum says %llu", U(total), U(space.references));
-        uint64_t writing = 0;
-        for (uint32_t number = 0; number < DP_RUNS; number++)
-            if (dp->arena->runs[number].state >= RUN_WRITING)
-                writing += dp->arena->runs[number].writer_count;
-        if (stored + writing != space.stored_blocks)
-            found(&findings, "%llu places are referred to, %llu are being written, the store has %llu", U(stored), U(writing),
-                  U(space.stored_blocks));
-        if (reservations + space.zero_promises != space.reserved_blocks)
-            found(&findings, "%llu logged blocks and %llu promises, %llu reservations", U(reservations), U(space.zero_promises),
-                  U(space.reserved_blocks));
+        store_space(dp->dedup, &check->space);
+        check->named = calloc(dp->record_count, 1);
+        if (check->named == 0 || !begin_window(check, 0)) {
+            found(&check->findings, "out of memory");
+            return end_check(dp);
+        }
     }
-    free(references);
-    free(named);
-    return findings.count;
+    for (;;) {
+        if (!check->maps_done) {
+            if (!check_maps(dp, check))
+                return DP_CHECK_WAITS;
+            check->maps_done = true;
+            check_bases(dp, check);
+            if (check->window == 0) {
+                check_records(dp, check);
+                check_pins(dp, &check->findings);
+                check_uses(dp, &check->findings);
+            }
+        }
+        if (!check_counts(dp, check))
+            return DP_CHECK_WAITS;
+        if (check->window_end == check->space.device_blocks)
+            break;
+        if (!begin_window(check, check->window_end)) {
+            found(&check->findings, "out of memory");
+            return end_check(dp);
+        }
+    }
+    check_sums(dp, check);
+    return end_check(dp);
 }

@@ -24,6 +24,8 @@
 
 #define BACKOFF_FIRST_NS 100000000u
 #define BACKOFF_LAST_NS 5000000000u
+/* Steps that wait for the pages that say what may be equal to a batch. */
+#define LOOKUPS 64
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -75,7 +77,7 @@ void destage_attach(struct datapath *dp)
         dp->inflight_heads[bucket] = DP_NONE;
     for (uint32_t run = 0; run < DP_RUNS; run++)
         if (dp->arena->runs[run].state >= RUN_WRITING)
-            for (uint32_t index = 0; index < dp->arena->runs[run].writer_count; index++)
+            for (uint32_t index = dp->arena->runs[run].done; index < dp->arena->runs[run].writer_count; index++)
                 inflight_add(dp, run, index);
 }
 
@@ -141,7 +143,7 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
         return false;
     const struct dp_record *head = &dp->records[arena->log_head];
     if (dp->drain || head->order <= dp->flush_target || head->order <= dp->space_target ||
-        arena->log_records * 4 > arena->nic_pages || (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
+        store_pressed(dp->dedup) || arena->log_records * 4 > arena->nic_pages || (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
         return true;
     uint32_t age = (uint32_t)dp->now_ms - head->logged_ms;
     if (age >= dp->destage_delay_ms)
@@ -159,26 +161,49 @@ static int by_address(const void *a, const void *b, void *context)
     return x->lba < y->lba ? -1 : x->lba > y->lba;
 }
 
-/* Takes a record off the list; zeros and blocks of volumes being deleted are settled at once. True if it is left for the batch. */
-static bool take(struct datapath *dp, uint32_t record)
+enum taken { TAKEN = 0, TAKEN_SETTLED = 1, TAKEN_WAITS = 2 };
+
+/* Takes a record off the list for the batch; zeros and blocks of volumes being deleted are settled at once, if their pages are there. */
+static enum taken take(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);
     const void *page = record_page(dp, record);
+    bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
+    bool settle = zero || dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY;
+    if (settle && store_want_base(dp->dedup, r->base) == STORE_WAIT)
+        return TAKEN_WAITS;
     if (!print_equal(dp_fingerprint(page), r->print)) {
         atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
         log_set_flag(dp, record, RECORD_CORRUPT);
         dp->destage_failures++;
-        return false;
+        return TAKEN_SETTLED;
     }
     log_unlink(dp, record);
     dp_set32(dp, &r->state, RECORD_MATCHING);
-    bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
-    if (!zero && dp->dedup->public->volumes[r->volume].state == ATOLL_VOLUME_READY)
-        return true;
+    if (!settle)
+        return TAKEN;
     store_unmap(dp->dedup, r->volume, r->lba, r->base);
     destage_settled(dp, record);
     atoll_count(dp->domain, DEDUP_COUNTER_ZERO_BLOCKS, zero);
-    return false;
+    return TAKEN_SETTLED;
+}
+
+/* What the blocks of the next batch may be equal to, and what they replace, is in memory. True as well if that has been waited for
+ * often enough: matching saves space, waiting for ever costs more. */
+static bool looked_up(struct datapath *dp)
+{
+    uint32_t record = dp->arena->log_head;
+    bool waits = false;
+    for (uint32_t count = 0; record != DP_NONE && count < ATOLL_IO_BLOCKS; count++, record = at(dp, record)->next) {
+        waits |= store_want_candidates(dp->dedup, at(dp, record)->print) == STORE_WAIT;
+        waits |= store_want_base(dp->dedup, at(dp, record)->base) == STORE_WAIT;
+        if (store_starved(dp->dedup))
+            break;
+    }
+    if (waits && !store_starved(dp->dedup) && dp->lookups++ < LOOKUPS)
+        return false;
+    dp->lookups = 0;
+    return true;
 }
 
 /* Takes a batch off the list into `run`. A run of blocks is not cut but where it is longer than a batch: its matches would be too. */
@@ -187,7 +212,8 @@ static void collect(struct datapath *dp, uint32_t number)
     struct dp_run *run = &dp->arena->runs[number];
     uint32_t taken[ATOLL_IO_BLOCKS], count = 0, looked = 0;
     uint64_t lowest = UINT64_MAX;
-    while (dp->arena->log_head != DP_NONE) {
+    bool full = false;
+    while (dp->arena->log_head != DP_NONE && !full) {
         uint32_t oldest = dp->arena->log_head, volume = at(dp, oldest)->volume;
         uint64_t from = at(dp, oldest)->lba, first = from, end = from + 1;
         while (first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
@@ -199,7 +225,9 @@ static void collect(struct datapath *dp, uint32_t number)
         looked += (uint32_t)(end - first);
         for (uint64_t lba = first; lba < end; lba++) {
             uint32_t record = lba == from ? oldest : log_find(dp, volume, lba);
-            if (take(dp, record)) {
+            enum taken taken_so = full ? TAKEN_WAITS : take(dp, record);
+            full = full || taken_so == TAKEN_WAITS || dp->journal->count >= 2 * DP_STEP_JOURNAL;
+            if (taken_so == TAKEN) {
                 lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
                 taken[count++] = record;
             }
@@ -253,13 +281,37 @@ static void submit_run(struct datapath *dp, uint32_t number)
     atoll_count(dp->domain, DEDUP_COUNTER_RUNS, 1);
 }
 
+/* The pages that sharing the batch's candidates changes are there. Those for which no room can be had are given up. */
+static bool share_ready(struct datapath *dp, uint32_t number)
+{
+    struct dp_run *run = &dp->arena->runs[number];
+    bool waits = false;
+    for (uint32_t index = 0; index < run->record_count; index++) {
+        if (run->link[index] >= DP_REJECTED)
+            continue;
+        uint64_t pba = dp->pages[run->link[index]].pba;
+        enum store_want want = store_want_blocks(dp->dedup, &pba, 1), base = store_want_base(dp->dedup, at(dp, run->records[index])->base);
+        if (want == STORE_HAVE && base != STORE_WAIT)
+            continue;
+        if (want != STORE_LOST && !store_starved(dp->dedup)) {
+            waits = true;
+            continue;
+        }
+        cache_unpin(dp, run->link[index]);
+        dp_set32(dp, &run->link[index], DP_NONE);
+        atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, 1);
+    }
+    return !waits;
+}
+
 /* All candidates of a batch are there: shares what is equal and writes the rest. False: not now. */
 static bool go_on(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     struct match_decision decision;
     uint64_t lowest = UINT64_MAX, pba = 0;
-    if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0)
+    if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0 || !share_ready(dp, number) ||
+        store_want_space(dp->dedup) != STORE_HAVE)
         return false;
     match_decide(dp, number, &decision);
     uint32_t writer_count = decision.writer_count;
@@ -293,10 +345,16 @@ static bool go_on(struct datapath *dp, uint32_t number)
     run->pba = pba;
     run->writer_count = placed;
     run->record_count = total;
+    run->done = 0;
     run->min_order = lowest;
     for (uint32_t index = 0; index < placed; index++)
         inflight_add(dp, number, index);
     submit_run(dp, number);
+    for (uint32_t index = 0; index < placed; index++) { /* what placing them will need, ahead of time */
+        uint64_t place = pba + index;
+        store_want_prints(dp->dedup, &place, index == 0 || place % 256 == 0);
+        store_want_base(dp->dedup, at(dp, run->records[index])->base);
+    }
     return true;
 }
 
@@ -311,7 +369,38 @@ void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t s
     dp_set32(dp, &run->state, RUN_WRITTEN);
 }
 
-/* Followers first: their leaders' pages are still there. */
+/* True if one more record can be finished in this step. */
+static bool finish_ready(struct datapath *dp, uint32_t record, uint64_t pba, enum store_want *place)
+{
+    *place = store_want_blocks(dp->dedup, &pba, 1);
+    if (*place == STORE_WAIT || dp->journal->count >= 2 * DP_STEP_JOURNAL || !store_has_room(dp->dedup, 1))
+        return false;
+    return store_want_base(dp->dedup, at(dp, record)->base) != STORE_WAIT;
+}
+
+/* A record that has been written. It stays until the followers have compared themselves with its page: DROPPED says that
+ * the map does not name it any more, its link that its place is its own no more. */
+static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t index, bool place_lost)
+{
+    uint32_t record = run->records[index];
+    struct dp_record *r = at(dp, record);
+    if (r->state == RECORD_DROPPED) {
+        store_abandon(dp->dedup, run->pba + index, 1, false);
+        store_unreserve(dp->dedup, 1); /* who overwrote it has a reservation of its own */
+    } else if (run->status != ATOLL_OK || place_lost) { /* the page of its place's fingerprint is damaged: another place */
+        store_abandon(dp->dedup, run->pba + index, 1, place_lost);
+        if (!place_lost)
+            log_set_flag(dp, record, RECORD_FAILED);
+        atoll_count(dp->domain, DEDUP_COUNTER_DESTAGE_ERRORS, 1);
+        return; /* it goes back to the list when the run ends */
+    } else {
+        store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
+        dp_set32(dp, &r->state, RECORD_DROPPED);
+    }
+    atoll_count(dp->domain, DEDUP_COUNTER_DESTAGED_BLOCKS, 1);
+}
+
+/* Equal to a record that has been written, whose page is still there. */
 static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t record, uint32_t leader_index)
 {
     struct dp_record *r = at(dp, record);
@@ -332,45 +421,45 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
     log_requeue(dp, record);
 }
 
-static void finish_run(struct datapath *dp, uint32_t number)
+/* Record by record, as their pages are there; `done` says how far. True if something was done. */
+static bool finish_run(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t writers = run->writer_count, errors = 0;
-    bool placed[ATOLL_IO_BLOCKS];
+    uint32_t writers = run->writer_count, done = run->done;
     ATOLL_CRASH_POINT(dp->domain, "dedup.destage.finish");
-    for (uint32_t index = 0; index < writers; index++) {
-        uint32_t record = run->records[index];
-        struct dp_record *r = at(dp, record);
-        inflight_remove(dp, number, index);
-        placed[index] = false;
-        if (r->state == RECORD_DROPPED) {
-            store_abandon(dp->dedup, run->pba + index, 1, false);
-            store_unreserve(dp->dedup, 1); /* who overwrote it has a reservation of its own */
-        } else if (run->status == ATOLL_OK) {
-            store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
-            placed[index] = true;
+    for (; done < run->record_count; done++) {
+        uint32_t record = run->records[done], leader = done < writers ? done : run->link[done];
+        enum store_want place;
+        if (!finish_ready(dp, record, run->pba + leader, &place))
+            break;
+        if (done < writers) {
+            inflight_remove(dp, number, done);
+            finish_writer(dp, run, done, place == STORE_LOST);
         } else {
-            store_abandon(dp->dedup, run->pba + index, 1, false);
-            log_set_flag(dp, record, RECORD_FAILED);
+            finish_follower(dp, run, record, leader);
+        }
+    }
+    bool did = done != run->done;
+    if (did)
+        dp_set32(dp, &run->done, done);
+    if (done < run->record_count || dp->journal->count >= 2 * DP_STEP_JOURNAL)
+        return did;
+    uint32_t errors = 0;
+    for (uint32_t index = 0; index < writers; index++) {
+        if (at(dp, run->records[index])->state == RECORD_DROPPED) {
+            log_release(dp, run->records[index]);
+        } else {
+            log_requeue(dp, run->records[index]);
             errors++;
         }
     }
-    for (uint32_t index = writers; index < run->record_count; index++)
-        finish_follower(dp, run, run->records[index], run->link[index]);
-    for (uint32_t index = 0; index < writers; index++) {
-        if (placed[index] || at(dp, run->records[index])->state == RECORD_DROPPED)
-            log_release(dp, run->records[index]);
-        else
-            log_requeue(dp, run->records[index]);
-    }
     set_run_state(dp, number, RUN_FREE);
-    atoll_count(dp->domain, DEDUP_COUNTER_DESTAGED_BLOCKS, writers - errors);
-    atoll_count(dp->domain, DEDUP_COUNTER_DESTAGE_ERRORS, errors);
     if (errors != 0)
         failed(dp);
     else if (run->status == ATOLL_OK)
         dp->backoff_ns = dp->retry_ns = 0;
     dp->retry = true;
+    return true;
 }
 
 /* --- The step ------------------------------------------------------------------------------------------------------------------ */
@@ -385,7 +474,7 @@ static uint32_t free_run(const struct datapath *dp)
 
 bool destage_step(struct datapath *dp, uint64_t *wake_ms)
 {
-    bool did = false, matching = dp->loaded;
+    bool did = false, matching = dp->loaded, urgent = false;
     if (dp->space_ticket != 0) {
         uint32_t status;
         if (store_synced(dp->dedup) >= dp->space_ticket) {
@@ -399,14 +488,20 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
     /* What is written can be followed no more: it is finished first, so that those who go on find it stored. */
     for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
         struct dp_run *run = &dp->arena->runs[number];
-        if (run->state != RUN_WRITTEN || !store_has_room(dp->dedup, run->record_count))
-            continue; /* without room a sync is under way and will wake */
-        finish_run(dp, number);
-        did = true;
+        if (run->state != RUN_WRITTEN)
+            continue;
+        store_urgent(dp->dedup, !urgent); /* the first of them */
+        urgent = true;
+        did |= finish_run(dp, number); /* without room a sync is under way and will wake */
     }
-    for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++)
-        if (dp->arena->runs[number].state == RUN_MATCHING && (matching || dp->waiting_runs) && match_loaded(dp, number))
-            did |= go_on(dp, number);
+    for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
+        if (dp->arena->runs[number].state != RUN_MATCHING || !(matching || dp->waiting_runs) || !match_loaded(dp, number))
+            continue;
+        store_urgent(dp->dedup, !urgent);
+        urgent = true;
+        did |= go_on(dp, number);
+    }
+    store_urgent(dp->dedup, false);
     if (did)
         dp->retry = true;
     dp->waiting_runs = false;
@@ -426,6 +521,8 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
     if (number != DP_RUNS && dp->journal->count < DP_STEP_JOURNAL && wanted(dp, atoll_now_ns(), &wake)) {
         if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS) {
             wake = 5; /* without I/O slots to read candidates, equal blocks would be stored again */
+        } else if (!looked_up(dp)) {
+            wake = 5; /* or as soon as a page has been read */
         } else {
             collect(dp, number);
             if (dp->arena->runs[number].state == RUN_MATCHING) {
@@ -452,9 +549,11 @@ void destage_adopt(struct datapath *dp, bool quarantine)
             continue;
         for (uint32_t index = 0; index < run->record_count; index++) {
             uint32_t record = run->records[index];
-            bool written = run->state >= RUN_WRITING && index < run->writer_count;
+            bool writer = run->state >= RUN_WRITING && index < run->writer_count;
             bool dropped = at(dp, record)->state == RECORD_DROPPED;
-            if (written) {
+            if (run->state >= RUN_WRITING && !writer && index < run->done)
+                continue; /* a follower that has been finished */
+            if (writer && index >= run->done) {
                 inflight_remove(dp, number, index);
                 store_abandon(dp->dedup, run->pba + index, 1, quarantine);
                 if (dropped)

@@ -126,7 +126,7 @@ bool du_step(struct datapath *dp)
             du->leaf = 0;
             continue;
         }
-        enum store_want want = store_want_map(dp->dedup, du->volume, next * 512, 512, false);
+        enum store_want want = store_want_map(dp->dedup, du->volume, next * 512, 512, STORE_LOOK);
         if (want == STORE_WAIT)
             return false;
         const uint64_t *entries = want == STORE_HAVE ? store_map_leaf(dp->dedup, du->volume, next) : 0;

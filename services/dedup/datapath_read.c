@@ -20,6 +20,17 @@ void map_values(struct datapath *dp, uint32_t volume, uint64_t first, uint32_t c
     }
 }
 
+/* Fingerprints of the blocks that must be read: of those in the read cache it knows them. */
+static enum store_want want_prints(struct datapath *dp, const uint64_t *pbas, uint32_t count)
+{
+    uint64_t missing[ATOLL_PART_BLOCKS];
+    uint32_t missing_count = 0;
+    for (uint32_t index = 0; index < count; index++)
+        if (cache_find(dp, pbas[index]) == DP_NONE)
+            missing[missing_count++] = pbas[index];
+    return store_want_prints(dp->dedup, missing, missing_count);
+}
+
 static void add_segment(struct atoll_segment *segments, uint32_t *count, uint64_t address, uint32_t length, uint32_t kind)
 {
     struct atoll_segment *last = *count == 0 ? 0 : &segments[*count - 1];
@@ -49,10 +60,14 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
         slot->status = ATOLL_EINVAL;
         return OUTCOME_DONE;
     }
+    enum store_want want = store_want_map(dp->dedup, request->halves[4], first, blocks, STORE_LOOK);
+    if (want != STORE_HAVE)
+        return dp_want_outcome(dp, slot, want);
     map_values(dp, request->halves[4], first, (uint32_t)blocks, values);
     for (uint32_t index = 0; index < blocks; index++) {
-        if (MAP_KIND(values[index]) == MAP_PBA)
+        if (MAP_KIND(values[index]) == MAP_PBA) {
             pbas[pba_count++] = MAP_NUMBER(values[index]);
+        }
         else if (MAP_KIND(values[index]) == MAP_LOG &&
                  (dp->records[log_record_of(dp, values[index])].flags & RECORD_CORRUPT)) {
             slot->status = ATOLL_ECORRUPT;
@@ -62,6 +77,9 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
         }
     }
     if (pba_count != 0) {
+        want = want_prints(dp, pbas, pba_count);
+        if (want != STORE_HAVE)
+            return dp_want_outcome(dp, slot, want);
         bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, IO_FILL, pbas, pba_count, pages, &failed);
         if (!have && failed == 0 && !(dp->blocked & RESOURCE_CACHE)) {
             dp_sweep(dp);
@@ -146,9 +164,16 @@ enum dp_outcome exec_extents(struct datapath *dp, uint32_t number, const struct 
     bool going = true;
     for (uint32_t leaves = 0; going && at < end && leaves < DP_EXTENTS_LEAVES; leaves++) {
         uint64_t lba = at / DP_BLOCK, index = lba / 512, next;
+        enum store_want want = store_want_map(dp->dedup, volume, lba, 1, STORE_LOOK);
         const uint64_t *leaf = store_map_leaf(dp->dedup, volume, index);
+        if (want == STORE_HAVE && leaf == 0)
+            want = store_next_leaf(dp->dedup, volume, index, last_leaf + 1, &next);
+        if (want != STORE_HAVE && extents.count != 0)
+            break; /* an answer may be about less than was asked for */
+        if (want != STORE_HAVE)
+            return dp_want_outcome(dp, slot, want);
         if (leaf == 0) {
-            next = store_map_next_leaf(dp->dedup, volume, index, last_leaf + 1) * 512 * DP_BLOCK;
+            next *= 512 * DP_BLOCK;
             next = next < end ? next : end;
             going = add_extent(&extents, 3, next - at);
             at = next;
@@ -180,11 +205,19 @@ enum dp_outcome exec_cache(struct datapath *dp, uint32_t number, const struct at
     uint64_t first = request->words[0] / DP_BLOCK, last = (request->words[0] + request->words[1] - 1) / DP_BLOCK;
     if (last - first >= DP_PREFETCH_BLOCKS)
         last = first + DP_PREFETCH_BLOCKS - 1; /* a hint: reading ahead more would push out what was read ahead */
+    enum store_want want = store_want_map(dp->dedup, request->halves[4], first, last - first + 1, STORE_LOOK);
+    if (want == STORE_WAIT)
+        return dp_want_outcome(dp, slot, want);
     for (uint64_t lba = first; lba <= last; lba++) {
         uint64_t value = store_map_get(dp->dedup, request->halves[4], lba);
         if (MAP_KIND(value) == MAP_PBA)
             pbas[wanted++] = MAP_NUMBER(value);
         if (wanted != 0 && (wanted == sizeof pbas / sizeof pbas[0] || lba == last)) {
+            want = want_prints(dp, pbas, wanted);
+            if (want == STORE_WAIT && !store_starved(dp->dedup))
+                return dp_want_outcome(dp, slot, want);
+            if (want != STORE_HAVE)
+                break; /* it is a hint */
             if (dp->blocked & RESOURCE_CACHE || !cache_load(dp, IO_FILL, pbas, wanted, pages, &failed))
                 break;
             for (uint32_t index = 0; index < wanted; index++)

@@ -311,7 +311,7 @@ static bool referrers_step(struct datapath *dp)
             dp_set64(dp, &scrub->position, (uint64_t)(volume + 1) << 52);
             continue;
         }
-        enum store_want want = store_want_map(dp->dedup, volume, next * 512, 512, false);
+        enum store_want want = store_want_map(dp->dedup, volume, next * 512, 512, STORE_LOOK);
         if (want == STORE_WAIT)
             return false;
         if (want == STORE_HAVE)

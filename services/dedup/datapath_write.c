@@ -127,6 +127,16 @@ static enum prepared prepare_ragged(struct datapath *dp, struct dp_slot *slot, s
         }
         if (MAP_KIND(ragged->value) != MAP_PBA)
             continue;
+        enum store_want want = cache_find(dp, pba) != DP_NONE ? STORE_HAVE : store_want_prints(dp->dedup, &pba, 1);
+        if (want != STORE_HAVE) {
+            ragged->page = DP_NONE;
+            if (dp_want_outcome(dp, slot, want) == OUTCOME_DONE) {
+                unpin_ragged(dp, list, count);
+                return PREPARED_FAILED;
+            }
+            waits = true;
+            break;
+        }
         bool have = !(dp->blocked & RESOURCE_CACHE) && cache_load(dp, IO_FILL, &pba, 1, &ragged->page, &failed);
         if (!have) {
             ragged->page = DP_NONE;
@@ -181,10 +191,32 @@ static enum dp_outcome wait_for(struct datapath *dp, enum dp_resource resource)
     return OUTCOME_RETRY;
 }
 
-/* Reserves space for `blocks`. DONE: reserved, or the slot's status is ENOSPC. */
-static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, uint64_t blocks)
+/* Does writing these blocks free as many as it takes? True of each that needs a reservation: what it names has no other reference,
+ * or is being written (and will be abandoned). */
+static enum store_want frees_as_much(struct datapath *dp, const uint64_t *values, uint32_t count, bool *frees)
 {
+    enum store_want worst = STORE_HAVE;
+    *frees = true;
+    for (uint32_t index = 0; index < count; index++) {
+        uint64_t value = values[index];
+        if (log_has_reservation(dp, value) || MAP_KIND(value) == MAP_ZERO || MAP_KIND(value) == MAP_LOG)
+            continue;
+        enum store_want want = store_want_base(dp->dedup, value);
+        worst = want == STORE_WAIT ? STORE_WAIT : worst;
+        *frees = *frees && MAP_KIND(value) == MAP_PBA && store_references(dp->dedup, MAP_NUMBER(value)) == 1;
+    }
+    return worst;
+}
+
+/* Reserves space for `blocks`, which are those of `values` that need it. DONE: reserved, or the slot's status is ENOSPC. */
+static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, uint64_t blocks, const uint64_t *values, uint32_t count)
+{
+    bool frees = false;
     if (blocks == 0 || (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks)))
+        return OUTCOME_DONE;
+    if (frees_as_much(dp, values, count, &frees) == STORE_WAIT)
+        return dp_want_outcome(dp, slot, STORE_WAIT);
+    if (frees && store_reserve_overwrite(dp->dedup, blocks))
         return OUTCOME_DONE;
     if (slot->target == 0)
         slot->target = dp->arena->next_order - 1;
@@ -234,6 +266,11 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     if (dp_volume(dp, request, &slot->status) == 0)
         return refuse_write(dp, slot, pages, count);
     uint64_t first = offset / DP_BLOCK;
+    enum store_want want = store_want_map(dp->dedup, volume, first, count, STORE_LOG);
+    if (want != STORE_HAVE) {
+        enum dp_outcome waits = dp_want_outcome(dp, slot, want);
+        return waits == OUTCOME_RETRY ? waits : refuse_write(dp, slot, pages, count);
+    }
     map_values(dp, volume, first, count, values);
     for (uint32_t index = 0; index < count; index++) {
         if (protected(dp, values[index]))
@@ -261,7 +298,7 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
         if (prepared == PREPARED_FAILED)
             return refuse_write(dp, slot, pages, count);
     }
-    enum dp_outcome outcome = reserve(dp, slot, needed - zero_count);
+    enum dp_outcome outcome = reserve(dp, slot, needed - zero_count, values, count);
     /* A promised block (MAP_ZERO) has its space: the promise is given up and the space taken at once. */
     for (uint32_t index = 0; outcome == OUTCOME_DONE && slot->status == ATOLL_OK && zero_count != 0 && index < count; index++) {
         if (MAP_KIND(values[index]) != MAP_ZERO)
@@ -320,17 +357,20 @@ static enum dp_outcome clear_block(struct datapath *dp, struct dp_slot *slot, ui
     bool had = log_has_reservation(dp, value);
     if (protected(dp, value))
         return wait_for(dp, RESOURCE_RUN);
+    if (MAP_KIND(value) == MAP_LOG)
+        base = dp->records[log_record_of(dp, value)].base;
+    if (!store_has_room(dp->dedup, 2))
+        return wait_for(dp, RESOURCE_LOG_ROOM);
+    if (store_want_base(dp->dedup, base) == STORE_WAIT)
+        return dp_want_outcome(dp, slot, STORE_WAIT);
     if (promise && !had) {
-        enum dp_outcome outcome = reserve(dp, slot, 1);
+        enum dp_outcome outcome = reserve(dp, slot, 1, &value, 1);
         if (outcome != OUTCOME_DONE || slot->status != ATOLL_OK)
             return outcome;
     }
     lookup_forget(dp, volume, lba);
-    if (MAP_KIND(value) == MAP_LOG) {
-        uint32_t record = log_record_of(dp, value);
-        base = dp->records[record].base;
-        log_drop(dp, record);
-    }
+    if (MAP_KIND(value) == MAP_LOG)
+        log_drop(dp, log_record_of(dp, value));
     if (promise && MAP_KIND(base) == MAP_ZERO) {
         store_unmap(dp->dedup, volume, lba, base); /* one promise goes, the other comes */
         base = 0;
@@ -356,6 +396,9 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
     for (uint64_t lba = first; lba <= last; lba = lba == last ? last + 1 : last) {
         uint32_t start = lba == first ? (uint32_t)(offset % DP_BLOCK) : 0;
         uint32_t stop = lba == last ? (uint32_t)((end - 1) % DP_BLOCK + 1) : DP_BLOCK;
+        enum store_want want = start == 0 && stop == DP_BLOCK ? STORE_HAVE : store_want_map(dp->dedup, volume, lba, 1, STORE_LOG);
+        if (want != STORE_HAVE)
+            return dp_want_outcome(dp, slot, want);
         uint64_t value = store_map_get(dp->dedup, volume, lba);
         if ((start == 0 && stop == DP_BLOCK) || MAP_KIND(value) == MAP_HOLE || MAP_KIND(value) == MAP_ZERO)
             continue; /* a whole block, or zeros already */
@@ -373,7 +416,8 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
     case PREPARED_FAILED: return OUTCOME_DONE;
     case PREPARED: break;
     }
-    enum dp_outcome outcome = reserve(dp, slot, needed);
+    uint64_t values[2] = {ragged[0].value, ragged[count - 1].value};
+    enum dp_outcome outcome = reserve(dp, slot, needed, values, count);
     for (uint32_t index = 0; outcome == OUTCOME_DONE && slot->status == ATOLL_OK && index < count; index++) {
         uint32_t record = merge(dp, &ragged[index]);
         slot->status = log_append(dp, record, volume, ragged[index].lba, dp_fingerprint(record_page(dp, record)));
@@ -412,15 +456,26 @@ enum dp_outcome exec_range(struct datapath *dp, uint32_t number, const struct at
     if (lba < stop && ((dp->blocked & RESOURCE_LOG_ROOM) || !store_has_room(dp->dedup, 2 * DP_RANGE_BLOCKS)))
         return wait_for(dp, RESOURCE_LOG_ROOM);
     for (bool first = true; lba < stop && changed < DP_RANGE_BLOCKS && looked < 16 * DP_RANGE_BLOCKS; first = false) {
-        if (first || lba % 512 == 0 || leaf == 0)
+        if (dp->journal->count >= 2 * DP_STEP_JOURNAL)
+            break;
+        if (first || lba % 512 == 0 || leaf == 0) {
+            uint64_t next = lba / 512;
+            enum store_want want = store_want_map(dp->dedup, volume, lba, 1, promise ? STORE_CHANGE : STORE_LOOK);
             leaf = store_map_leaf(dp->dedup, volume, lba / 512);
-        looked++;
-        if (leaf == 0 && !promise) {
-            uint64_t next = store_map_next_leaf(dp->dedup, volume, lba / 512, (stop + 511) / 512) * 512;
-            lba = next < stop ? next : stop;
-            continue;
+            if (want == STORE_HAVE && leaf == 0)
+                want = store_next_leaf(dp->dedup, volume, lba / 512, (stop + 511) / 512, &next);
+            if (want != STORE_HAVE) {
+                slot->progress = lba;
+                return dp_want_outcome(dp, slot, want);
+            }
+            if (leaf == 0) {
+                looked++;
+                lba = next * 512 < stop ? next * 512 : stop;
+                continue;
+            }
         }
-        uint64_t value = leaf == 0 ? 0 : leaf[lba % 512];
+        looked++;
+        uint64_t value = leaf[lba % 512];
         if (MAP_KIND(value) != (promise ? MAP_ZERO : MAP_HOLE)) {
             enum dp_outcome outcome = clear_block(dp, slot, volume, lba, value, promise);
             if (outcome != OUTCOME_DONE || slot->status != ATOLL_OK) {

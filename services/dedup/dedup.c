@@ -39,9 +39,9 @@ static struct dp_geometry datapath_geometry(const struct dedup_config *config)
 static struct store_geometry store_geometry(const struct dedup_config *config)
 {
     return (struct store_geometry){.device_blocks = config->device_blocks,
-                                   .map_frames = config->map_frames != 0 ? config->map_frames
-                                                                         : store_default_map_frames(config->device_blocks),
+                                   .frames = config->metadata_frames,
                                    .fingerprint_slots = config->fingerprint_slots,
+                                   .grow = config->grow,
                                    .log_blocks = config->log_blocks};
 }
 
@@ -195,7 +195,7 @@ static int look_at_map(struct dedup *dedup, struct goal *goal)
     while (goal->lba < goal->end) {
         uint64_t last = (goal->lba | 511) + 1;
         uint32_t count = (uint32_t)((last < goal->end ? last : goal->end) - goal->lba);
-        enum store_want want = store_want_map(dedup, goal->volume, goal->lba, count, false);
+        enum store_want want = store_want_map(dedup, goal->volume, goal->lba, count, STORE_LOOK);
         if (want == STORE_HAVE)
             map_values(dedup->datapath, goal->volume, goal->lba, count, goal->values);
         atoll_domain_commit(dedup->domain);
@@ -374,6 +374,10 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
         figures->zero_promises = space.zero_promises;
         figures->quarantined_blocks = space.quarantined_blocks;
         figures->available_blocks = space.available_blocks;
+        figures->metadata_used_blocks = space.metadata_used_blocks;
+        figures->metadata_cache_pages = space.cache_pages;
+        figures->metadata_cache_held = space.cache_held_pages;
+        figures->metadata_cache_dirty = space.cache_dirty_pages;
         figures->sync_failures = store_sync_failures(dedup, &status);
     }
     figures->nic_pages = dp->arena->nic_pages;
@@ -402,7 +406,30 @@ int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t cou
     return run(dedup, &goal, deadline_ns);
 }
 
-uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes) { return datapath_check(dedup->datapath, text, bytes); }
+uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes)
+{
+    uint32_t count = datapath_check(dedup->datapath, text, bytes);
+    atoll_domain_commit(dedup->domain); /* pages that it asked for */
+    return count;
+}
+
+bool dedup_check_turn(struct dedup *dedup, bool sleep)
+{
+    struct atoll_descriptor message;
+    bool did = false;
+    dedup->domain->self->progress++;
+    while (dedup->domain->journal->count < DP_STEP_JOURNAL && atoll_domain_take(dedup->domain, ATOLL_ROLE_DISK, &message)) {
+        io_complete(dedup, ATOLL_ROLE_DISK, &message);
+        did = true;
+    }
+    atoll_domain_commit(dedup->domain);
+    log_committed(dedup->datapath);
+    did |= store_step_quiet(dedup);
+    dedup->datapath->retry = true;
+    if (!did && sleep)
+        atoll_domain_sleep(dedup->domain, ~(1u << ATOLL_ROLE_DISK), 5000000);
+    return did;
+}
 
 /* --- Scrub, du -------------------------------------------------------------------------------------------------------------- */
 

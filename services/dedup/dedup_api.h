@@ -13,7 +13,8 @@ struct dedup_config {
     uint64_t merge_pages;
     uint64_t cache_pages;       /* of the disk driver's buffers, all of them */
     uint64_t device_blocks;
-    uint64_t map_frames;        /* 0: as the device suggests */
+    uint64_t metadata_frames;   /* metadata pages in memory, at least 128 */
+    uint64_t grow;              /* 1: a store smaller than its device becomes as large when it is loaded */
     uint64_t fingerprint_slots; /* a power of two */
     uint64_t log_blocks;
     uint64_t destage_delay_ms;
@@ -40,7 +41,8 @@ enum dedup_reason {
 struct dedup_figures {
     uint64_t store_state;
     uint64_t device_blocks, metadata_blocks, stored_blocks, free_blocks, pending_free_blocks, reserved_blocks, references,
-        zero_promises, quarantined_blocks, available_blocks;
+        zero_promises, quarantined_blocks, available_blocks, metadata_used_blocks;
+    uint64_t metadata_cache_pages, metadata_cache_held, metadata_cache_dirty;
     uint64_t nic_pages, merge_pages, cache_pages;
     uint64_t log_records, failed_records, pinned_records, merge_free;
     uint64_t cache_valid, cache_loading, cache_pinned;
@@ -110,8 +112,12 @@ void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub);
 bool dedup_scrub_damage(struct dedup *dedup, uint32_t index, struct dedup_damage *damage);
 int dedup_du_start(struct dedup *dedup, uint64_t *number);
 void dedup_du(struct dedup *dedup, struct du_state *state);
-/* Recounts and compares everything (between steps); lines of text, number of inconsistencies. */
+/* Recounts and compares everything (between steps); lines of text, number of inconsistencies. DEDUP_CHECK_WAITS: to be called again,
+ * with the same `text`, after dedup_check_turn. */
+#define DEDUP_CHECK_WAITS 0xffffffff
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
+/* Completions, and pages that come and go; serves nobody. True if something was done; else it has slept a little, if it may. */
+bool dedup_check_turn(struct dedup *dedup, bool sleep);
 /* cffi:end */
 
 #endif

@@ -4,22 +4,20 @@
  *   block 0, N-2                superblock of even generations, copies 0 and 1      (N: device blocks of the store)
  *   block 1, N-1                superblock of odd generations, copies 0 and 1
  *   block 2 ..                  metadata log, copy 0: block of sequence s at 2 + s % log_blocks
- *   block N-2-log_blocks ..     metadata log, copy 1: likewise
- *   between them                data blocks and metadata pages, from one allocator
+ *   then                        metadata pages, copy A: the first extent of slots
+ *   then                        data blocks
+ *   then                        metadata pages, copy B
+ *   block log_second ..         metadata log, copy 1; behind it the superblocks' second copies
+ *
+ * A device that was grown has further extents: copy A where the store ended before, copy B before its new end.
  *
  * All numbers are little-endian. Checksums are XXH3-64 with a seed made of the store's identity and of what the block
  * is (format_seed), so that a block of another place, store or kind does not pass.
  *
- * Metadata pages are numbered in one row, so that one tree of pointers finds them all:
- *
- *   0 .. 31                     volume table, 8 entries a page
- *   refs_base ..                reference counts, u32 x 1024 a page, by PBA
- *   prints_base ..              fingerprints, 16 bytes x 256 a page, by PBA
- *   leaves_base ..              map leaves, u64 x 512 a page; the pointer's key says whose
- *   level_base[k] ..            directory pages of level k >= 1: 128 pointers to pages of level k - 1 (0: those above)
- *
- * The superblock holds the pointers to the pages of the last level (at most 8). A pointer with primary == 0 stands for
- * a page of zeros, which takes no space.
+ * Metadata pages are the leaves of six trees. A page has a number within its tree, which is known without looking
+ * (enum format_tree); a directory page holds 256 pointers, and the superblock points to the top page of each tree. The levels
+ * of a tree are fixed, so a volume or device of any size has the same tree. A pointer of zeros stands for a page
+ * (and everything below it) of zeros, which takes no space.
  */
 #ifndef ATOLL_DEDUP_FORMAT_H
 #define ATOLL_DEDUP_FORMAT_H
@@ -27,32 +25,63 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FORMAT_VERSION 1
+#define FORMAT_VERSION 2
 #define FORMAT_SUPER_MAGIC 0x3142534c4c4f5441u /* "ATOLLSB1" */
 #define FORMAT_LOG_MAGIC 0x31474c4c4c4f5441u   /* "ATOLLLG1" */
 
 #define FORMAT_SUPER_BYTES 512     /* one sector: it is written whole or not at all; the rest of its block is zero */
 #define FORMAT_SUPER_BLOCKS 2      /* at either end of the device */
-#define FORMAT_ROOT_POINTERS 8
-#define FORMAT_LEVELS 6            /* directory levels at most: 8 * 128^6 pages */
-#define FORMAT_POINTERS 128        /* in a directory page */
+#define FORMAT_POINTERS 256        /* in a directory page */
+#define FORMAT_EXTENTS 8           /* of slots: a device can be grown one time less */
 #define FORMAT_VOLUME_PAGES 32
 #define FORMAT_VOLUMES_PER_PAGE 8
 #define FORMAT_REFS_PER_PAGE 1024
 #define FORMAT_PRINTS_PER_PAGE 256
 #define FORMAT_LEAF_ENTRIES 512
+#define FORMAT_GROUP_BLOCKS FORMAT_REFS_PER_PAGE /* a group is what one page of counts is about */
+#define FORMAT_GROUPS_PER_PAGE 2048
+#define FORMAT_SLOTS_PER_PAGE 32768 /* bits of a page */
+#define FORMAT_SLOTS_RESERVED 8    /* first slots of each 32,768: places of the slot tree's own pages */
 #define FORMAT_DEVICE_BLOCKS_MIN 1024
 #define FORMAT_DEVICE_BLOCKS_MAX ((uint64_t)1 << 36) /* 256 TiB; a PBA has its place in a fingerprint cache entry */
 #define FORMAT_LOG_BLOCKS_MIN 64
 #define FORMAT_VOLUME_BYTES_MAX ((uint64_t)1 << 60)  /* an LBA has 48 bits; a record has room for 52 */
 
-/* A page of metadata: where it is (twice), and what is right there. */
+/* Where a page of metadata is, and what is right there. */
 struct format_pointer {
-    uint64_t key;       /*  0  map leaf: volume << 52 | leaf; else 0 */
-    uint64_t primary;   /*  8  PBA; 0: all zeros, not stored */
-    uint64_t mirror;    /* 16  PBA of the second copy */
-    uint64_t checksum;  /* 24  of the 4096 bytes, seeded with (FORMAT_SEED_PAGE, page number ^ key) */
+    uint64_t checksum;  /*  0  of the 4096 bytes, seeded with (FORMAT_SEED_PAGE, FORMAT_PAGE(tree, level, number)) */
+    uint32_t slot;      /*  8  0: all zeros, not stored (then all of the pointer is 0) */
+    uint32_t reserved;  /* 12  0 */
 };
+
+/* Slots are numbered through all extents; the page of a slot has a copy in each of the two places. */
+struct format_extent {
+    uint64_t first;     /*  0  PBA of copy A of its first slot */
+    uint64_t second;    /*  8  PBA of copy B */
+    uint32_t count;     /* 16  slots; 0: extent not in use */
+    uint32_t reserved;  /* 20  0 */
+};
+
+/* The trees and what the number of a page of level 0 is. */
+enum format_tree {
+    FORMAT_TREE_VOLUMES = 0,  /* volume table, 8 volumes a page: id / 8 */
+    FORMAT_TREE_GROUPS = 1,   /* u16 x 2048: data blocks of a group that have a reference: PBA / 1024 / 2048 */
+    FORMAT_TREE_REFS = 2,     /* reference counts, u32 x 1024: PBA / 1024 */
+    FORMAT_TREE_PRINTS = 3,   /* fingerprints, 16 bytes x 256: PBA / 256 */
+    FORMAT_TREE_MAP = 4,      /* map leaves, u64 x 512: volume << 39 | LBA / 512 */
+    FORMAT_TREE_SLOTS = 5,    /* a bit per slot, 1: it holds a page of the other trees: slot / 32768 */
+    FORMAT_TREES = 6
+};
+#define FORMAT_LEVELS 6       /* of directories at most */
+/* Level of a tree's top directory page, which the superblock points to. */
+static const uint8_t format_levels[FORMAT_TREES] = {1, 2, 4, 4, 6, 2};
+#define FORMAT_PAGE(tree, level, number) ((uint64_t)(tree) << 56 | (uint64_t)(level) << 48 | (uint64_t)(number))
+#define FORMAT_PAGE_TREE(page) ((uint32_t)((page) >> 56))
+#define FORMAT_PAGE_LEVEL(page) ((uint32_t)((page) >> 48) & 0xff)
+#define FORMAT_PAGE_NUMBER(page) ((page) & 0x0000ffffffffffffu)
+#define FORMAT_LEAF_NUMBER(volume, leaf) ((uint64_t)(volume) << 39 | (uint64_t)(leaf))
+#define FORMAT_LEAF_VOLUME(number) ((uint32_t)((number) >> 39))
+#define FORMAT_LEAF_LEAF(number) ((number) & 0x0000007fffffffffu)
 
 enum format_super_flag { FORMAT_SUPER_CLEAN = 1 /* closed: the log behind log_start was empty */ };
 
@@ -69,12 +98,19 @@ struct format_super {
     uint64_t log_start;     /*  64  sequence of the first log block to replay */
     uint64_t log_chain;     /*  72  checksum of the log block before that one (0 if none) */
     uint64_t log_durable;   /*  80  log blocks before this sequence were durable: the log must reach at least here */
-    uint64_t leaf_slots;    /*  88  pages from leaves_base on */
+    uint64_t log_second;    /*  88  PBA of the first block of the log's copy 1 */
     uint64_t written_s;     /*  96  Unix time */
-    uint32_t root_count;    /* 104  pointers in use below */
-    uint32_t levels;        /* 108  directory levels */
-    uint64_t reserved[18];  /* 112  0 */
-    struct format_pointer roots[FORMAT_ROOT_POINTERS]; /* 256 */
+    uint64_t slots;         /* 104  of all extents, a multiple of 64 */
+    uint64_t spare_slots;   /* 112  of them, kept for copies of pages that a checkpoint replaces */
+    uint64_t map_pages;     /* 120  pages of the map's tree under this root, directories included */
+    uint64_t stored_blocks; /* 128  data blocks with a reference, before the log block log_start */
+    uint64_t zero_promises; /* 136  likewise */
+    uint32_t extent_count;  /* 144  in use below */
+    uint32_t reserved_word; /* 148  0 */
+    uint64_t reserved[5];   /* 152  0 */
+    struct format_pointer roots[FORMAT_TREES];     /* 192 */
+    struct format_extent extents[FORMAT_EXTENTS];  /* 288 */
+    uint64_t tail[4];       /* 480  0 */
 };
 
 /* A block of the metadata log. Records of one change never straddle blocks, so a block is replayed whole or not at all. */
@@ -96,10 +132,11 @@ struct format_log_header {
 /* Records: words; type in the top 4 bits of the first. All values are absolute, so a record may be applied again. */
 enum format_record {
     FORMAT_RECORD_END = 0,     /* nothing follows in this block */
-    FORMAT_RECORD_MAP = 1,     /* volume << 52 | lba; map value                                 2 words */
+    FORMAT_RECORD_MAP = 1,     /* volume << 52 | kind before << 50 | lba; map value             2 words */
     FORMAT_RECORD_REFS = 2,    /* pba; reference count (0: free)                                2 words */
     FORMAT_RECORD_BLOCK = 3,   /* pba; reference count; fingerprint low, high                   4 words */
-    FORMAT_RECORD_HOLES = 4,   /* volume << 52 | first lba; blocks (<= 64, in one leaf) -> HOLE   2 words */
+    FORMAT_RECORD_HOLES = 4,   /* volume << 52 | first lba; FORMAT_HOLES: blocks (<= 64, in one leaf) -> HOLE, of
+                                * which so many named a block, so many were promised zeros           2 words */
     FORMAT_RECORD_VOLUME = 5   /* id; struct format_volume                                     65 words */
 };
 #define FORMAT_RECORD(type, rest) ((uint64_t)(type) << 60 | (uint64_t)(rest))
@@ -107,7 +144,9 @@ enum format_record {
 #define FORMAT_RECORD_REST(word) ((word) & 0x0fffffffffffffffu)
 #define FORMAT_KEY(volume, number) ((uint64_t)(volume) << 52 | (uint64_t)(number))
 #define FORMAT_KEY_VOLUME(key) ((uint32_t)((key) >> 52 & 0xff))
-#define FORMAT_KEY_NUMBER(key) ((key) & 0x000fffffffffffffu)
+#define FORMAT_KEY_NUMBER(key) ((key) & 0x0003ffffffffffffu)
+#define FORMAT_KEY_BEFORE(key) ((uint32_t)((key) >> 50) & 3) /* kind of the persistent value that the entry had */
+#define FORMAT_HOLES(blocks, named, zeros) ((uint64_t)(zeros) << 32 | (uint64_t)(named) << 16 | (uint64_t)(blocks))
 
 struct format_volume {
     uint32_t id;            /*   0  index in the table */
@@ -120,12 +159,14 @@ struct format_volume {
     uint64_t created_s;     /*  32  Unix time */
     char name[256];         /*  40  UTF-8, the rest zeros */
     uint32_t tier_threshold; /* 296  references that move a block to the fast tier: 1..1,000,000; 0: the default, 8 */
-    uint8_t reserved[212];  /* 300  0 */
+    uint32_t reserved_word; /* 300  0 */
+    uint64_t mapped_blocks; /* 304  entries that name a block, before the log block log_start; 0 in a log record */
+    uint8_t reserved[200];  /* 312  0 */
 };
 
-_Static_assert(sizeof(struct format_pointer) == 32, "pointer");
+_Static_assert(sizeof(struct format_pointer) == 16 && sizeof(struct format_extent) == 24, "pointer, extent");
 _Static_assert(sizeof(struct format_super) == FORMAT_SUPER_BYTES, "a superblock is one sector");
-_Static_assert(offsetof(struct format_super, reserved) == 112 && offsetof(struct format_super, roots) == 256, "superblock");
+_Static_assert(offsetof(struct format_super, roots) == 192 && offsetof(struct format_super, extents) == 288, "superblock");
 _Static_assert(sizeof(struct format_log_header) == 64, "log header");
 _Static_assert(sizeof(struct format_volume) == 512 && offsetof(struct format_volume, name) == 40, "volume");
 _Static_assert(FORMAT_POINTERS * sizeof(struct format_pointer) == 4096, "a directory page is a page");
@@ -141,35 +182,28 @@ static inline uint64_t format_seed(enum format_seed_kind kind, uint64_t store, u
     return seed ^ seed >> 29;
 }
 
-/* The row of pages of a store: a function of two numbers of the superblock. Levels begin at multiples of 128, so that
- * a directory page is a piece of the row of pointers. */
-struct format_shape {
-    uint64_t refs_base, prints_base, leaves_base;
-    uint64_t level_base[FORMAT_LEVELS + 1]; /* [0] is 0; [k] first directory page of level k */
-    uint64_t level_count[FORMAT_LEVELS + 1];
-    uint32_t levels;                        /* last level: the one that the superblock points to */
-    uint64_t total;                         /* pointers in the row, a multiple of 128 */
-    uint64_t fixed_pages;                   /* pages but for the map leaves */
-};
-
-static inline struct format_shape format_shape(uint64_t device_blocks, uint64_t leaf_slots)
+/* Slots that a store of that many blocks is made with: a function of N alone. Pages that always may exist; map leaves for twice as
+ * many blocks as the device has, with directories; copies that a checkpoint makes while the old ones are needed; the slot tree's. */
+static inline uint64_t format_spare_slots(uint64_t device_blocks)
 {
-    struct format_shape shape = {0};
-    shape.refs_base = FORMAT_VOLUME_PAGES;
-    shape.prints_base = shape.refs_base + (device_blocks + FORMAT_REFS_PER_PAGE - 1) / FORMAT_REFS_PER_PAGE;
-    shape.leaves_base = shape.prints_base + (device_blocks + FORMAT_PRINTS_PER_PAGE - 1) / FORMAT_PRINTS_PER_PAGE;
-    shape.level_count[0] = shape.leaves_base + leaf_slots;
-    shape.total = (shape.level_count[0] + FORMAT_POINTERS - 1) / FORMAT_POINTERS * FORMAT_POINTERS;
-    shape.fixed_pages = shape.leaves_base;
-    while (shape.level_count[shape.levels] > FORMAT_ROOT_POINTERS && shape.levels < FORMAT_LEVELS) {
-        uint64_t count = (shape.level_count[shape.levels] + FORMAT_POINTERS - 1) / FORMAT_POINTERS;
-        shape.levels++;
-        shape.level_base[shape.levels] = shape.total;
-        shape.level_count[shape.levels] = count;
-        shape.fixed_pages += count;
-        shape.total += (count + FORMAT_POINTERS - 1) / FORMAT_POINTERS * FORMAT_POINTERS;
-    }
-    return shape;
+    uint64_t pages = device_blocks / 1024 + device_blocks / 256 + device_blocks / 256;
+    return (pages < 16384 ? pages : 16384) + 128;
+}
+
+static inline uint64_t format_fixed_pages(uint64_t device_blocks) /* all but the map's */
+{
+    uint64_t refs = (device_blocks + FORMAT_REFS_PER_PAGE - 1) / FORMAT_REFS_PER_PAGE;
+    uint64_t prints = (device_blocks + FORMAT_PRINTS_PER_PAGE - 1) / FORMAT_PRINTS_PER_PAGE;
+    uint64_t groups = (refs + FORMAT_GROUPS_PER_PAGE - 1) / FORMAT_GROUPS_PER_PAGE;
+    return FORMAT_VOLUME_PAGES + 1 + refs + refs / 255 + 4 + prints + prints / 255 + 4 + groups + groups / 255 + 2;
+}
+
+static inline uint64_t format_slots(uint64_t device_blocks)
+{
+    uint64_t map = device_blocks / 256 + device_blocks / 4096 + 48;
+    uint64_t slots = format_fixed_pages(device_blocks) + map + format_spare_slots(device_blocks);
+    slots += (slots / FORMAT_SLOTS_PER_PAGE + 1) * FORMAT_SLOTS_RESERVED;
+    return (slots + 63) / 64 * 64;
 }
 
 #endif

@@ -2,8 +2,9 @@
  * The store's life: its plan of memory, attaching, formatting, closing, and the step that drives all its parts.
  * Interface: store.h; parts: store_internal.h; form on the device: format.h.
  *
- * Memory, in this order, each part page-aligned: struct store_area, log buffer, staging pages, superblock images,
- * reference words, groups, fingerprints, pointers, previous places, dirty and written bits, frames with key, use and stack, hash, fingerprint cache.
+ * Memory, in this order, each part page-aligned: struct store_area, log buffer, staging pages, superblock images, groups, bits of
+ * slots and tables, previous places, frames' entries, fingerprint cache, frames. All but the groups (8 bytes for 4 MiB of the device) and
+ * the bits of the slots (2 for each) is of configured size.
  *
  * After a crash: store_attach sets pointers. What was in flight stays in flight; completions come to store_io_done.
  */
@@ -20,20 +21,6 @@
 
 /* --- Memory -------------------------------------------------------------------------------------------------------- */
 
-static uint64_t power_of_two_from(uint64_t number)
-{
-    uint64_t power = 1;
-    while (power < number)
-        power *= 2;
-    return power;
-}
-
-uint64_t store_default_map_frames(uint64_t device_blocks)
-{
-    uint64_t frames = 2 * (device_blocks / FORMAT_LEAF_ENTRIES);
-    return frames < 1024 ? 1024 : frames;
-}
-
 static void *carve(uint8_t **next, uint64_t bytes)
 {
     void *memory = *next;
@@ -43,9 +30,11 @@ static void *carve(uint8_t **next, uint64_t bytes)
 
 void store_lay_out(struct store *store, void *memory, const struct store_geometry *geometry)
 {
-    struct format_shape shape = format_shape(geometry->device_blocks, geometry->map_frames);
-    uint64_t blocks_up = (geometry->device_blocks + STORE_GROUP_BLOCKS - 1) & ~(uint64_t)(STORE_GROUP_BLOCKS - 1);
-    uint64_t hash_capacity = power_of_two_from(4 * geometry->map_frames);
+    uint64_t groups = (geometry->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
+    uint64_t group_pages = (groups + FORMAT_GROUPS_PER_PAGE - 1) / FORMAT_GROUPS_PER_PAGE;
+    /* A device that was grown in steps has a few more slots than one that was made so large. */
+    uint64_t slot_pages = (format_slots(geometry->device_blocks) + FORMAT_EXTENTS * 64 + FORMAT_SLOTS_PER_PAGE - 1) / FORMAT_SLOTS_PER_PAGE;
+    uint64_t table_words = (FORMAT_VOLUME_PAGES + group_pages + slot_pages + 63) / 64;
     uint64_t sets = geometry->fingerprint_slots / STORE_SET_ENTRIES;
     uint8_t *next = memory;
 
@@ -54,24 +43,20 @@ void store_lay_out(struct store *store, void *memory, const struct store_geometr
     store->log_buffer = carve(&next, (uint64_t)STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES);
     store->staging = carve(&next, (uint64_t)STORE_BATCHES * STORE_BATCH_PAGES * ATOLL_BLOCK_BYTES);
     store->super_buffer = carve(&next, 2 * ATOLL_BLOCK_BYTES);
-    store->refs = carve(&next, blocks_up * sizeof *store->refs);
-    store->groups = carve(&next, blocks_up / STORE_GROUP_BLOCKS * sizeof *store->groups);
-    store->prints = carve(&next, blocks_up * sizeof *store->prints);
-    store->pointers = carve(&next, shape.total * sizeof *store->pointers);
-    store->previous = carve(&next, shape.total * sizeof *store->previous);
-    store->dirty = carve(&next, (shape.total + 63) / 64 * 8);
-    store->written = carve(&next, (shape.total + 63) / 64 * 8);
-    store->frames = carve(&next, geometry->map_frames * ATOLL_BLOCK_BYTES);
-    store->frame_key = carve(&next, geometry->map_frames * sizeof *store->frame_key);
-    store->frame_used = carve(&next, geometry->map_frames * sizeof *store->frame_used);
-    store->frame_stack = carve(&next, geometry->map_frames * sizeof *store->frame_stack);
-    store->hash = carve(&next, hash_capacity * sizeof *store->hash);
+    store->tables_begin = next;
+    store->groups = carve(&next, group_pages * FORMAT_GROUPS_PER_PAGE * sizeof *store->groups);
+    store->slot_bits = carve(&next, slot_pages * ATOLL_BLOCK_BYTES);
+    store->slot_next = carve(&next, slot_pages * ATOLL_BLOCK_BYTES);
+    store->table_dirty = carve(&next, table_words * 8);
+    store->table_written = carve(&next, table_words * 8);
+    store->previous = carve(&next, format_spare_slots(geometry->device_blocks) * sizeof *store->previous);
+    store->frames = carve(&next, geometry->frames * sizeof *store->frames);
     store->cache = carve(&next, geometry->fingerprint_slots * sizeof *store->cache);
-    store->end = next;
+    store->tables_end = next;
+    store->pages = carve(&next, geometry->frames * ATOLL_BLOCK_BYTES);
     store->arena_bytes = (uint64_t)(next - (uint8_t *)memory);
 
-    store->hash_mask = hash_capacity - 1;
-    store->hash_shift = 64 - (uint32_t)__builtin_ctzll(hash_capacity);
+    store->slot_capacity = slot_pages * FORMAT_SLOTS_PER_PAGE;
     store->cache_mask = sets - 1;
     store->cache_age_shift = (uint32_t)__builtin_ctzll(geometry->fingerprint_slots) - 3;
 }
@@ -83,13 +68,11 @@ uint64_t store_arena_bytes(const struct store_geometry *geometry)
     return store.arena_bytes + ATOLL_BLOCK_BYTES;
 }
 
-void store_know_shape(struct store *store) { store->shape = format_shape(store->area->device_blocks, store->area->leaf_slots); }
-
 void store_attach(struct dedup *dedup, void *memory, const struct store_geometry *geometry, bool fresh)
 {
     assert(((uintptr_t)memory & 7) == 0);
     assert(geometry->fingerprint_slots >= 1024 && (geometry->fingerprint_slots & (geometry->fingerprint_slots - 1)) == 0);
-    assert(geometry->map_frames >= 1 && geometry->device_blocks <= FORMAT_DEVICE_BLOCKS_MAX);
+    assert(geometry->frames >= STORE_FRAMES_MIN && geometry->device_blocks <= FORMAT_DEVICE_BLOCKS_MAX);
     struct store *store = calloc(1, sizeof *store);
     assert(store != 0);
     store->dedup = dedup;
@@ -99,17 +82,22 @@ void store_attach(struct dedup *dedup, void *memory, const struct store_geometry
     struct store_area *area = store->area;
     if (fresh) {
         area->geometry = *geometry; /* the last store of a fresh arena's set-up, harmless to repeat */
+        store_cache_attach(store);
         return;
     }
     assert(memcmp(&area->geometry, geometry, sizeof *geometry) == 0); /* an arena is laid out once */
-    if (area->state == STORE_READY)
-        store_know_shape(store);
+    store_know_places(store);
+    store_cache_attach(store);
     if (area->state == STORE_LOADING && area->format_phase == FORMAT_NONE)
         store_load_begin(store);
     store_volumes_publish(store);
 }
 
-enum store_state store_state(struct dedup *dedup) { return (enum store_state)dedup->store->area->state; }
+enum store_state store_state(struct dedup *dedup)
+{
+    const struct store_area *area = dedup->store->area;
+    return area->state == STORE_READY && area->growing ? STORE_LOADING : (enum store_state)area->state;
+}
 const char *store_reason(struct dedup *dedup) { return dedup->store->area->reason; }
 
 void store_fail(struct store *store, const char *format, ...)
@@ -178,6 +166,7 @@ void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t sta
     switch (what) {
     case STORE_IO_LOAD:
     case STORE_IO_LOAD_FLUSH: store_load_io(store, what, number, status); break;
+    case STORE_IO_PAGE: store_cache_io(store, number, status); break;
     case STORE_IO_FORMAT: format_io(store, status); break;
     case STORE_IO_SYNC_FLUSH:
     case STORE_IO_REWRITE:
@@ -217,12 +206,15 @@ void store_format(struct dedup *dedup, uint64_t store_uuid_low, uint64_t store_u
         .log_blocks = derived_log_blocks(geometry),
         .log_start = 1,
         .log_durable = 1,
-        .leaf_slots = geometry->map_frames,
         .written_s = (uint64_t)time(0),
+        .slots = format_slots(geometry->device_blocks),
+        .spare_slots = format_spare_slots(geometry->device_blocks),
+        .extent_count = 1,
     };
-    struct format_shape shape = format_shape(super.device_blocks, super.leaf_slots);
-    super.levels = shape.levels;
-    super.root_count = (uint32_t)shape.level_count[shape.levels];
+    super.log_second = super.device_blocks - FORMAT_SUPER_BLOCKS - super.log_blocks;
+    super.extents[0] = (struct format_extent){.first = FORMAT_SUPER_BLOCKS + super.log_blocks,
+                                              .second = super.log_second - super.slots,
+                                              .count = (uint32_t)super.slots};
     store_seal_super(&super, 1, store->super_buffer);
     store_seal_super(&super, 3, store->super_buffer + ATOLL_BLOCK_BYTES);
     STORE_SET(store, state, STORE_LOADING);
@@ -290,17 +282,25 @@ static bool close_step(struct store *store)
     return true;
 }
 
+/* The parts that change nothing that anybody sees: pages come and go, what was changed before becomes durable. */
+static bool quiet_step(struct store *store)
+{
+    bool did = store_cache_step(store);
+    did |= store_sync_step(store);
+    did |= store_checkpoint_step(store);
+    if (store->area->sweep_left != 0)
+        did |= store_sweep(store);
+    return did;
+}
+
 static bool ready_step(struct store *store)
 {
     struct store_area *area = store->area;
-    bool did = store_sync_step(store);
-    did |= store_checkpoint_step(store);
-    if (area->sweep_left != 0)
-        did |= store_sweep(store);
+    bool did = quiet_step(store);
     if (area->closing)
         did |= close_step(store);
     else
-        did |= store_delete_step(store);
+        did |= store_delete_step(store) || store_warm_step(store);
     return did;
 }
 
@@ -322,12 +322,23 @@ bool store_step(struct dedup *dedup)
     return did;
 }
 
+bool store_step_quiet(struct dedup *dedup)
+{
+    struct store *store = dedup->store;
+    assert(store->journal->count == 0);
+    bool did = store->area->state == STORE_READY && quiet_step(store);
+    atoll_domain_commit(dedup->domain);
+    return did;
+}
+
 uint64_t store_wake_ms(struct dedup *dedup)
 {
     const struct store_area *area = dedup->store->area;
     uint64_t due = area->sync_wanted && area->sync_phase == SYNC_IDLE ? area->sync_retry_ns : 0;
     if (area->checkpoint_retry_ns != 0 && (due == 0 || area->checkpoint_retry_ns < due))
         due = area->checkpoint_retry_ns;
+    if (dedup->store->delete_retry_ns != 0 && (due == 0 || dedup->store->delete_retry_ns < due))
+        due = dedup->store->delete_retry_ns;
     if (due == 0)
         return 0;
     uint64_t now = atoll_now_ns();

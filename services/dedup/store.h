@@ -10,7 +10,7 @@
  * All functions run inside the transaction of dedup's current step unless said otherwise. Each is bounded in time.
  * A "block" is ATOLL_BLOCK_BYTES. PBA is the block number on the device (pba * 4096 = byte offset).
  *
- * Interfaces to the map are by leaf page (512 entries), so that leaves can be paged later: see store_map_leaf.
+ * Map, counts and fingerprints are paged: see Paging, below.
  */
 #ifndef ATOLL_DEDUP_STORE_H
 #define ATOLL_DEDUP_STORE_H
@@ -34,14 +34,16 @@ struct fingerprint { uint64_t low, high; }; /* XXH3-128 of the block */
 /* --- Sizes and life ---------------------------------------------------------------------------------------------- */
 struct store_geometry {
     uint64_t device_blocks;
-    uint64_t map_frames;         /* leaves that can be in memory */
+    uint64_t frames;             /* metadata pages that can be in memory, >= STORE_FRAMES_MIN */
     uint64_t fingerprint_slots;  /* bounded fingerprint cache: entries, a power of two, >= 1024 */
+    uint64_t grow;               /* 1: a store that is smaller than its device becomes as large while it is loaded */
     uint64_t log_blocks;         /* metadata log at format, blocks of each copy; 0 = derived from the device's size */
 };
-/* Leaves that cover the whole device once, twice over: what `map_frames` is when nobody says otherwise. */
-uint64_t store_default_map_frames(uint64_t device_blocks);
+#define STORE_FRAMES_MIN 128 /* one change touches some 20 pages with their directories */
 /* The last pages of the disk role's buffer area, which the store reads into while it loads. Nobody else may use them. */
-#define STORE_BOUNCE_PAGES 64
+#define STORE_BATCH_READS 64  /* of loading, and of writing again after a failed flush */
+#define STORE_PAGE_READS 64   /* of metadata pages: at once */
+#define STORE_BOUNCE_PAGES (STORE_BATCH_READS + STORE_PAGE_READS)
 uint64_t store_arena_bytes(const struct store_geometry *geometry); /* of dedup's role area */
 
 /* Attaches to its part of the arena; `fresh` on a zeroed one. After a crash (not fresh) everything is as at the last
@@ -64,6 +66,8 @@ const char *store_reason(struct dedup *dedup); /* 256 bytes at most, in the aren
  * true if it did something and wants to be called again soon. Own transaction steps inside are allowed: called outside
  * of any transaction. */
 bool store_step(struct dedup *dedup);
+/* The same without what changes volumes, counts or maps: for who looks at all of them, from step to step. */
+bool store_step_quiet(struct dedup *dedup);
 /* Milliseconds after which store_step must be called again at the latest, for what is tried again after a failure; 0: no limit. */
 uint64_t store_wake_ms(struct dedup *dedup);
 
@@ -91,13 +95,17 @@ int store_volume_delete(struct dedup *dedup, uint32_t volume, char *reason);
  * Many at once need not fit: who asks for more than some hundred blocks at once goes block by block, and what was done stays done
  * (destage: record by record; TRIM: `progress`). In a step, what was asked for stays; so ask for all that one change needs,
  * then make the change. A change (store_place, store_share, store_unmap, store_promise_zero) needs, in the same step:
- *   store_want_map of its lba with `change`, store_want_blocks of `pba` and of the PBA in `base`, and store_has_room. */
+ *   store_want_map of its lba (STORE_CHANGE), store_want_blocks of `pba` and of the PBA in `base`, and store_has_room. */
 enum store_want { STORE_HAVE = 0, STORE_WAIT = 1, STORE_LOST = 2 };
-/* The leaves of [lba, lba + count). With `change` leaves that do not exist are made, and STORE_WAIT also means that too much
- * has been changed since the last checkpoint. */
-enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, bool change);
+/* The leaves of [lba, lba + count). STORE_CHANGE, STORE_LOG: those that do not exist are made. STORE_LOG is what store_map_log
+ * needs; STORE_WAIT then also means that logged entries hold too many pages, or that too much was changed since the last
+ * checkpoint. (For persistent changes store_has_room says so.) */
+enum store_use { STORE_LOOK = 0, STORE_CHANGE = 1, STORE_LOG = 2 };
+enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, enum store_use use);
 /* Counts and fingerprints of these places (any order; those that are no data blocks are skipped). */
 enum store_want store_want_blocks(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+/* The count behind a persistent map value: what dropping it needs. STORE_LOST is no reason to stop: its block stays counted. */
+enum store_want store_want_base(struct dedup *dedup, uint64_t base);
 /* Fingerprints only: what reading them needs (cache_load). */
 enum store_want store_want_prints(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
 /* What store_candidates looks at for this fingerprint. Those whose pages are not in memory store_candidates leaves out, so
@@ -116,14 +124,13 @@ bool store_pressed(struct dedup *dedup);
 
 /* --- Map ---------------------------------------------------------------------------------------------------------- */
 uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
-/* The 512 entries of leaf lba / 512, or NULL if no entry of it was ever set (all holes). Read only; valid until the end of the step. */
+/* The 512 entries of leaf lba / 512, or NULL if it is not there: all holes, if it was asked for (store_want_map). Read only; valid
+ * until the end of the step. */
 const uint64_t *store_map_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf);
 /* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. */
 enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end, uint64_t *next);
-/* The same of what is in memory; for callers that run between others' steps. */
-uint64_t store_map_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end);
-/* Points an entry at a write-log record (or, for a superseded record, at a newer one). Creates the leaf.
- * ATOLL_ENOSPC when no leaf can be had. Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */
+/* Points an entry at a write-log record (or, for a superseded record, at a newer one). Its leaf was asked for (STORE_LOG).
+ * Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */
 int store_map_log(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t record, uint64_t *old);
 
 /* --- Persistent changes of one entry. `base`: the persistent value (HOLE, PBA or ZERO) under it, which loses its reference
@@ -139,6 +146,9 @@ int store_promise_zero(struct dedup *dedup, uint32_t volume, uint64_t lba, uint6
  * Reserve before acknowledging; hand back what was not needed. A reservation counts free blocks and those that become free
  * with the next sync. Freed blocks are not allocated again before the metadata that freed them is durable. */
 bool store_reserve(struct dedup *dedup, uint64_t blocks);
+/* The same for blocks whose persistent value names a place with one reference, which becomes free when they are placed: a few
+ * blocks are kept for these, so that a full device can be overwritten. */
+bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks);
 void store_unreserve(struct dedup *dedup, uint64_t blocks);
 /* A run of at most `want` free blocks in sequence, after the last one handed out where possible; consumes as many reservations;
  * *pba is its start; the blocks are "in flight" (in use, no reference) until store_place or store_abandon. 0 if free blocks exist only after a
@@ -147,14 +157,16 @@ uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
 /* Back to free (at the next sync) and to the caller's reservation. `quarantine`: never again in this run (late I/O may land there). */
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
 struct store_space {
-    uint64_t device_blocks, metadata_blocks, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
+    uint64_t device_blocks, metadata_blocks /* kept for metadata */, metadata_used_blocks /* by its pages */, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
         reserved_blocks /* zero promises included */, references /* sum over stored blocks */, zero_promises,
-        quarantined_blocks, available_blocks /* what store_reserve would still grant */;
+        quarantined_blocks, available_blocks /* what store_reserve would still grant */, cache_pages, cache_held_pages, cache_dirty_pages;
 };
 void store_space(struct dedup *dedup, struct store_space *space);
 
 /* --- Fingerprints -------------------------------------------------------------------------------------------------- */
-bool store_fingerprint(struct dedup *dedup, uint64_t pba, struct fingerprint *print); /* of a stored block; false if not stored */
+/* Of a block whose fingerprint was asked for (store_want_prints); false: not a data block, or never used. If its count is in memory too
+ * (store_want_blocks), false as well if it is not stored; else it may be what was stored there before. */
+bool store_fingerprint(struct dedup *dedup, uint64_t pba, struct fingerprint *print);
 uint32_t store_references(struct dedup *dedup, uint64_t pba);
 /* Candidates for equal content, best first (at most `most`): hints, never proofs. */
 uint32_t store_candidates(struct dedup *dedup, struct fingerprint print, uint64_t *pbas, uint32_t most);
@@ -177,6 +189,8 @@ void store_close(struct dedup *dedup);
 bool store_closed(struct dedup *dedup);
 /* A new run serves on from an arena whose last run had begun to close, or had closed, and did not come to its end. */
 void store_reopen(struct dedup *dedup);
+/* True while the store becomes as large as its device: then it is not served yet, store_state says STORE_LOADING. */
+bool store_growing(struct dedup *dedup);
 /* The base value of a write-log record, provided by the datapath: a checkpoint writes it in place of MAP_LOG. */
 uint64_t datapath_record_base(struct dedup *dedup, uint64_t record);
 

@@ -2,18 +2,20 @@
  * What the parts of the store share: its state in the arena, its process-private pointers, small helpers.
  *
  *   store.c             memory plan, attach, format, close, the step
- *   store_map.c         leaves in frames, hash, persistent changes of entries
- *   store_page.c        what a step needs is in memory, or asked for
- *   store_space.c       reference words, groups, allocation, reservations, fingerprint cache
+ *   store_cache.c       frames: finding pages, reading them, letting them go
+ *   store_page.c        what a step needs is in memory, or asked for (store_want_*)
+ *   store_slot.c        places for metadata pages; which blocks hold data
+ *   store_map.c         leaves; persistent changes of entries
+ *   store_space.c       reference words, groups, allocation, reservations
+ *   store_print.c       fingerprints and the cache of them
  *   store_log.c         metadata log's buffer, sync
  *   store_rewrite.c     after a failed flush: what it was for is written again
- *   store_checkpoint.c  copy-on-write of pages, root switch
- *   store_load.c        reading it all back; with store_replay.c, store_sums.c
- *   store_volume.c      volume table, deletion
+ *   store_checkpoint.c  copy-on-write of pages; store_root.c: the root switch
+ *   store_load.c        reading it all back; with store_replay.c, store_grow.c
+ *   store_volume.c      volume table; store_delete.c: deletion
  *
  * After a crash: struct store_area and everything that it stands before are as at the last commit (transaction.h); struct store is
- * made again by store_attach. While the state is STORE_LOADING memory is filled without a journal, and a successor
- * begins to load anew.
+ * made again by store_attach. While the state is STORE_LOADING a successor begins to load anew.
  */
 #ifndef ATOLL_DEDUP_STORE_INTERNAL_H
 #define ATOLL_DEDUP_STORE_INTERNAL_H
@@ -28,15 +30,14 @@
 #define STORE_SYNC_OUTSTANDING 8       /* log writes in flight */
 #define STORE_BATCHES 4                /* of pages being written by a checkpoint */
 #define STORE_BATCH_PAGES 32
-#define STORE_SPACE_SLACK 16           /* blocks that a checkpoint may hold beyond its worst case */
-#define STORE_GROUP_BLOCKS 1024        /* blocks that one group word sums up */
+#define STORE_GROUP_BLOCKS FORMAT_GROUP_BLOCKS /* blocks that one group word sums up */
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
 #define STORE_PLACES_PER_PRINT 4       /* copies of one content that it remembers: where a run threshold keeps several */
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write */
-#define STORE_FRAMES_KEPT 16           /* one in so many is kept for loading: a replay may pass through leaves that are gone at its end */
-#define STORE_SWEEP_GROUPS 256         /* looked at in one step */
+#define STORE_QUARANTINE 1024          /* runs of places that late I/O may hit */
+#define STORE_SWEEP_FRAMES 1024        /* looked at in one step */
 #define STORE_SWEEP_CONVERT 4          /* cleaned in one step */
-#define STORE_FREE_PER_STEP 512        /* old metadata blocks freed in one step */
+#define STORE_FREE_PER_STEP 512        /* old places of metadata pages freed in one step */
 #define STORE_DELETE_ENTRIES FORMAT_HOLES_MAX /* freed by one record group of a deletion */
 
 _Static_assert(STORE_LOG_BUFFER_BLOCKS * 16 <= ATOLL_JOURNAL_ENTRIES, "room");
@@ -44,29 +45,32 @@ _Static_assert(STORE_BATCH_PAGES <= ATOLL_IO_BLOCKS, "a batch is one gather writ
 _Static_assert(16 + STORE_DELETE_ENTRIES * 16 <= FORMAT_LOG_RECORD_BYTES, "a deletion's records fit a block");
 
 /* --- Reference words: one u32 per PBA ------------------------------------------------------------------------------
+ * (in memory; on the device only counts)
  * 0                         free
  * 1 .. REF_COUNT_MAX        data block with that many references
  * 1 << 31 | epoch           freed in that epoch: free once it is synced
- * the four below            */
+ * 3 << 29 | failures        handed out by store_allocate, not yet placed; failed flushes until then: store_rewrite.c
+ * the two below             */
 #define REF_COUNT_MAX 0x3fffffffu
-#define REF_IN_FLIGHT 0x40000001u    /* handed out by store_allocate, not yet placed */
-#define REF_METADATA 0x40000002u     /* holds a metadata page */
 #define REF_QUARANTINED 0x40000003u  /* late I/O may land there: not in this run */
-#define REF_FIXED 0x40000004u        /* superblocks, log */
+#define REF_FIXED 0x40000004u        /* no data block */
 #define REF_PENDING 0x80000000u
 #define REF_IS_COUNT(word) ((word) - 1u < REF_COUNT_MAX)
+#define REF_IN_FLIGHT(failures) (0x60000000u | ((uint32_t)(failures) & 0x1fffffffu))
+#define REF_IS_IN_FLIGHT(word) ((word) >> 29 == 3)
 
-/* A group word: free blocks, pending blocks, newest epoch of its pending ones. */
-#define GROUP_FREE(word) ((uint32_t)((word) & 0xffff))
-#define GROUP_PENDING(word) ((uint32_t)((word) >> 16 & 0xffff))
-#define GROUP_EPOCH(word) ((uint32_t)((word) >> 32))
-#define GROUP(free_count, pending_count, epoch) \
-    ((uint64_t)(epoch) << 32 | (uint64_t)(pending_count) << 16 | (uint64_t)(free_count))
+/* A group word: blocks that are free, pending, stored (the rest is in flight or quarantined); newest epoch of its pending ones. */
+#define GROUP_FREE(word) ((uint32_t)(word) & 0x7ff)
+#define GROUP_PENDING(word) ((uint32_t)((word) >> 11) & 0x7ff)
+#define GROUP_STORED(word) ((uint32_t)((word) >> 22) & 0x7ff)
+#define GROUP_EPOCH(word) ((uint32_t)((word) >> 33))
+#define GROUP(free_count, pending_count, stored_count, epoch) \
+    ((uint64_t)(epoch) << 33 | (uint64_t)(stored_count) << 22 | (uint64_t)(pending_count) << 11 | (uint64_t)(free_count))
 
 enum sync_phase { SYNC_IDLE = 0, SYNC_FLUSH_DATA = 1, SYNC_WRITE = 2, SYNC_FLUSH_LOG = 3, SYNC_REWRITE = 4 };
 enum checkpoint_phase {
     CHECKPOINT_IDLE = 0,
-    CHECKPOINT_PAGES = 1,  /* dirty pages, level by level, go to new places */
+    CHECKPOINT_PAGES = 1,  /* dirty pages, stage by stage, go to new places */
     CHECKPOINT_SYNC = 2,   /* log up to here, and the pages, become durable */
     CHECKPOINT_SUPER = 3,  /* superblock, both copies */
     CHECKPOINT_FLUSH = 4,
@@ -84,7 +88,8 @@ enum store_io {
     STORE_IO_PAGES = 6,       /* number = batch */
     STORE_IO_SUPER = 7,
     STORE_IO_SUPER_FLUSH = 8,
-    STORE_IO_REWRITE = 9
+    STORE_IO_REWRITE = 9,
+    STORE_IO_PAGE = 10        /* a metadata page is read: number = frame */
 };
 
 /* Pages on their way to the device; their images lie in the staging area. */
@@ -92,12 +97,50 @@ struct store_batch {
     uint64_t count;        /* 0: batch free */
     uint64_t outstanding;
     uint64_t error;
-    uint64_t primary;      /* first PBA of each copy: they are runs */
-    uint64_t mirror;
+    uint64_t slot;         /* of the first; they are a run */
     uint64_t page[STORE_BATCH_PAGES];
-    uint64_t key[STORE_BATCH_PAGES];
+    uint64_t frame[STORE_BATCH_PAGES]; /* STORE_NO_FRAME: a page that lies in no frame */
     uint64_t checksum[STORE_BATCH_PAGES];
 };
+
+/* --- Frames: metadata pages in memory ------------------------------------------------------------------------------ */
+#define STORE_NO_FRAME 0xffffffffu
+#define STORE_SLOT_FRESH 0xffffffffu /* in a directory in memory: the page below exists in memory only */
+
+enum frame_state {
+    FRAME_FREE = 0,
+    FRAME_LOADING = 1,
+    FRAME_VALID = 2,
+    FRAME_BAD = 3      /* cannot be had; stays a while so that who asked is told */
+};
+enum frame_flag {
+    FRAME_DIRTY = 1,   /* differs from what was written last */
+    FRAME_WRITING = 2, /* an image is on its way */
+    FRAME_WRITTEN = 4, /* in the running checkpoint: stays until that is the root, so that it can be written again */
+    FRAME_HELD = 8     /* must stay: one of the above, words that exist in memory only, or a page below is held */
+};
+
+struct store_frame {
+    uint64_t page;       /* FORMAT_PAGE */
+    uint32_t state;      /* enum frame_state */
+    uint32_t flags;      /* enum frame_flag */
+    uint32_t parent;     /* frame of its directory page, or STORE_NO_FRAME: the superblock points to it */
+    uint32_t children;   /* frames of pages below it */
+    uint32_t held_children;
+    uint32_t live;       /* words that exist in memory only: logged entries; blocks in flight, pending */
+    uint32_t attempt;    /* LOADING: copy that is being read; BAD: status */
+    uint32_t bounce;     /* LOADING: bounce page */
+};
+_Static_assert(sizeof(struct store_frame) == 40, "a frame's entry");
+
+/* Pages that lie in no frame but in tables of their own, by number: volume table, groups, slots. */
+struct store_tables { uint64_t groups, slots, count; }; /* first numbers of the latter two; all */
+
+/* A range of data blocks. */
+struct store_range { uint64_t first, end; };
+#define STORE_RANGES (FORMAT_EXTENTS + 1)
+
+struct store_quarantine { uint64_t pba, count; };
 
 /* --- In the arena. Changed through the journal only, but for the state STORE_LOADING. ------------------------------ */
 struct store_area {
@@ -109,8 +152,12 @@ struct store_area {
 
     /* From the superblock; constant while STORE_READY but for `generation`. */
     uint64_t uuid_low, uuid_high;
-    uint64_t device_blocks, log_blocks, leaf_slots;
+    uint64_t device_blocks, log_blocks, log_second, slots, spare_slots;
+    uint64_t extent_count;
+    struct format_extent extents[FORMAT_EXTENTS];
+    struct format_pointer roots[FORMAT_TREES]; /* newest */
     uint64_t generation;        /* of the durable root */
+    uint64_t growing;           /* loaded, and the root of the larger store is not durable yet: nobody is served */
     uint64_t format_phase;
     uint64_t format_error;
 
@@ -147,77 +194,93 @@ struct store_area {
     uint64_t rewrite_stage;     /* 0 collect, 1 being read, 2 being written */
     uint64_t rewrite_lost;      /* blocks that are not what they should be */
     uint64_t rewrite_count;
-    uint64_t rewrite_pba[STORE_BOUNCE_PAGES];
+    uint64_t rewrite_pba[STORE_BATCH_READS];
 
     /* Checkpoint. */
     uint64_t checkpoint_redo;   /* a flush failed: pages written in this checkpoint are to be written again */
     uint64_t checkpoint_phase;
     uint64_t checkpoint_wanted;
     uint64_t checkpoint_cursor;
-    uint64_t checkpoint_level;
+    uint64_t checkpoint_stage;  /* 0: pages; 1..6: directories of that level; then the slot tree */
     uint64_t checkpoint_log_start, checkpoint_log_chain;
     uint64_t checkpoint_ticket;
     uint64_t checkpoint_outstanding;
     uint64_t checkpoint_error;
     uint64_t checkpoint_retry_ns;
+    uint64_t checkpoint_stored, checkpoint_zero_promises, checkpoint_mapped[ATOLL_VOLUME_COUNT]; /* at its beginning */
+    uint64_t previous_count;    /* places that the durable root needs and the next one does not */
     uint64_t super_clean;       /* the durable superblock says so, and nothing was logged since */
     struct store_batch batches[STORE_BATCHES];
 
     /* Space, blocks. */
-    uint64_t usable_first, usable_end;
-    uint64_t free_blocks, pending_blocks, stored_blocks, metadata_blocks, quarantined_blocks;
+    uint64_t data_blocks;       /* that can hold data */
+    uint64_t free_blocks, pending_blocks, stored_blocks /* in flight included */, in_flight_blocks, quarantined_blocks;
     uint64_t reserved_blocks;   /* promises included */
     uint64_t references, zero_promises;
-    uint64_t cursor[3];         /* next place to look: data, pages, their mirrors */
-    uint64_t sweep_group, sweep_left;
+    uint64_t mapped[ATOLL_VOLUME_COUNT]; /* entries whose persistent value names a block */
+    uint64_t cursor;            /* next place to look for free blocks */
+    uint64_t sweep_frame, sweep_left;
     uint64_t cache_clock;       /* insertions into the fingerprint cache */
+    uint64_t warm_group, warm_left; /* the fingerprint cache is being filled: next group + 1, entries to come */
+    uint64_t quarantine_count;
+    struct store_quarantine quarantine[STORE_QUARANTINE];
 
-    /* Map. */
-    uint64_t frames_high;       /* frames that were ever in use */
-    uint64_t frames_free;       /* stack of those that are free again */
-    uint64_t leaves;            /* frames in use */
-    uint64_t leaves_released;   /* since the durable root: it still has their pages */
-    uint64_t hash_entries;
+    /* Metadata pages. */
+    uint64_t slots_free, slot_cursor;
+    uint64_t map_pages;         /* of the map's tree that have a place */
+    uint64_t map_fresh;         /* ... that exist in memory only */
+    uint64_t frames_dirty, frames_held;
 
     /* Deletion. */
     uint64_t delete_volume;     /* id + 1 */
-    uint64_t delete_frame, delete_index, delete_again;
+    uint64_t delete_leaf, delete_index, delete_again;
 
     uint64_t closing, closed;
 };
-
-struct store_hash_entry { uint64_t key, value; };
 
 /* --- Private to the process --------------------------------------------------------------------------------------- */
 struct store {
     struct dedup *dedup;
     struct atoll_journal *journal;
     struct store_area *area;
-    struct format_shape shape;         /* valid once the superblock is known */
     uint64_t arena_bytes;              /* of area and all below */
-    uint8_t *end;
     uint8_t *log_buffer;               /* STORE_LOG_BUFFER_BLOCKS blocks */
     uint8_t *staging;                  /* STORE_BATCHES * STORE_BATCH_PAGES pages */
     uint8_t *super_buffer;             /* 2 blocks: the copies */
-    uint32_t *refs;                    /* per PBA */
+    uint8_t *tables_begin;             /* what follows is zeroed before loading */
     uint64_t *groups;                  /* per STORE_GROUP_BLOCKS */
-    struct fingerprint *prints;        /* per PBA */
-    struct format_pointer *pointers;   /* row of pages: where each is (newest) */
-    uint64_t (*previous)[2];           /* ... and was in the durable root, while a checkpoint goes on; 0: as newest */
-    uint64_t *dirty;                   /* bit per page of the row */
-    uint64_t *written;                 /* bit per page: written in the running checkpoint */
-    uint64_t *frames;                  /* FORMAT_LEAF_ENTRIES words each; free ones are all zeros */
-    uint64_t *frame_key;               /* FORMAT_KEY(volume, leaf) + 1; 0 free */
-    uint32_t *frame_used;              /* entries that are not HOLE */
-    uint32_t *frame_stack;
-    struct store_hash_entry *hash;     /* leaves, and masks of which exist: store_map.c */
-    uint64_t hash_mask;
-    uint32_t hash_shift;
+    uint64_t *slot_bits;               /* bit per slot: in use, or never to be used */
+    uint64_t *slot_next;               /* ... in use by the newest pages: without those that only the durable root needs */
+    uint64_t *table_dirty;             /* bit per page of store_tables */
+    uint64_t *table_written;           /* ... written in the running checkpoint */
+    uint32_t *previous;                /* slots: see previous_count */
+    struct store_frame *frames;
     uint64_t *cache;                   /* fingerprint cache */
     uint64_t cache_mask;               /* of sets */
     uint32_t cache_age_shift;
-    uint64_t last_key;                 /* last leaf found: FORMAT_KEY + 1, or 0 */
-    uint64_t last_frame;
+    uint8_t *tables_end;
+    uint8_t *pages;                    /* of the frames; no need to zero */
+
+    /* From the area, or made by store_attach. */
+    struct store_range ranges[STORE_RANGES];
+    uint32_t range_count;
+    struct store_tables tables;
+    uint64_t slot_capacity;            /* bits that slot_bits has room for */
+    uint32_t *hash_heads, *hash_next;  /* frames by page */
+    uint32_t hash_mask;
+    uint32_t memo[FORMAT_TREES];       /* last frame found of level 0 */
+    uint32_t *free_frames, free_count; /* free at the last commit: may be filled without the journal */
+    uint32_t *freed_frames, freed_count; /* free from the next commit on */
+    uint8_t *used;                     /* looked at since the clock came by */
+    uint8_t *fresh;                    /* read, and nobody has come for it yet */
+    uint32_t *urgent_stamp;            /* when it was wanted by the oldest that waits */
+    uint32_t stamp;
+    uint32_t clock_hand;
+    uint64_t bounce_busy;              /* bit per bounce page of STORE_PAGE_READS */
+    bool urgent, starved, starved_urgent, woken;
+    uint64_t delete_retry_ns;
+    uint32_t want_status;
+    uint64_t want_page;
     struct store_load *load;           /* while loading */
 };
 
@@ -225,30 +288,26 @@ struct store {
 #define STORE_ADD(store, field, amount) \
     atoll_set64((store)->journal, &(store)->area->field, (store)->area->field + (uint64_t)(amount))
 
-static inline uint64_t *store_frame(const struct store *store, uint64_t frame)
+static inline void *store_page_memory(const struct store *store, uint32_t frame)
 {
-    return store->frames + frame * FORMAT_LEAF_ENTRIES;
-}
-static inline void store_mark_dirty(struct store *store, uint64_t page)
-{
-    uint64_t *word = &store->dirty[page / 64], bit = (uint64_t)1 << page % 64;
-    if (!(*word & bit))
-        atoll_set64(store->journal, word, *word | bit);
+    return store->pages + (uint64_t)frame * ATOLL_BLOCK_BYTES;
 }
 static inline void store_count(struct store *store, enum store_counter counter, uint64_t amount)
 {
     atoll_count(store->dedup->domain, DEDUP_COUNTER_STORE_FIRST + (uint32_t)counter, amount);
 }
 static inline uint64_t store_identity(const struct store *store) { return store->area->uuid_low ^ store->area->uuid_high; }
+/* True for blocks that can hold data. */
 static inline bool store_usable(const struct store *store, uint64_t pba)
 {
-    return pba >= store->area->usable_first && pba < store->area->usable_end;
+    for (uint32_t index = 0; index < store->range_count; index++)
+        if (pba - store->ranges[index].first < store->ranges[index].end - store->ranges[index].first)
+            return true;
+    return false;
 }
 
 /* --- store.c --- */
 void store_lay_out(struct store *store, void *memory, const struct store_geometry *geometry);
-/* Directory levels and limits become those of the superblock in `area`. */
-void store_know_shape(struct store *store);
 /* Ends loading for good; printf-like, in the running transaction or outside of any. */
 void store_fail(struct store *store, const char *format, ...) __attribute__((format(printf, 2, 3)));
 /* Submits one request of kind IO_STORE over `bytes` at `memory` (0 for a flush); false if no slot is free. */
@@ -258,27 +317,71 @@ uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, u
 /* Fills a superblock copy (4096 bytes); `place` is 0..3: block 0, block 1, block N-2, block N-1. */
 void store_seal_super(struct format_super *super, uint64_t place, void *block);
 bool store_all_zero(const void *memory, uint64_t bytes);
-/* The STORE_BOUNCE_PAGES in the disk driver's buffer area, or NULL if that is too small. */
+/* The STORE_BOUNCE_PAGES in the disk driver's buffer area, or NULL if that is too small. The first half is loading's and
+ * store_rewrite.c's, the second store_cache.c's. */
 const uint8_t *store_bounce(const struct store *store);
 
+/* --- store_cache.c --- */
+void store_cache_attach(struct store *store);
+/* The frame of a page that is in memory, or STORE_NO_FRAME. */
+uint32_t store_find(struct store *store, uint64_t page);
+/* Has the page in memory. STORE_HAVE with *frame == STORE_NO_FRAME: the page is zeros and not there; with `create` it is made. */
+enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame);
+void store_cache_io(struct store *store, uint64_t frame, uint32_t status);
+/* Frames freed before the last commit can be used; keeps some free. True if somebody who waited may go on. */
+bool store_cache_step(struct store *store);
+void store_drop_frame(struct store *store, uint32_t frame);      /* not held, without children */
+void store_mark_dirty(struct store *store, uint32_t frame);
+void store_set_flags(struct store *store, uint32_t frame, uint32_t set, uint32_t clear);
+void store_change_live(struct store *store, uint32_t frame, int32_t change);
+/* Where the pointer to a page in a frame stands. */
+struct format_pointer *store_pointer(struct store *store, uint32_t frame);
+/* Frames that may be held before changes must wait; at most half of them, so that a replay finds room: docs/format.md. */
+uint64_t store_held_limit(const struct store *store);
+
+/* --- store_page.c --- */
+bool store_full_of_changes(struct store *store); /* changes wait for a checkpoint, which is begun */
+
+/* --- store_slot.c --- */
+/* Ranges of data blocks and tables from the area's extents. */
+void store_know_places(struct store *store);
+/* PBA of a slot's copy; 0: no such slot. */
+uint64_t store_slot_pba(const struct store *store, uint64_t slot, uint32_t copy);
+uint32_t store_take_slots(struct store *store, uint32_t want, uint64_t *slot);  /* a run */
+void store_free_slot(struct store *store, uint64_t slot);    /* no durable root has it */
+void store_retire_slot(struct store *store, uint64_t slot);  /* the durable root has it, the next one will not */
+bool store_free_retired(struct store *store);                /* some of them; true if there are more */
+void store_table_dirty(struct store *store, uint64_t number);
+/* A page of the tables as it shall be on the device. */
+void store_table_image(const struct store *store, uint64_t number, void *image);
+bool store_table_behind(const struct store *store, uint64_t number);
+uint64_t store_table_page(const struct store *store, uint64_t number);
+/* Takes over what was read; false if it makes no sense. */
+bool store_table_take(struct store *store, uint64_t number, const void *image);
+uint32_t store_group_blocks(const struct store *store, uint64_t group);         /* of them, data blocks */
+
 /* --- store_map.c --- */
-/* Frame of a leaf or UINT64_MAX; with `create` a new one of all holes (UINT64_MAX: no frame, or no space for it). */
-uint64_t store_find_frame(struct store *store, uint32_t volume, uint64_t leaf, bool create);
-/* Changes an entry; keeps frame_used and the volume's mapped_blocks. */
-void store_set_entry(struct store *store, uint64_t frame, uint32_t index, uint64_t value);
-/* Takes an empty leaf out of the map; its frame becomes free. */
-void store_release_frame(struct store *store, uint64_t frame);
+/* Frame of a leaf that is in memory, or STORE_NO_FRAME. */
+uint32_t store_leaf(struct store *store, uint32_t volume, uint64_t leaf);
+/* Changes an entry; keeps the frame's live words and the volume's mapped_blocks. */
+void store_set_entry(struct store *store, uint32_t frame, uint32_t index, uint64_t value);
 /* A persistent value goes: its reference or promise is dropped. Returns words written to `records` (0 or 2). */
-uint32_t store_drop_value(struct store *store, uint64_t value, uint64_t *records);
+uint32_t store_drop_value(struct store *store, uint32_t volume, uint64_t value, uint64_t *records);
 
 /* --- store_space.c --- */
-void store_free_block(struct store *store, uint64_t pba);      /* last reference gone: pending */
-bool store_keeps_content(const struct store *store, uint64_t pba); /* data that cannot be overwritten before the next sync */
-void store_free_metadata(struct store *store, uint64_t pba);   /* free at once: no durable root has it any more */
-uint32_t store_take_run(struct store *store, uint32_t cursor, uint32_t want, uint32_t word, uint64_t *pba);
+/* The words of the page of counts or the fingerprint of a block, NULL if that page is not in memory. */
+uint32_t *store_ref(struct store *store, uint64_t pba);
+struct fingerprint *store_print(struct store *store, uint64_t pba);
+void store_set_ref(struct store *store, uint64_t pba, uint32_t word); /* and what follows from it */
+void store_refs_loaded(struct store *store, uint32_t frame);          /* a page of counts was read or made */
+bool store_keeps_content(struct store *store, uint64_t pba);   /* data that cannot be overwritten before the next sync */
 int64_t store_available(const struct store *store);            /* blocks that may still be promised to data */
-void store_remember_print(struct store *store, uint64_t pba);  /* into the fingerprint cache */
 bool store_sweep(struct store *store);                         /* pending blocks of synced epochs become free */
+
+/* --- store_print.c --- */
+void store_remember_print(struct store *store, uint64_t pba, uint32_t count);  /* into the fingerprint cache */
+void store_forget_print(struct store *store, uint64_t pba);
+bool store_warm_step(struct store *store);
 
 /* --- store_log.c --- */
 /* Adds the records of one change (words <= FORMAT_LOG_RECORD_BYTES / 8). Room is the caller's care: store_has_room. */
@@ -296,19 +399,29 @@ bool store_rewrite_step(struct store *store);
 
 /* --- store_checkpoint.c --- */
 bool store_checkpoint_step(struct store *store);
-/* A page of the row as the device shall hold it now (4096 bytes), its pointer's key, its directory level (0: no directory). */
-void store_page_image(const struct store *store, uint64_t page, void *image);
-uint64_t store_page_key(const struct store *store, uint64_t page);
-uint64_t store_page_level(const struct store *store, uint64_t page);
 void store_checkpoint_io(struct store *store, enum store_io what, uint64_t number, uint32_t status);
+/* A frame's page as the device shall hold it now (4096 bytes). */
+void store_page_image(const struct store *store, uint32_t frame, void *image);
+void store_checkpoint_failed(struct store *store);             /* notes it, and when to go on */
+
+/* --- store_root.c --- */
+bool store_root_step(struct store *store);                     /* phases SUPER, FLUSH, FREE */
+void store_root_io(struct store *store, enum store_io what, uint32_t status);
 
 /* --- store_load.c --- */
 void store_load_begin(struct store *store);
 bool store_load_step(struct store *store);
 void store_load_io(struct store *store, enum store_io what, uint64_t number, uint32_t status);
 
+/* --- store_grow.c --- */
+/* While loading: the store becomes as large as its device, if that was asked for. False: not yet. */
+bool store_grow(struct store *store);
+
 /* --- store_volume.c --- */
 void store_volume_image(const struct store *store, uint32_t volume, struct format_volume *image);
+struct atoll_volume *store_volume_open(struct store *store, uint32_t volume); /* before it is changed */
+bool store_volume_room(struct store *store);
+void store_volume_log(struct store *store, uint32_t volume);   /* notes it as it is now */
 /* Takes over an image that was read; false if it makes no sense. */
 bool store_volume_take(struct store *store, const struct format_volume *image);
 bool store_delete_step(struct store *store);

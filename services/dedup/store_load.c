@@ -1,14 +1,16 @@
 /*
- * Reading the store back: superblocks, directories and pages here, metadata log in store_replay.c, sums in store_sums.c.
+ * Reading the store back: superblocks, tables and sums here, the metadata log in store_replay.c.
  *
- * Reads land in the disk driver's buffer area (STORE_BOUNCE_PAGES at its end), are copied from there, checked, then used (I8). What is
- * bad in one copy is taken from the other and written anew by the checkpoint that follows; bad in both: the store is
- * refused with a reason, never guessed.
+ * What is read is bounded by the log: superblocks; volume table, groups and slots (some 0.8 MiB for a device of 1 TiB); the log; and the
+ * pages that it is about. The others are read when somebody asks for them.
  *
- * A batch of *wants* is read at a time: neighbours in one request first; each alone if that fails; then the mirror.
+ * Superblocks and log are read in batches of *wants*, neighbours in one request first, each alone if that fails. They land in the disk
+ * driver's buffer area (STORE_BATCH_READS pages near its end), are copied from there, checked, then used (I8). Pages come through
+ * store_cache.c. What is bad in one copy is taken from the other and written anew by the checkpoint that follows; what loading
+ * needs and is bad in both: the store is refused with a reason, never guessed.
  *
- * After a crash: everything here is private or not journaled, and a successor begins anew, when no read is in flight any more, with
- * memory zeroed in bounded steps.
+ * After a crash: everything here is private or begun anew: a successor starts from the superblocks, when no read is in flight any
+ * more, with memory zeroed in bounded steps.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,10 +37,10 @@ static void give_up(struct store *store)
 
 /* --- Batches of reads ------------------------------------------------------------------------------------------------ */
 
-void load_want(struct store_load *load, uint64_t primary, uint64_t mirror, uint64_t page)
+void load_want(struct store_load *load, uint64_t pba, uint64_t place)
 {
     assert(load->count < LOAD_WANTS);
-    load->wants[load->count++] = (struct want){.primary = primary, .mirror = mirror, .page = page};
+    load->wants[load->count++] = (struct want){.pba = pba, .place = place};
 }
 
 /* Submits all wants that are neither done nor submitted. Returns true if something was sent. */
@@ -59,10 +61,9 @@ static bool send_wants(struct store *store)
             continue;
         }
         while (head->attempt == 0 && first + count < load->count && !load->wants[first + count].done &&
-               load->wants[first + count].attempt == 0 && load->wants[first + count].primary == head->primary + count)
+               load->wants[first + count].attempt == 0 && load->wants[first + count].pba == head->pba + count)
             count++;
-        uint64_t pba = head->attempt == 2 ? head->mirror : head->primary;
-        if (!store_submit(store, STORE_IO_LOAD, (uint64_t)first << 16 | count, ATOLL_OP_IO_READ, pba,
+        if (!store_submit(store, STORE_IO_LOAD, (uint64_t)first << 16 | count, ATOLL_OP_IO_READ, head->pba,
                           memory + first * ATOLL_BLOCK_BYTES, (uint64_t)count * ATOLL_BLOCK_BYTES))
             break;
         for (uint32_t index = first; index < first + count; index++)
@@ -90,13 +91,8 @@ void store_load_io(struct store *store, enum store_io what, uint64_t number, uin
 bool load_try_on(struct want *want)
 {
     want->submitted = false;
-    if (want->attempt == 0 && want->status != ATOLL_OK)
-        want->attempt = 1; /* perhaps a neighbour's fault */
-    else if (want->attempt <= 1 && want->mirror != 0)
-        want->attempt = 2;
-    else
-        want->attempt = 3;
-    return want->attempt != 3;
+    want->attempt++; /* at first it was perhaps a neighbour's fault */
+    return want->attempt == 1;
 }
 
 /* --- Superblocks ----------------------------------------------------------------------------------------------------- */
@@ -126,13 +122,43 @@ static void look_at_super(struct store *store, uint64_t pba, uint64_t place, con
     load->found = true;
 }
 
+static bool super_sane(const struct store *store, const struct format_super *super)
+{
+    uint64_t slots = 0, end = FORMAT_SUPER_BLOCKS + super->log_blocks;
+    if (super->device_blocks < FORMAT_DEVICE_BLOCKS_MIN || super->log_blocks < FORMAT_LOG_BLOCKS_MIN ||
+        super->log_blocks > super->device_blocks / 4 || super->log_start == 0 || super->log_durable < super->log_start ||
+        super->extent_count == 0 || super->extent_count > FORMAT_EXTENTS || super->slots % 64 != 0 ||
+        super->slots > store->slot_capacity || super->spare_slots > format_spare_slots(store->area->geometry.device_blocks) ||
+        super->spare_slots < FORMAT_LOG_BLOCKS_MIN || super->zero_promises > super->device_blocks || super->stored_blocks > super->device_blocks)
+        return false;
+    for (uint32_t index = 0; index < super->extent_count; index++) {
+        const struct format_extent *extent = &super->extents[index];
+        if (extent->count == 0 || extent->first != end || extent->second < extent->first + extent->count ||
+            extent->second >= super->device_blocks || extent->count > super->device_blocks - extent->second)
+            return false;
+        slots += extent->count;
+        end = extent->second + extent->count + FORMAT_SUPER_BLOCKS + (index == 0 ? super->log_blocks : 0);
+        if (index == 0 && super->log_second != extent->second + extent->count)
+            return false;
+    }
+    for (uint32_t tree = 0; tree < FORMAT_TREES; tree++)
+        if (super->roots[tree].slot >= super->slots)
+            return false;
+    return end == super->device_blocks && slots == super->slots;
+}
+
 static bool take_super(struct store *store)
 {
     struct store_load *load = store->load;
     struct store_area *area = store->area;
     const struct format_super *super = &load->super;
     if (!load->found) {
-        if (load->other_version != 0)
+        if (load->other_version == 1)
+            store_fail(store,
+                       "the device holds a store of format version 1, this program reads version %u: serve it with a server of version "
+                       "0.1.0, copy its volumes from there with nbdcopy, and make a new device",
+                       FORMAT_VERSION);
+        else if (load->other_version != 0)
             store_fail(store,
                        "the device holds a store of format version %u, this program reads version %u: serve it with the release that "
                        "wrote it, or copy its volumes from there",
@@ -145,202 +171,166 @@ static bool take_super(struct store *store)
             STORE_SET(store, state, STORE_BLANK);
         return false;
     }
-    struct format_shape shape = format_shape(super->device_blocks, super->leaf_slots);
     if (super->device_blocks > area->geometry.device_blocks) {
         store_fail(store, "the store has %llu blocks, the device only %llu", (unsigned long long)super->device_blocks,
                    (unsigned long long)area->geometry.device_blocks);
         return false;
     }
-    if (super->leaf_slots > area->geometry.map_frames) {
-        store_fail(store, "the store was made for %llu map leaves, map_frames is %llu: set it to that at least",
-                   (unsigned long long)super->leaf_slots, (unsigned long long)area->geometry.map_frames);
-        return false;
-    }
-    if (super->device_blocks < FORMAT_DEVICE_BLOCKS_MIN || super->log_blocks < FORMAT_LOG_BLOCKS_MIN ||
-        super->log_blocks > super->device_blocks / 4 || super->leaf_slots == 0 || super->levels != shape.levels ||
-        super->root_count != shape.level_count[shape.levels] || super->log_start == 0 || super->log_durable < super->log_start) {
+    if (!super_sane(store, super)) {
         store_fail(store, "the superblock of generation %llu contradicts itself", (unsigned long long)super->generation);
         return false;
     }
-    area->load_resets = 1; /* from here on the big tables are filled */
+    area->load_resets = 1; /* from here on the tables are filled */
     load->repair = load->copies < 2;
     area->uuid_low = super->uuid_low;
     area->uuid_high = super->uuid_high;
     area->device_blocks = super->device_blocks;
     area->log_blocks = super->log_blocks;
-    area->leaf_slots = super->leaf_slots;
+    area->log_second = super->log_second;
+    area->slots = super->slots;
+    area->spare_slots = super->spare_slots;
+    area->extent_count = super->extent_count;
+    memcpy(area->extents, super->extents, sizeof area->extents);
+    memcpy(area->roots, super->roots, sizeof area->roots);
     area->generation = super->generation;
-    area->usable_first = FORMAT_SUPER_BLOCKS + super->log_blocks;
-    area->usable_end = super->device_blocks - FORMAT_SUPER_BLOCKS - super->log_blocks;
     area->log_start = super->log_start;
     area->super_clean = (super->flags & FORMAT_SUPER_CLEAN) != 0;
-    store_know_shape(store);
-    memcpy(&store->pointers[shape.level_base[shape.levels]], super->roots, super->root_count * sizeof super->roots[0]);
+    area->map_pages = super->map_pages;
+    area->stored_blocks = super->stored_blocks;
+    area->zero_promises = super->zero_promises;
+    store_know_places(store);
     load->chain = super->log_chain;
     load->sequence = super->log_start;
     return true;
 }
 
-/* --- Pages ----------------------------------------------------------------------------------------------------------- */
+/* --- Tables ---------------------------------------------------------------------------------------------------------- */
 
-const char *load_page_kind(const struct store *store, uint64_t page)
+void load_lost(struct store *store)
 {
-    return page < store->shape.refs_base     ? "volume table"
-           : page < store->shape.prints_base ? "reference counts"
-           : page < store->shape.leaves_base ? "fingerprints"
-           : page < store->shape.level_count[0] ? "map leaf"
-                                                : "directory";
+    static const char *const names[FORMAT_TREES] = {"volume table", "groups", "reference counts", "fingerprints", "map", "slots"};
+    uint64_t page = store->want_page;
+    store_fail(store, "both copies of a metadata page are damaged or cannot be read: %s, level %u, page %llu",
+               names[FORMAT_PAGE_TREE(page) % FORMAT_TREES], FORMAT_PAGE_LEVEL(page), (unsigned long long)FORMAT_PAGE_NUMBER(page));
 }
 
-/* Where the page's image belongs in memory, or NULL (volume table). */
-static void *page_memory(struct store *store, uint64_t page, uint64_t level)
+static void tables_step(struct store *store)
 {
-    const struct format_shape *shape = &store->shape;
-    if (level != 0)
-        return &store->pointers[shape->level_base[level - 1] + (page - shape->level_base[level]) * FORMAT_POINTERS];
-    if (page < shape->refs_base)
-        return 0;
-    if (page < shape->prints_base)
-        return store->refs + (page - shape->refs_base) * FORMAT_REFS_PER_PAGE;
-    if (page < shape->leaves_base)
-        return store->prints + (page - shape->prints_base) * FORMAT_PRINTS_PER_PAGE;
-    return store_frame(store, page - shape->leaves_base);
-}
-
-static bool pointer_good(const struct store *store, uint64_t page, const struct format_pointer *pointer)
-{
-    if (pointer->primary == 0)
-        return pointer->mirror == 0 && pointer->key == 0 && pointer->checksum == 0;
-    bool leaf = page >= store->shape.leaves_base && page < store->shape.level_count[0];
-    uint64_t leaves = FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES / FORMAT_LEAF_ENTRIES;
-    return store_usable(store, pointer->primary) && store_usable(store, pointer->mirror) && pointer->primary != pointer->mirror &&
-           (leaf ? pointer->key < (uint64_t)ATOLL_VOLUME_COUNT << 52 && FORMAT_KEY_NUMBER(pointer->key) < leaves
-                 : pointer->key == 0);
-}
-
-/* Takes a good image in. False: the store was refused. */
-static bool take_page(struct store *store, uint64_t page, uint64_t level, const uint8_t *image)
-{
-    void *memory = page_memory(store, page, level);
-    if (memory != 0) {
-        memcpy(memory, image, ATOLL_BLOCK_BYTES);
-    } else {
-        for (uint32_t index = 0; index < FORMAT_VOLUMES_PER_PAGE; index++) {
-            struct format_volume volume;
-            memcpy(&volume, image + index * sizeof volume, sizeof volume);
-            if (volume.generation == 0)
-                continue;
-            if (volume.id != page * FORMAT_VOLUMES_PER_PAGE + index || !store_volume_take(store, &volume)) {
-                store_fail(store, "entry %llu of the volume table makes no sense",
-                           (unsigned long long)(page * FORMAT_VOLUMES_PER_PAGE + index));
-                return false;
-            }
+    static const uint8_t zeros[ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    struct store_load *load = store->load;
+    uint32_t frame;
+    for (uint64_t ahead = load->cursor + 1; ahead < load->cursor + STORE_PAGE_READS / 2 && ahead < store->tables.count; ahead++)
+        store_get(store, store_table_page(store, ahead), false, &frame);
+    for (uint32_t work = 0; work < STORE_PAGE_READS && load->cursor < store->tables.count; work++) {
+        uint64_t page = store_table_page(store, load->cursor);
+        enum store_want want = store_get(store, page, false, &frame);
+        if (want == STORE_WAIT)
+            return;
+        if (want == STORE_LOST) {
+            load_lost(store);
+            return;
         }
-        atoll_domain_commit(store->dedup->domain);
+        if (!store_table_take(store, load->cursor, frame == STORE_NO_FRAME ? zeros : store_page_memory(store, frame))) {
+            store_fail(store, "page %llu of the %s makes no sense", (unsigned long long)FORMAT_PAGE_NUMBER(page),
+                       load->cursor < store->tables.groups ? "volume table" : load->cursor < store->tables.slots ? "groups" : "slots");
+            return;
+        }
+        if (frame != STORE_NO_FRAME) { /* it lies in its table from here on */
+            if (store->frames[frame].flags & FRAME_DIRTY) {
+                store_set_flags(store, frame, 0, FRAME_DIRTY);
+                store_table_dirty(store, load->cursor);
+                load->repair = true;
+            }
+            store_drop_frame(store, frame);
+        }
+        load->cursor++;
     }
-    if (level != 0 || page < store->shape.leaves_base)
-        return true;
-    /* The frame of a leaf has the number of its slot, while loading. */
-    uint64_t frame = page - store->shape.leaves_base, key = store->pointers[page].key;
-    if (store_find_frame(store, FORMAT_KEY_VOLUME(key), FORMAT_KEY_NUMBER(key), false) != UINT64_MAX) {
-        store_fail(store, "two map leaves of volume %u are both leaf %llu", FORMAT_KEY_VOLUME(key),
-                   (unsigned long long)FORMAT_KEY_NUMBER(key));
-        return false;
+    if (load->cursor == store->tables.count) {
+        load->phase = LOAD_PIN;
+        load->cursor = 0;
     }
-    uint32_t used = 0;
-    for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++)
-        used += store_frame(store, frame)[index] != 0;
-    if (frame > store->area->frames_high) { /* slots left out before it are free */
-        for (uint64_t free_frame = store->area->frames_high; free_frame < frame; free_frame++)
-            store->frame_stack[store->area->frames_free++] = (uint32_t)free_frame;
-    }
-    store->area->frames_high = frame;
-    uint64_t kept = store->area->frames_free;
-    store->area->frames_free = 0; /* so that the next one is `frame` */
-    uint64_t made = store_find_frame(store, FORMAT_KEY_VOLUME(key), FORMAT_KEY_NUMBER(key), true);
-    store->area->frames_free = kept;
-    atoll_domain_commit(store->dedup->domain);
-    if (made == UINT64_MAX) {
-        store_fail(store, "the hash of map leaves is full");
-        return false;
-    }
-    assert(made == frame);
-    store->frame_used[frame] = used;
+}
+
+bool load_pin(struct store *store)
+{
+    const uint64_t pages[3][2] = {{FORMAT_TREE_VOLUMES, store->tables.groups},
+                                  {FORMAT_TREE_GROUPS, store->tables.slots - store->tables.groups},
+                                  {FORMAT_TREE_SLOTS, store->tables.count - store->tables.slots}};
+    for (uint32_t index = 0; index < 3; index++)
+        for (uint64_t number = 0; number * FORMAT_POINTERS < pages[index][1]; number++) {
+            uint32_t frame;
+            enum store_want want = store_get(store, FORMAT_PAGE(pages[index][0], 1, number), true, &frame);
+            if (want == STORE_LOST)
+                load_lost(store);
+            if (want != STORE_HAVE)
+                return false;
+            if (store->frames[frame].live == 0)
+                store_change_live(store, frame, 1);
+        }
     return true;
 }
 
-/* Handles the running batch of pages. */
-static void take_pages(struct store *store)
+/* --- Sums ------------------------------------------------------------------------------------------------------------ */
+
+#define SUM_PER_STEP (1u << 18)
+
+/* Groups whose page of counts the log was about: it says what is right. Of the others the sum is that of the root. */
+static void count_step(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = store_bounce(store);
-    uint8_t image[ATOLL_BLOCK_BYTES];
-    for (uint32_t index = 0; index < load->count; index++) {
-        struct want *want = &load->wants[index];
-        if (want->done || !want->submitted)
+    struct store_area *area = store->area;
+    for (uint32_t work = 0; work < 256 && load->cursor < area->geometry.frames; load->cursor++) {
+        const struct store_frame *f = &store->frames[load->cursor];
+        if (f->state != FRAME_VALID || !(f->flags & FRAME_DIRTY) || FORMAT_PAGE_TREE(f->page) != FORMAT_TREE_REFS ||
+            FORMAT_PAGE_LEVEL(f->page) != 0)
             continue;
-        const struct format_pointer *pointer = &store->pointers[want->page];
-        bool good = want->status == ATOLL_OK;
-        if (good) {
-            memcpy(image, memory + index * ATOLL_BLOCK_BYTES, sizeof image);
-            good = store_checksum(store, FORMAT_SEED_PAGE, want->page ^ pointer->key, image, sizeof image) == pointer->checksum;
+        const uint32_t *words = store_page_memory(store, (uint32_t)load->cursor);
+        uint64_t group = FORMAT_PAGE_NUMBER(f->page);
+        uint32_t stored = 0, free_count = 0;
+        for (uint32_t index = 0; index < FORMAT_REFS_PER_PAGE; index++) {
+            stored += REF_IS_COUNT(words[index]);
+            free_count += words[index] == 0;
         }
-        if (good && want->attempt == 2) {
-            store->dirty[want->page / 64] |= (uint64_t)1 << want->page % 64;
-            load->repair = true;
-            store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
-        }
-        if (good) {
-            want->done = true;
-        } else if (!load_try_on(want)) {
-            store_fail(store, "both copies of a metadata page are damaged or cannot be read: %s, page %llu, blocks %llu and %llu",
-                       load_page_kind(store, want->page), (unsigned long long)want->page, (unsigned long long)pointer->primary,
-                       (unsigned long long)pointer->mirror);
-            return;
-        }
+        if (stored != GROUP_STORED(store->groups[group]))
+            store_table_dirty(store, store->tables.groups + group / FORMAT_GROUPS_PER_PAGE);
+        store->groups[group] = GROUP(free_count, 0, stored, 0);
+        work++;
     }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
-    /* All are there, each in its bounce page; taken in the order of their numbers. */
-    for (uint32_t index = 0; index < load->count; index++) {
-        const struct format_pointer *pointer = &store->pointers[load->wants[index].page];
-        memcpy(image, memory + index * ATOLL_BLOCK_BYTES, sizeof image);
-        if (store_checksum(store, FORMAT_SEED_PAGE, load->wants[index].page ^ pointer->key, image, sizeof image) !=
-            pointer->checksum) {
-            store_fail(store, "a page changed in the disk driver's memory while it was read");
-            return;
-        }
-        if (!take_page(store, load->wants[index].page, load->level, image))
-            return;
+    if (load->cursor == area->geometry.frames) {
+        load->phase = LOAD_GROW;
+        load->cursor = 0;
     }
-    load->count = 0;
 }
 
-/* Asks for the next pages of the level; goes down a level when all have been taken. */
-static void ask_pages(struct store *store)
+static void sums_step(struct store *store)
 {
     struct store_load *load = store->load;
-    uint64_t end = store->shape.level_base[load->level] + store->shape.level_count[load->level];
-    while (load->cursor < end && load->count < LOAD_WANTS) {
-        const struct format_pointer *pointer = &store->pointers[load->cursor];
-        if (!pointer_good(store, load->cursor, pointer)) {
-            store_fail(store, "the pointer to metadata page %llu (%s) makes no sense", (unsigned long long)load->cursor,
-                       load_page_kind(store, load->cursor));
+    struct store_area *area = store->area;
+    uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
+    for (uint32_t work = 0; work < SUM_PER_STEP && load->cursor < groups; work++, load->cursor++) {
+        area->free_blocks += GROUP_FREE(store->groups[load->cursor]);
+        load->stored += GROUP_STORED(store->groups[load->cursor]);
+    }
+    if (load->cursor < groups)
+        return;
+    if (load->stored != area->stored_blocks) {
+        store_fail(store, "the groups hold %llu blocks, superblock and log say %llu", (unsigned long long)load->stored,
+                   (unsigned long long)area->stored_blocks);
+        return;
+    }
+    for (uint32_t index = 0; index < store->range_count; index++)
+        area->data_blocks += store->ranges[index].end - store->ranges[index].first;
+    area->reserved_blocks = area->zero_promises;
+    for (uint32_t number = 0; number < ATOLL_VOLUME_COUNT; number++) {
+        struct atoll_volume *volume = &store->dedup->public->volumes[number];
+        volume->mapped_blocks = area->mapped[number];
+        if (area->mapped[number] != 0 && volume->state == ATOLL_VOLUME_FREE) {
+            store_fail(store, "%llu blocks of volume %u hold data, and there is no such volume",
+                       (unsigned long long)area->mapped[number], number);
             return;
         }
-        if (pointer->primary != 0)
-            load_want(load, pointer->primary, pointer->mirror, load->cursor);
-        load->cursor++;
     }
-    if (load->count != 0)
-        return;
-    if (load->level == 0) {
-        load->phase = LOAD_LOG;
-        return;
-    }
-    load->level--;
-    load->cursor = store->shape.level_base[load->level];
+    load->phase = LOAD_FLUSH;
 }
 
 /* --- The step -------------------------------------------------------------------------------------------------------- */
@@ -349,7 +339,7 @@ static void ask_pages(struct store *store)
 static void reset_step(struct store *store)
 {
     struct store_load *load = store->load;
-    uint8_t *first = (uint8_t *)store->refs, *end = store->end;
+    uint8_t *first = store->tables_begin, *end = store->tables_end;
     struct store_area *area = store->area;
     if (load->cursor == 0) {
         struct store_geometry geometry = area->geometry;
@@ -370,7 +360,8 @@ static void reset_step(struct store *store)
         memset(first + load->cursor, 0, bytes);
     load->cursor += bytes;
     if (load->cursor == total) {
-        store->last_key = 0;
+        store_cache_attach(store);
+        store->urgent = true; /* nobody else asks */
         load->phase = LOAD_HEAD;
         load->cursor = 0;
     }
@@ -380,9 +371,9 @@ static void ask_head(struct store *store)
 {
     uint64_t blocks = store->area->geometry.device_blocks;
     for (uint64_t pba = 0; pba < HEAD_BLOCKS; pba++)
-        load_want(store->load, pba, 0, pba);
+        load_want(store->load, pba, 0);
     for (uint64_t pba = blocks - HEAD_BLOCKS; pba < blocks; pba++)
-        load_want(store->load, pba, 0, pba);
+        load_want(store->load, pba, 0);
 }
 
 /* Head and tail of the device, or the last blocks of a store that is smaller than its device. */
@@ -399,7 +390,7 @@ static void take_head(struct store *store)
         want->done = want->status == ATOLL_OK || !load_try_on(want);
         if (!want->done)
             continue;
-        uint64_t pba = want->primary;
+        uint64_t pba = want->pba;
         if (want->status != ATOLL_OK) {
             load->unreadable |= pba < 2 || pba >= blocks - 2;
             continue;
@@ -412,7 +403,7 @@ static void take_head(struct store *store)
         if (pba < 2)
             look_at_super(store, pba, pba, block);
         else if (load->phase == LOAD_SUPER)
-            look_at_super(store, pba, want->page, block);
+            look_at_super(store, pba, want->place, block);
         else if (pba >= blocks - 2)
             look_at_super(store, pba, pba - (blocks - 4), block);
     }
@@ -423,15 +414,14 @@ static void take_head(struct store *store)
     uint64_t own = load->super.device_blocks;
     if (load->phase == LOAD_HEAD && load->found && own < blocks && own >= FORMAT_DEVICE_BLOCKS_MIN) {
         load->phase = LOAD_SUPER;
-        load_want(load, own - 2, 0, 2);
-        load_want(load, own - 1, 0, 3);
+        load_want(load, own - 2, 2);
+        load_want(load, own - 1, 3);
         return;
     }
     if (!take_super(store))
         return;
-    load->phase = LOAD_PAGES;
-    load->level = store->shape.levels;
-    load->cursor = store->shape.level_base[load->level];
+    load->phase = LOAD_TABLES;
+    load->cursor = 0;
 }
 
 /* What was read may not be durable yet (all processes died, not the machine): flush before anything relies on it. */
@@ -453,8 +443,12 @@ static bool flush_step(struct store *store)
     STORE_SET(store, log_fill, 0);
     STORE_SET(store, epoch, 1);
     STORE_SET(store, synced_epoch, 0);
-    STORE_SET(store, cursor[0], area->usable_first);
-    STORE_SET(store, checkpoint_wanted, load->repair);
+    STORE_SET(store, cursor, store->ranges[0].first);
+    STORE_SET(store, checkpoint_wanted, load->repair || area->checkpoint_wanted || area->growing ||
+                                            area->frames_held >= store_held_limit(store) / 2);
+    STORE_SET(store, warm_group, (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS);
+    STORE_SET(store, warm_left, area->geometry.fingerprint_slots);
+    store->urgent = false;
     STORE_SET(store, state, STORE_READY);
     return true;
 }
@@ -466,13 +460,19 @@ static bool ask(struct store *store)
     case LOAD_RESET: reset_step(store); break;
     case LOAD_HEAD: ask_head(store); break;
     case LOAD_SUPER: break;
-    case LOAD_PAGES: ask_pages(store); break;
+    case LOAD_TABLES: tables_step(store); break;
+    case LOAD_PIN:
+        if (load_pin(store))
+            load->phase = LOAD_LOG;
+        break;
     case LOAD_LOG: load_ask_log(store); break;
     case LOAD_TAIL: load_ask_tail(store); break;
-    case LOAD_POINTERS: load_pointers_step(store); break;
-    case LOAD_FRAMES: load_frames_step(store); break;
-    case LOAD_BLOCKS: load_blocks_step(store); break;
-    case LOAD_CACHE: load_cache_step(store); break;
+    case LOAD_COUNT: count_step(store); break;
+    case LOAD_GROW:
+        if (store_grow(store))
+            load->phase = LOAD_SUMS;
+        break;
+    case LOAD_SUMS: sums_step(store); break;
     case LOAD_FLUSH: return flush_step(store);
     }
     return true;
@@ -493,11 +493,22 @@ bool store_load_step(struct store *store)
     }
     bool did = true;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.load");
+    if (load->phase > LOAD_SUPER) {
+        bool starved = store->starved;
+        store_cache_step(store);
+        load->starved = starved && store->free_count + store->freed_count == 0 ? load->starved + 1 : 0;
+        if (load->starved > LOAD_STARVED) {
+            store_fail(store, "the metadata log is about more pages than %llu, which is what dedup.metadata_cache_bytes holds: start with "
+                              "as much as the last time, a clean stop makes any size possible",
+                       (unsigned long long)area->geometry.frames);
+            give_up(store);
+            return true;
+        }
+    }
     if (load->count != 0) {
         switch (load->phase) {
         case LOAD_HEAD:
         case LOAD_SUPER: take_head(store); break;
-        case LOAD_PAGES: take_pages(store); break;
         case LOAD_LOG: load_take_log(store); break;
         case LOAD_TAIL: load_take_tail(store); break;
         default: assert(!"a phase that reads");

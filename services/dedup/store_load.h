@@ -1,25 +1,26 @@
 /*
  * What the parts of loading share: the private state, and batches of reads. See store_load.c.
  *
- *   store_load.c    batches, superblocks, directories and pages, the step
+ *   store_load.c    batches, superblocks, tables, sums, the step
  *   store_replay.c  metadata log
- *   store_sums.c    what pages and log say must agree; sums and the fingerprint cache
+ *   store_grow.c    a store that is smaller than its device
  */
 #ifndef ATOLL_DEDUP_STORE_LOAD_H
 #define ATOLL_DEDUP_STORE_LOAD_H
 
 #include "services/dedup/store_internal.h"
 
-#define LOAD_WANTS STORE_BOUNCE_PAGES
+#define LOAD_WANTS STORE_BATCH_READS
+#define LOAD_STARVED 64 /* steps in a row in which no page could leave memory: there is too little of it */
 
 enum load_phase {
-    LOAD_RESET, LOAD_HEAD, LOAD_SUPER, LOAD_PAGES, LOAD_LOG, LOAD_TAIL, LOAD_POINTERS, LOAD_FRAMES, LOAD_BLOCKS, LOAD_CACHE, LOAD_FLUSH
+    LOAD_RESET, LOAD_HEAD, LOAD_SUPER, LOAD_TABLES, LOAD_PIN, LOAD_LOG, LOAD_TAIL, LOAD_COUNT, LOAD_GROW, LOAD_SUMS, LOAD_FLUSH
 };
 
 struct want {
-    uint64_t primary, mirror; /* mirror 0: none */
-    uint64_t page;            /* number in the row, or what the phase wants */
-    uint32_t attempt;         /* 0 with neighbours, 1 alone, 2 mirror, 3 given up */
+    uint64_t pba;
+    uint64_t place;           /* of a superblock */
+    uint32_t attempt;         /* 0 with neighbours, 1 alone, 2 given up */
     uint32_t status;
     bool submitted, done;
 };
@@ -27,9 +28,9 @@ struct want {
 struct store_load {
     enum load_phase phase;
     uint64_t cursor;
-    uint64_t level;
     uint32_t count;           /* wants in the running batch */
-    bool collected;           /* all pages of this level have been asked for */
+    uint32_t pairs, pair;     /* log blocks that have been read, and the next of them to replay */
+    uint32_t starved;         /* steps in a row */
     struct want wants[LOAD_WANTS];
     bool nonzero;             /* something other than zeros where a store has its superblocks and log */
     bool magic;               /* a superblock's or log block's magic was seen */
@@ -40,27 +41,24 @@ struct store_load {
     uint32_t copies;          /* of that superblock */
     uint64_t chain, sequence; /* log: checksum before, and number of, the next block */
     bool repair;
-    uint64_t sum, entries;
+    uint64_t stored;
     uint64_t flush_status;
     bool flush_sent;
 };
 
 /* --- store_load.c --- */
-void load_want(struct store_load *load, uint64_t primary, uint64_t mirror, uint64_t page);
-/* The next way to get at a want whose bytes are bad or were not read. False if there is none. */
+void load_want(struct store_load *load, uint64_t pba, uint64_t place);
+/* Another way to get at a want that was not read. False if there is none. */
 bool load_try_on(struct want *want);
-const char *load_page_kind(const struct store *store, uint64_t page);
+/* Both copies of a metadata page are damaged: the store is refused. */
+void load_lost(struct store *store);
+/* Directories above the tables stay in memory. False: not all yet. */
+bool load_pin(struct store *store);
 
 /* --- store_replay.c: ask_ enters wants or changes the phase, take_ handles the batch that was read --- */
 void load_ask_log(struct store *store);
 void load_take_log(struct store *store);
 void load_ask_tail(struct store *store);
 void load_take_tail(struct store *store);
-
-/* --- store_sums.c: a bounded step each, which changes the phase at its end --- */
-void load_pointers_step(struct store *store);
-void load_frames_step(struct store *store);
-void load_blocks_step(struct store *store);
-void load_cache_step(struct store *store);
 
 #endif

@@ -72,7 +72,7 @@ bool store_has_room(struct dedup *dedup, uint32_t records)
     struct store *store = dedup->store;
     struct store_area *area = store->area;
     uint64_t needed = (uint64_t)records / (FORMAT_LOG_RECORD_BYTES / STORE_CHANGE_BYTES) + 2 + STORE_LOG_SLACK_BLOCKS;
-    bool room = log_room(area) > needed;
+    bool room = log_room(area) > needed && !store_full_of_changes(store);
     if (!room || area->log_next - area->log_durable > STORE_LOG_BUFFER_BLOCKS / 2)
         if (!area->sync_wanted && area->sync_phase == SYNC_IDLE && area->changed)
             STORE_SET(store, sync_wanted, 1);
@@ -138,14 +138,13 @@ static void sync_complete(struct store *store)
 {
     struct store_area *area = store->area;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.synced");
-    uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
     STORE_SET(store, log_durable, area->sync_end);
     STORE_SET(store, synced_epoch, area->sync_epoch); /* COMMIT POINT of all changes of this epoch, for power loss */
     STORE_SET(store, sync_status, ATOLL_OK);
     STORE_SET(store, sync_phase, SYNC_IDLE);
     STORE_SET(store, sync_retry_ns, 0);
     if (area->pending_blocks != 0)
-        STORE_SET(store, sweep_left, groups);
+        STORE_SET(store, sweep_left, area->geometry.frames); /* their pages are in memory */
     store_count(store, STORE_COUNTER_SYNCS, 1);
 }
 
@@ -187,7 +186,7 @@ static bool sync_write(struct store *store)
                 count = area->log_blocks - place;
             if (count > STORE_LOG_BUFFER_BLOCKS - slot)
                 count = STORE_LOG_BUFFER_BLOCKS - slot;
-            uint64_t pba = place + (copy == 0 ? FORMAT_SUPER_BLOCKS : area->usable_end);
+            uint64_t pba = place + (copy == 0 ? FORMAT_SUPER_BLOCKS : area->log_second);
             if (!store_submit(store, STORE_IO_LOG, 0, ATOLL_OP_IO_WRITE, pba, log_block(store, sequence),
                               count * ATOLL_BLOCK_BYTES))
                 return did;

@@ -1,69 +1,103 @@
 /*
- * Paging, its interface: what a step is about to look at is in memory, or is asked for. Everything is in memory still, so the
- * answers are simple.
+ * Paging, its interface: what a step is about to look at is in memory, or is asked for. See store.h.
+ *
+ * All that is missing is asked for at once, so that one wait is for all of it.
  *
  * After a crash: nothing to do.
  */
 #include "services/dedup/store_internal.h"
 
-enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, bool change)
+static enum store_want worse(enum store_want a, enum store_want b)
 {
-    (void)dedup, (void)volume, (void)lba, (void)count, (void)change;
-    return STORE_HAVE;
+    return a == STORE_LOST || b == STORE_LOST ? STORE_LOST : a > b ? a : b;
+}
+
+/* Logged entries may hold five eighths of what may be held at all: the rest is for destaging them. */
+static bool pressed(const struct store *store)
+{
+    return store->area->frames_held >= store_held_limit(store) / 8 * 5;
+}
+
+bool store_pressed(struct dedup *dedup) { return pressed(dedup->store); }
+
+bool store_full_of_changes(struct store *store)
+{
+    struct store_area *area = store->area;
+    if (area->frames_held < store_held_limit(store))
+        return false;
+    if (area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && area->frames_dirty != 0)
+        STORE_SET(store, checkpoint_wanted, 1);
+    if (area->changed && !area->sync_wanted && area->sync_phase == SYNC_IDLE) /* pending blocks hold pages too */
+        STORE_SET(store, sync_wanted, 1);
+    return true;
+}
+
+enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, enum store_use use)
+{
+    struct store *store = dedup->store;
+    enum store_want worst = STORE_HAVE;
+    uint64_t last = count == 0 ? lba : lba + count - 1;
+    for (uint64_t leaf = lba / FORMAT_LEAF_ENTRIES; count != 0 && leaf <= last / FORMAT_LEAF_ENTRIES; leaf++) {
+        uint32_t frame;
+        enum store_want want =
+            store_get(store, FORMAT_PAGE(FORMAT_TREE_MAP, 0, FORMAT_LEAF_NUMBER(volume, leaf)), use != STORE_LOOK, &frame);
+        worst = worse(worst, want);
+        if (want == STORE_LOST)
+            break;
+        /* A leaf that is held already does not hold more for one more entry. */
+        if (use == STORE_LOG && want == STORE_HAVE && !(store->frames[frame].flags & FRAME_HELD) && pressed(store)) {
+            if (store->area->frames_dirty != 0 && store->area->checkpoint_phase == CHECKPOINT_IDLE && !store->area->checkpoint_wanted)
+                STORE_SET(store, checkpoint_wanted, 1);
+            worst = worse(worst, STORE_WAIT);
+        }
+    }
+    return worst;
+}
+
+static enum store_want want_places(struct store *store, const uint64_t *pbas, uint32_t count, bool refs, bool create)
+{
+    enum store_want worst = STORE_HAVE;
+    for (uint32_t index = 0; index < count; index++) {
+        uint64_t pba = pbas[index];
+        uint32_t frame;
+        if (!store_usable(store, pba))
+            continue;
+        worst = worse(worst, store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, pba / FORMAT_PRINTS_PER_PAGE), create, &frame));
+        if (refs)
+            worst = worse(worst, store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), create, &frame));
+    }
+    return worst;
 }
 
 enum store_want store_want_blocks(struct dedup *dedup, const uint64_t *pbas, uint32_t count)
 {
-    (void)dedup, (void)pbas, (void)count;
-    return STORE_HAVE;
+    return want_places(dedup->store, pbas, count, true, true);
 }
 
 enum store_want store_want_prints(struct dedup *dedup, const uint64_t *pbas, uint32_t count)
 {
-    (void)dedup, (void)pbas, (void)count;
-    return STORE_HAVE;
+    return want_places(dedup->store, pbas, count, false, false);
 }
 
-enum store_want store_want_candidates(struct dedup *dedup, struct fingerprint print)
+enum store_want store_want_base(struct dedup *dedup, uint64_t base)
 {
-    (void)dedup, (void)print;
-    return STORE_HAVE;
+    uint32_t frame;
+    uint64_t pba = MAP_NUMBER(base);
+    if (MAP_KIND(base) != MAP_PBA || !store_usable(dedup->store, pba))
+        return STORE_HAVE;
+    return store_get(dedup->store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), true, &frame);
 }
 
-enum store_want store_want_space(struct dedup *dedup)
-{
-    (void)dedup;
-    return STORE_HAVE;
-}
+uint32_t store_want_status(struct dedup *dedup) { return dedup->store->want_status; }
 
-uint32_t store_want_status(struct dedup *dedup)
-{
-    (void)dedup;
-    return ATOLL_OK;
-}
+uint64_t store_want_page(struct dedup *dedup) { return dedup->store->want_page; }
 
-uint64_t store_want_page(struct dedup *dedup)
-{
-    (void)dedup;
-    return 0;
-}
+bool store_starved(struct dedup *dedup) { return dedup->store->starved; }
 
-bool store_starved(struct dedup *dedup)
+void store_urgent(struct dedup *dedup, bool urgent)
 {
-    (void)dedup;
-    return false;
-}
-
-void store_urgent(struct dedup *dedup, bool urgent) { (void)dedup, (void)urgent; }
-
-bool store_pressed(struct dedup *dedup)
-{
-    (void)dedup;
-    return false;
-}
-
-enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end, uint64_t *next)
-{
-    *next = store_map_next_leaf(dedup, volume, leaf, end);
-    return STORE_HAVE;
+    struct store *store = dedup->store;
+    if (urgent && !store->urgent)
+        store->stamp++;
+    store->urgent = urgent;
 }

@@ -4,6 +4,9 @@
  * It ends at the first block that is right in neither copy. That must be at or after the end that the superblock saw
  * durable, and no block anywhere in the log may have been sealed when the ending one was durable: else the store is refused (docs/format.md).
  *
+ * A block is replayed when the pages that it is about are in memory. They stay there, dirty: all pages that were changed since log_start
+ * find room, because at most half of the frames may be held while changes are made (docs/format.md).
+ *
  * After a crash: as store_load.c.
  */
 #include "services/dedup/store_load.h"
@@ -19,91 +22,154 @@ static bool log_block_good(const struct store *store, const uint8_t *block, uint
     return header->checksum == store_checksum(store, FORMAT_SEED_LOG, header->sequence, block + 8, ATOLL_BLOCK_BYTES - 8);
 }
 
-/* Leaves that the log has emptied so far leave the map, as they did while it was written: others have their frames now. */
-static bool release_empty(struct store *store)
+/* --- Records --------------------------------------------------------------------------------------------------------- */
+
+static uint32_t record_words(uint64_t word)
 {
-    bool did = false;
-    for (uint64_t frame = 0; frame < store->area->frames_high; frame++) {
-        if (store->frame_key[frame] == 0 || store->frame_used[frame] != 0)
-            continue;
-        store_release_frame(store, frame);
-        did = true;
+    uint32_t type = FORMAT_RECORD_TYPE(word);
+    return type == FORMAT_RECORD_BLOCK ? 4 : type == FORMAT_RECORD_VOLUME ? 1 + sizeof(struct format_volume) / 8 : 2;
+}
+
+static bool map_sane(const struct store *store, uint64_t rest, uint64_t count, uint64_t value)
+{
+    uint64_t lba = FORMAT_KEY_NUMBER(rest);
+    return FORMAT_KEY_VOLUME(rest) < ATOLL_VOLUME_COUNT && count >= 1 && count <= FORMAT_HOLES_MAX &&
+           count <= FORMAT_LEAF_ENTRIES - lba % FORMAT_LEAF_ENTRIES && lba < FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES &&
+           (value == 0 || value == MAP_VALUE(MAP_ZERO, 0) || (MAP_KIND(value) == MAP_PBA && store_usable(store, MAP_NUMBER(value))));
+}
+
+static bool record_sane(const struct store *store, const uint64_t *words)
+{
+    uint64_t rest = FORMAT_RECORD_REST(words[0]);
+    switch (FORMAT_RECORD_TYPE(words[0])) {
+    case FORMAT_RECORD_MAP: return map_sane(store, rest, 1, words[1]);
+    case FORMAT_RECORD_HOLES: return map_sane(store, rest, words[1] & 0xffff, 0);
+    case FORMAT_RECORD_BLOCK: return store_usable(store, rest) && words[1] == 1;
+    case FORMAT_RECORD_REFS: return store_usable(store, rest) && words[1] <= REF_COUNT_MAX;
+    case FORMAT_RECORD_VOLUME: return true; /* store_volume_take */
+    default: return false;
+    }
+}
+
+static uint64_t leaf_page(uint64_t rest)
+{
+    return FORMAT_PAGE(FORMAT_TREE_MAP, 0, FORMAT_LEAF_NUMBER(FORMAT_KEY_VOLUME(rest), FORMAT_KEY_NUMBER(rest) / FORMAT_LEAF_ENTRIES));
+}
+
+/* The pages that a record is about. */
+static enum store_want want_record(struct store *store, const uint64_t *words)
+{
+    uint64_t rest = FORMAT_RECORD_REST(words[0]);
+    uint32_t frame, type = FORMAT_RECORD_TYPE(words[0]);
+    enum store_want want = STORE_HAVE, more;
+    if (type == FORMAT_RECORD_MAP || type == FORMAT_RECORD_HOLES)
+        return store_get(store, leaf_page(rest), type == FORMAT_RECORD_MAP && words[1] != 0, &frame);
+    if (type == FORMAT_RECORD_VOLUME)
+        return STORE_HAVE;
+    want = store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, rest / FORMAT_REFS_PER_PAGE), true, &frame);
+    if (type != FORMAT_RECORD_BLOCK || want == STORE_LOST)
+        return want;
+    more = store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, rest / FORMAT_PRINTS_PER_PAGE), true, &frame);
+    return more > want ? more : want;
+}
+
+/* Sums follow from the records alone: a page may be ahead of the log. */
+static void sum_kind(struct store *store, uint32_t volume, uint32_t kind, uint64_t count)
+{
+    struct store_area *area = store->area;
+    if (kind == MAP_PBA) {
+        area->mapped[volume] += count;
+        area->references += count;
+    } else if (kind == MAP_ZERO) {
+        area->zero_promises += count;
+    }
+}
+
+static void set_entries(struct store *store, uint64_t rest, uint64_t count, uint64_t value)
+{
+    uint32_t frame = store_find(store, leaf_page(rest));
+    if (frame == STORE_NO_FRAME)
+        return; /* nothing to make holes of */
+    uint64_t *entries = store_page_memory(store, frame);
+    store_mark_dirty(store, frame);
+    for (uint64_t index = 0; index < count; index++)
+        entries[FORMAT_KEY_NUMBER(rest) % FORMAT_LEAF_ENTRIES + index] = value;
+}
+
+/* Applies a record whose pages are in memory. Nothing is journaled but what marks pages: a successor begins anew. */
+static bool apply(struct store *store, const uint64_t *words)
+{
+    uint64_t rest = FORMAT_RECORD_REST(words[0]);
+    uint32_t type = FORMAT_RECORD_TYPE(words[0]), volume = FORMAT_KEY_VOLUME(rest);
+    if (type == FORMAT_RECORD_MAP) {
+        sum_kind(store, volume, FORMAT_KEY_BEFORE(rest), (uint64_t)-1);
+        sum_kind(store, volume, (uint32_t)MAP_KIND(words[1]), 1);
+        set_entries(store, rest, 1, words[1]);
+    } else if (type == FORMAT_RECORD_HOLES) {
+        sum_kind(store, volume, MAP_PBA, -(words[1] >> 16 & 0xffff));
+        sum_kind(store, volume, MAP_ZERO, -(words[1] >> 32 & 0xffff));
+        set_entries(store, rest, words[1] & 0xffff, 0);
+    } else if (type == FORMAT_RECORD_VOLUME) {
+        struct format_volume image;
+        memcpy(&image, words + 1, sizeof image);
+        if (rest != image.id || !store_volume_take(store, &image))
+            return false;
+        volume = image.id;
+    } else {
+        *store_ref(store, rest) = (uint32_t)words[1];
+        store_mark_dirty(store, store_find(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, rest / FORMAT_REFS_PER_PAGE)));
+        store->area->stored_blocks += type == FORMAT_RECORD_BLOCK ? 1 : words[1] == 0 ? (uint64_t)-1 : 0;
+        if (type != FORMAT_RECORD_BLOCK)
+            return true;
+        *store_print(store, rest) = (struct fingerprint){words[2], words[3]};
+        store_mark_dirty(store, store_find(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, rest / FORMAT_PRINTS_PER_PAGE)));
+        return true;
+    }
+    store_table_dirty(store, volume / FORMAT_VOLUMES_PER_PAGE);
+    return true;
+}
+
+enum replayed { REPLAYED, REPLAY_WAITS, REPLAY_SENSELESS };
+
+/* A block whole or not at all: its pages first. */
+static enum replayed replay(struct store *store, const uint64_t *words, uint32_t count)
+{
+    bool waits = false;
+    for (uint32_t at = 0; at < count; at += record_words(words[at])) {
+        if (record_words(words[at]) > count - at || !record_sane(store, words + at))
+            return REPLAY_SENSELESS;
+        enum store_want want = want_record(store, words + at);
+        if (want == STORE_LOST) {
+            load_lost(store);
+            return REPLAY_WAITS;
+        }
+        waits |= want == STORE_WAIT;
+    }
+    if (waits)
+        return REPLAY_WAITS;
+    for (uint32_t at = 0; at < count; at += record_words(words[at])) {
+        if (!apply(store, words + at))
+            return REPLAY_SENSELESS;
         if (store->journal->count > ATOLL_JOURNAL_ENTRIES / 2)
             atoll_domain_commit(store->dedup->domain);
     }
-    return did;
+    atoll_domain_commit(store->dedup->domain);
+    return REPLAYED;
 }
 
-static bool replay_map(struct store *store, uint32_t volume, uint64_t lba, uint64_t count, uint64_t value)
+/* --- The log --------------------------------------------------------------------------------------------------------- */
+
+static void end_of_log(struct store_load *load)
 {
-    bool sane = volume < ATOLL_VOLUME_COUNT && count <= FORMAT_HOLES_MAX && count <= FORMAT_LEAF_ENTRIES - lba % FORMAT_LEAF_ENTRIES &&
-                lba < FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES &&
-                (value == 0 || value == MAP_VALUE(MAP_ZERO, 0) ||
-                 (MAP_KIND(value) == MAP_PBA && store_usable(store, MAP_NUMBER(value))));
-    if (!sane)
-        return false;
-    uint64_t frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, value != 0);
-    if (frame == UINT64_MAX && value != 0 && release_empty(store))
-        frame = store_find_frame(store, volume, lba / FORMAT_LEAF_ENTRIES, true);
-    if (frame == UINT64_MAX)
-        return value == 0; /* nothing to make a hole of; or no frame */
-    for (uint64_t index = 0; index < count; index++)
-        store_set_entry(store, frame, (uint32_t)((lba + index) % FORMAT_LEAF_ENTRIES), value);
-    store_mark_dirty(store, store->shape.leaves_base + frame);
-    return true;
+    load->pairs = load->pair = 0;
+    load->phase = LOAD_TAIL;
+    load->cursor = 0;
 }
 
-static bool replay(struct store *store, const uint64_t *words, uint32_t count)
-{
-    for (uint32_t at = 0; at < count;) {
-        uint64_t rest = FORMAT_RECORD_REST(words[at]);
-        uint32_t left = count - at, type = FORMAT_RECORD_TYPE(words[at]);
-        uint32_t length = type == FORMAT_RECORD_BLOCK ? 4 : type == FORMAT_RECORD_VOLUME ? 65 : 2;
-        if (length > left)
-            return false;
-        switch (type) {
-        case FORMAT_RECORD_MAP:
-            if (!replay_map(store, FORMAT_KEY_VOLUME(rest), FORMAT_KEY_NUMBER(rest), 1, words[at + 1]))
-                return false;
-            break;
-        case FORMAT_RECORD_HOLES:
-            if (!replay_map(store, FORMAT_KEY_VOLUME(rest), FORMAT_KEY_NUMBER(rest), words[at + 1], 0))
-                return false;
-            break;
-        case FORMAT_RECORD_BLOCK:
-            if (!store_usable(store, rest))
-                return false;
-            store->prints[rest].low = words[at + 2];
-            store->prints[rest].high = words[at + 3];
-            store_mark_dirty(store, store->shape.prints_base + rest / FORMAT_PRINTS_PER_PAGE);
-            /* fall through */
-        case FORMAT_RECORD_REFS:
-            if (!store_usable(store, rest) || words[at + 1] > REF_COUNT_MAX)
-                return false;
-            store->refs[rest] = (uint32_t)words[at + 1];
-            store_mark_dirty(store, store->shape.refs_base + rest / FORMAT_REFS_PER_PAGE);
-            break;
-        case FORMAT_RECORD_VOLUME: {
-            struct format_volume volume;
-            memcpy(&volume, words + at + 1, sizeof volume);
-            if (rest != volume.id || !store_volume_take(store, &volume))
-                return false;
-            store_mark_dirty(store, volume.id / FORMAT_VOLUMES_PER_PAGE);
-            break;
-        }
-        default: return false;
-        }
-        at += length;
-    }
-    return true;
-}
-
-/* The batch holds both copies of the next log blocks: want 2i copy 0, 2i + 1 copy 1. */
+/* The batch holds both copies of the next log blocks: the first half copy 0, the second copy 1. */
 void load_take_log(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = store_bounce(store);
-    uint8_t block[ATOLL_BLOCK_BYTES];
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];
         if (want->done || !want->submitted)
@@ -113,38 +179,44 @@ void load_take_log(struct store *store)
     for (uint32_t index = 0; index < load->count; index++)
         if (!load->wants[index].done)
             return;
-    uint32_t pairs = load->count / 2;
+    load->pairs = load->count / 2;
+    load->pair = 0;
     load->count = 0;
-    for (uint32_t index = 0; index < pairs; index++) {
+}
+
+/* Replays what has been read, until the next block's pages must be waited for. */
+static void replay_batch(struct store *store)
+{
+    struct store_load *load = store->load;
+    const uint8_t *memory = store_bounce(store);
+    uint8_t block[ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    for (; load->pair < load->pairs; load->pair++) {
         struct format_log_header header;
-        uint32_t good = 0, which = 0;
+        uint32_t good = 0;
         for (uint32_t copy = 0; copy < 2; copy++) {
             uint8_t image[ATOLL_BLOCK_BYTES];
-            uint32_t place = index + copy * pairs;
+            uint32_t place = load->pair + copy * load->pairs;
             memcpy(image, memory + place * ATOLL_BLOCK_BYTES, sizeof image);
             if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, load->sequence, &header) ||
                 header.chain != load->chain)
                 continue;
             good++;
-            which |= 1u << copy;
             memcpy(block, image, sizeof block);
         }
         if (good == 0) {
-            load->phase = LOAD_TAIL;
-            load->cursor = 0;
+            end_of_log(load);
             return;
         }
+        memcpy(&header, block, sizeof header);
+        enum replayed replayed = replay(store, (const uint64_t *)(const void *)(block + sizeof header), header.used_bytes / 8);
+        if (replayed == REPLAY_SENSELESS)
+            store_fail(store, "log block %llu has a record that makes no sense", (unsigned long long)load->sequence);
+        if (replayed != REPLAYED)
+            return;
         if (good == 1) {
             load->repair = true;
             store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
         }
-        memcpy(&header, block, sizeof header);
-        if (!replay(store, (const uint64_t *)(const void *)(block + sizeof header), header.used_bytes / 8)) {
-            store_fail(store, "log block %llu has a record that makes no sense, or that there is no map leaf for",
-                       (unsigned long long)load->sequence);
-            return;
-        }
-        atoll_domain_commit(store->dedup->domain);
         load->chain = header.checksum;
         load->sequence++;
     }
@@ -154,15 +226,17 @@ void load_ask_log(struct store *store)
 {
     struct store_load *load = store->load;
     const struct store_area *area = store->area;
+    if (load->pair < load->pairs) {
+        replay_batch(store);
+        return;
+    }
     uint64_t left = area->log_start + area->log_blocks - load->sequence;
     uint32_t pairs = left < LOAD_WANTS / 2 ? (uint32_t)left : LOAD_WANTS / 2;
     for (uint32_t copy = 0; copy < 2; copy++)
         for (uint32_t index = 0; index < pairs; index++)
-            load_want(load, (copy == 0 ? FORMAT_SUPER_BLOCKS : area->usable_end) + (load->sequence + index) % area->log_blocks, 0, 0);
-    if (pairs == 0) {
-        load->phase = LOAD_TAIL;
-        load->cursor = 0;
-    }
+            load_want(load, (copy == 0 ? FORMAT_SUPER_BLOCKS : area->log_second) + (load->sequence + index) % area->log_blocks, 0);
+    if (pairs == 0)
+        end_of_log(load);
 }
 
 /* The log ends before load->sequence. Does anything say that it should not? Every block of it is looked at for that: one that was
@@ -206,10 +280,10 @@ void load_ask_tail(struct store *store)
     }
     for (; load->cursor < 2 * area->log_blocks && load->count < LOAD_WANTS; load->cursor++) {
         uint64_t place = load->cursor % area->log_blocks;
-        load_want(load, place + (load->cursor < area->log_blocks ? FORMAT_SUPER_BLOCKS : area->usable_end), 0, 0);
+        load_want(load, place + (load->cursor < area->log_blocks ? FORMAT_SUPER_BLOCKS : area->log_second), 0);
     }
     if (load->count != 0)
         return;
-    load->phase = LOAD_POINTERS;
+    load->phase = LOAD_COUNT;
     load->cursor = 0;
 }

@@ -9,8 +9,10 @@
  * A block that is not what it should be is lost; this sync fails with ATOLL_ECORRUPT, the next goes on, and whoever reads the block
  * is told by its fingerprint.
  *
- * A write may have completed before the failure and be placed long after it: while a block is in flight, its fingerprint's place holds
+ * A write may have completed before the failure and be placed long after it: while a block is in flight, its reference word holds
  * the number of failures so far, and if there were more when it is placed, the next sync writes again too.
+ *
+ * Pages of counts and fingerprints of these blocks are in memory: they are dirty, or were written by a checkpoint that needs this sync.
  *
  * After a crash: cursor, stage and list are in the arena, contents in the driver's buffer area; a successor goes on.
  */
@@ -43,7 +45,7 @@ static bool collect(struct store *store)
 {
     struct store_area *area = store->area;
     uint64_t sequence = area->rewrite_sequence, at = area->rewrite_word, count = 0;
-    for (uint32_t looked = 0; sequence < area->sync_end && count < STORE_BOUNCE_PAGES && looked < 4096; looked++) {
+    for (uint32_t looked = 0; sequence < area->sync_end && count < STORE_BATCH_READS && looked < 4096; looked++) {
         const uint8_t *block = store->log_buffer + sequence % STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES;
         const struct format_log_header *header = (const void *)block;
         const uint64_t *words = (const void *)(block + sizeof *header);
@@ -54,8 +56,8 @@ static bool collect(struct store *store)
         }
         uint64_t pba = FORMAT_RECORD_REST(words[at]);
         /* Freed meanwhile it still counts: what this sync makes durable may name it. It cannot have been handed out again. */
-        if (FORMAT_RECORD_TYPE(words[at]) == FORMAT_RECORD_BLOCK && store_keeps_content(store, pba) &&
-            store->prints[pba].low == words[at + 2] && store->prints[pba].high == words[at + 3])
+        const struct fingerprint *print = FORMAT_RECORD_TYPE(words[at]) == FORMAT_RECORD_BLOCK ? store_print(store, pba) : 0;
+        if (print != 0 && store_keeps_content(store, pba) && print->low == words[at + 2] && print->high == words[at + 3])
             atoll_set64(store->journal, &area->rewrite_pba[count++], pba);
         at += record_words(words[at]);
     }
@@ -89,7 +91,7 @@ bool store_rewrite_step(struct store *store)
 {
     struct store_area *area = store->area;
     const uint8_t *memory = store_bounce(store);
-    if (area->sync_outstanding != 0 || store->dedup->io->free_count < STORE_BOUNCE_PAGES || memory == 0)
+    if (area->sync_outstanding != 0 || store->dedup->io->free_count < STORE_BATCH_READS || memory == 0)
         return false;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.rewrite");
     switch (area->rewrite_stage) {
@@ -109,7 +111,8 @@ bool store_rewrite_step(struct store *store)
             uint64_t pba = area->rewrite_pba[index];
             memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
             XXH128_hash_t hash = XXH3_128bits(block, sizeof block);
-            if (hash.low64 == store->prints[pba].low && hash.high64 == store->prints[pba].high)
+            const struct fingerprint *print = store_print(store, pba);
+            if (print != 0 && hash.low64 == print->low && hash.high64 == print->high)
                 continue;
             STORE_ADD(store, rewrite_lost, 1);
             atoll_set64(store->journal, &area->rewrite_pba[index], 0);

@@ -1,14 +1,20 @@
 /*
- * Space: reference words and their group sums, reservations, allocation of runs, fingerprints and the cache of them.
+ * Space: reference words and their group sums, reservations, allocation of runs.
  *
- * available = usable - stored - quarantined - reserved - what metadata may need at worst, where the last is four blocks
- * for each page that can be dirty: two copies, old and new; and two for each leaf that left the map, until the root that
- * has it is not needed any more. So a checkpoint always finds its places (I7).
+ * available = data blocks - stored - quarantined - reserved - those kept for overwrites. Metadata pages have places of
+ * their own (store_slot.c).
+ *
+ * Words lie in pages of counts, which are paged; the sum of each page, its group's word, lies in memory for the whole device. A page
+ * with blocks in flight or pending stays in memory.
  *
  * After a crash: all of it is in the arena and journaled. After power loss: counts come from pages and log, the rest
- * (in flight, pending, quarantined) is free, sums and fingerprint cache are made again.
+ * (in flight, pending, quarantined) is free, group sums come from the device.
  */
 #include "services/dedup/store_internal.h"
+
+#define KEPT_MOST 1024       /* blocks kept for overwrites: 4 MiB, or a 64th of a small device */
+#define GROUPS_LOOKED 4      /* for a run of a quarter of what is wanted; then four times as many for any */
+#define QUARANTINE_RUN 65536 /* blocks in one run of the list at most */
 
 /* --- Words and sums -------------------------------------------------------------------------------------------------- */
 
@@ -24,92 +30,149 @@ static bool takeable(const struct store *store, uint32_t word)
     return word == 0 || ((word & REF_PENDING) != 0 && synced(store, word & ~REF_PENDING));
 }
 
-bool store_keeps_content(const struct store *store, uint64_t pba)
+static uint32_t refs_frame(struct store *store, uint64_t pba)
 {
-    uint32_t word = store->refs[pba];
-    return REF_IS_COUNT(word) || ((word & REF_PENDING) != 0 && !synced(store, word & ~REF_PENDING));
+    return store_find(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE));
 }
 
-static void set_ref(struct store *store, uint64_t pba, uint32_t word) { atoll_set32(store->journal, &store->refs[pba], word); }
+uint32_t *store_ref(struct store *store, uint64_t pba)
+{
+    uint32_t frame = refs_frame(store, pba);
+    return frame == STORE_NO_FRAME ? 0 : (uint32_t *)store_page_memory(store, frame) + pba % FORMAT_REFS_PER_PAGE;
+}
 
-static void group_change(struct store *store, uint64_t pba, int32_t free_change, int32_t pending_change)
+bool store_keeps_content(struct store *store, uint64_t pba)
+{
+    const uint32_t *word = store_ref(store, pba);
+    return word != 0 && (REF_IS_COUNT(*word) || ((*word & REF_PENDING) != 0 && !synced(store, *word & ~REF_PENDING)));
+}
+
+static void group_change(struct store *store, uint64_t pba, int32_t free_change, int32_t pending_change, int32_t stored_change)
 {
     uint64_t *group = &store->groups[pba / STORE_GROUP_BLOCKS];
     uint32_t epoch = pending_change > 0 ? (uint32_t)store->area->epoch & ~REF_PENDING : GROUP_EPOCH(*group);
     uint32_t free_count = GROUP_FREE(*group) + (uint32_t)free_change;
     uint32_t pending_count = GROUP_PENDING(*group) + (uint32_t)pending_change;
-    assert(free_count <= STORE_GROUP_BLOCKS && pending_count <= STORE_GROUP_BLOCKS);
-    atoll_set64(store->journal, group, GROUP(free_count, pending_count, epoch));
+    uint32_t stored_count = GROUP_STORED(*group) + (uint32_t)stored_change;
+    assert(free_count + pending_count + stored_count <= STORE_GROUP_BLOCKS);
+    atoll_set64(store->journal, group, GROUP(free_count, pending_count, stored_count, epoch));
+    if (stored_change != 0)
+        store_table_dirty(store, store->tables.groups + pba / STORE_GROUP_BLOCKS / FORMAT_GROUPS_PER_PAGE);
 }
 
-static void make_pending(struct store *store, uint64_t pba)
+/* The last reference is gone, or the block in flight will not be placed: free when what freed it is durable. */
+static void make_pending(struct store *store, uint64_t pba, uint32_t frame, uint32_t *word)
 {
-    set_ref(store, pba, REF_PENDING | ((uint32_t)store->area->epoch & ~REF_PENDING));
-    group_change(store, pba, 0, 1);
+    bool counted = REF_IS_COUNT(*word);
+    atoll_set32(store->journal, word, REF_PENDING | ((uint32_t)store->area->epoch & ~REF_PENDING));
+    group_change(store, pba, 0, 1, counted ? -1 : 0);
+    store_change_live(store, frame, counted ? 1 : 0);
     STORE_ADD(store, pending_blocks, 1);
     STORE_ADD(store, stored_blocks, -1);
+    if (!counted)
+        STORE_ADD(store, in_flight_blocks, -1);
     if (!store->area->changed)
         STORE_SET(store, changed, 1);
 }
 
-void store_free_metadata(struct store *store, uint64_t pba)
+/* A count becomes another; or a block in flight gets its first. */
+void store_set_ref(struct store *store, uint64_t pba, uint32_t count)
 {
-    assert(store->refs[pba] == REF_METADATA);
-    set_ref(store, pba, 0);
-    group_change(store, pba, 1, 0);
-    STORE_ADD(store, free_blocks, 1);
-    STORE_ADD(store, metadata_blocks, -1);
+    uint32_t frame = refs_frame(store, pba), *word = store_ref(store, pba);
+    assert(word != 0 && (REF_IS_COUNT(*word) || REF_IS_IN_FLIGHT(*word)) && count <= REF_COUNT_MAX);
+    store_mark_dirty(store, frame);
+    if (count == 0) {
+        store_forget_print(store, pba);
+        make_pending(store, pba, frame, word);
+        return;
+    }
+    if (REF_IS_IN_FLIGHT(*word)) {
+        group_change(store, pba, 0, 0, 1);
+        store_change_live(store, frame, -1);
+        STORE_ADD(store, in_flight_blocks, -1);
+    }
+    atoll_set32(store->journal, word, count);
+}
+
+/* Words that no page on the device has: blocks that hold no data, and quarantined ones. */
+void store_refs_loaded(struct store *store, uint32_t frame)
+{
+    uint64_t first = FORMAT_PAGE_NUMBER(store->frames[frame].page) * FORMAT_REFS_PER_PAGE, end = first + FORMAT_REFS_PER_PAGE;
+    uint32_t *words = store_page_memory(store, frame); /* nobody has looked at it yet: written directly */
+    if (store_group_blocks(store, first / STORE_GROUP_BLOCKS) != FORMAT_REFS_PER_PAGE)
+        for (uint64_t pba = first; pba < end; pba++)
+            if (!store_usable(store, pba))
+                words[pba - first] = REF_FIXED;
+    for (uint64_t index = 0; index < store->area->quarantine_count; index++) {
+        const struct store_quarantine *run = &store->area->quarantine[index];
+        uint64_t from = run->pba > first ? run->pba : first, to = run->pba + run->count < end ? run->pba + run->count : end;
+        for (; from < to; from++)
+            words[from - first] = REF_QUARANTINED;
+    }
 }
 
 bool store_sweep(struct store *store)
 {
     struct store_area *area = store->area;
-    uint64_t group_count = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
     uint32_t converted = 0, looked = 0;
-    uint64_t group = area->sweep_group, left = area->sweep_left;
-    while (left != 0 && looked++ < STORE_SWEEP_GROUPS && converted < STORE_SWEEP_CONVERT) {
-        if (GROUP_PENDING(store->groups[group]) != 0) {
-            int32_t count = 0;
-            uint64_t first = group * STORE_GROUP_BLOCKS;
-            for (uint64_t pba = first; pba < first + STORE_GROUP_BLOCKS; pba++)
-                if ((store->refs[pba] & REF_PENDING) != 0 && takeable(store, store->refs[pba])) {
-                    set_ref(store, pba, 0);
-                    count++;
-                }
-            if (count != 0) {
-                group_change(store, first, count, -count);
-                STORE_ADD(store, free_blocks, count);
-                STORE_ADD(store, pending_blocks, -count);
-                converted++;
-            }
-        }
-        group = group + 1 == group_count ? 0 : group + 1;
+    uint64_t at = area->sweep_frame, left = area->sweep_left;
+    while (left != 0 && looked++ < STORE_SWEEP_FRAMES && converted < STORE_SWEEP_CONVERT) {
+        uint32_t frame = (uint32_t)at;
+        const struct store_frame *f = &store->frames[frame];
+        at = at + 1 == area->geometry.frames ? 0 : at + 1;
         left--;
+        if (f->state != FRAME_VALID || f->live == 0 || FORMAT_PAGE_TREE(f->page) != FORMAT_TREE_REFS || FORMAT_PAGE_LEVEL(f->page) != 0)
+            continue;
+        uint64_t first = FORMAT_PAGE_NUMBER(f->page) * FORMAT_REFS_PER_PAGE;
+        uint32_t *words = store_page_memory(store, frame);
+        int32_t count = 0;
+        for (uint32_t index = 0; index < FORMAT_REFS_PER_PAGE; index++)
+            if ((words[index] & REF_PENDING) != 0 && takeable(store, words[index])) {
+                atoll_set32(store->journal, &words[index], 0);
+                count++;
+            }
+        if (count == 0)
+            continue;
+        group_change(store, first, count, -count, 0);
+        store_change_live(store, frame, -count);
+        STORE_ADD(store, free_blocks, count);
+        STORE_ADD(store, pending_blocks, -count);
+        converted++;
     }
-    STORE_SET(store, sweep_group, group);
+    STORE_SET(store, sweep_frame, at);
     STORE_SET(store, sweep_left, left);
     return left != 0;
 }
 
 /* --- Reservations ---------------------------------------------------------------------------------------------------- */
 
+static int64_t kept_for_overwrites(const struct store *store)
+{
+    uint64_t part = store->area->data_blocks / 64;
+    return (int64_t)(part < KEPT_MOST ? part : KEPT_MOST);
+}
+
 int64_t store_available(const struct store *store)
 {
     const struct store_area *area = store->area;
-    uint64_t metadata = 4 * (store->shape.fixed_pages + area->leaves) + 2 * area->leaves_released + STORE_SPACE_SLACK;
-    return (int64_t)(area->usable_end - area->usable_first) - (int64_t)area->stored_blocks - (int64_t)area->quarantined_blocks -
-           (int64_t)area->reserved_blocks - (int64_t)metadata;
+    return (int64_t)area->data_blocks - (int64_t)area->stored_blocks - (int64_t)area->quarantined_blocks -
+           (int64_t)area->reserved_blocks - kept_for_overwrites(store);
 }
 
-bool store_reserve(struct dedup *dedup, uint64_t blocks)
+static bool reserve(struct store *store, uint64_t blocks, int64_t available)
 {
-    struct store *store = dedup->store;
-    int64_t available = store_available(store);
     if (available < 0 || blocks > (uint64_t)available)
         return false;
     if (blocks != 0)
         STORE_ADD(store, reserved_blocks, blocks);
     return true;
+}
+
+bool store_reserve(struct dedup *dedup, uint64_t blocks) { return reserve(dedup->store, blocks, store_available(dedup->store)); }
+
+bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks)
+{
+    return reserve(dedup->store, blocks, store_available(dedup->store) + kept_for_overwrites(dedup->store));
 }
 
 void store_unreserve(struct dedup *dedup, uint64_t blocks)
@@ -123,227 +186,185 @@ void store_space(struct dedup *dedup, struct store_space *space)
 {
     const struct store_area *area = dedup->store->area;
     *space = (struct store_space){.device_blocks = area->device_blocks,
-                                  .metadata_blocks = area->metadata_blocks + area->device_blocks -
-                                                     (area->usable_end - area->usable_first),
+                                  .metadata_blocks = area->device_blocks - area->data_blocks,
+                                  .metadata_used_blocks = 2 * (area->slots - area->slots_free),
                                   .stored_blocks = area->stored_blocks,
                                   .free_blocks = area->free_blocks,
                                   .pending_free_blocks = area->pending_blocks,
                                   .reserved_blocks = area->reserved_blocks,
                                   .references = area->references,
                                   .zero_promises = area->zero_promises,
-                                  .quarantined_blocks = area->quarantined_blocks};
+                                  .quarantined_blocks = area->quarantined_blocks,
+                                  .cache_pages = area->geometry.frames,
+                                  .cache_held_pages = area->frames_held,
+                                  .cache_dirty_pages = area->frames_dirty};
     int64_t available = area->state == STORE_READY ? store_available(dedup->store) : 0;
     space->available_blocks = available > 0 ? (uint64_t)available : 0;
 }
 
 /* --- Allocation ------------------------------------------------------------------------------------------------------ */
 
-/* A run of at most `want` takeable blocks, looked for from `start` on, around the device; returns its length. With `deep` groups are
- * looked into even if their newest freed block cannot be taken yet. The first long run wins; the longer the search, the shorter
- * a run is good enough. */
-static uint32_t find_run(const struct store *store, uint64_t start, uint32_t want, bool deep, uint64_t *found)
+/* The page of counts of a group is damaged in both copies: its blocks are not handed out. */
+static void give_group_up(struct store *store, uint64_t group)
 {
-    const struct store_area *area = store->area;
-    uint64_t total = area->usable_end - area->usable_first, visited = 0, looked = 0;
-    uint64_t pba = start, run = 0;
+    uint64_t *word = &store->groups[group];
+    uint32_t count = GROUP_FREE(*word);
+    atoll_set64(store->journal, word, GROUP(0, GROUP_PENDING(*word), GROUP_STORED(*word), GROUP_EPOCH(*word)));
+    STORE_ADD(store, free_blocks, -(uint64_t)count);
+    STORE_ADD(store, quarantined_blocks, count);
+}
+
+/* Longest run of takeable blocks among [pba, end) of one group, at most `want`. */
+static uint32_t run_in(const struct store *store, const uint32_t *words, uint64_t pba, uint64_t end, uint32_t want, uint64_t *found)
+{
     uint32_t length = 0, best = 0;
-    while (visited < total) {
-        uint64_t group_end = (pba / STORE_GROUP_BLOCKS + 1) * STORE_GROUP_BLOCKS;
-        if (group_end > area->usable_end)
-            group_end = area->usable_end;
-        uint64_t group = store->groups[pba / STORE_GROUP_BLOCKS];
-        bool worth = GROUP_FREE(group) != 0 || (GROUP_PENDING(group) != 0 && (deep || synced(store, GROUP_EPOCH(group))));
-        if (!worth) {
+    uint64_t first = pba / STORE_GROUP_BLOCKS * STORE_GROUP_BLOCKS;
+    for (; pba < end && best < want; pba++) {
+        if (!takeable(store, words[pba - first])) {
             length = 0;
-            visited += group_end - pba;
-            pba = group_end;
-        }
-        for (; pba < group_end; pba++, visited++, looked++) {
-            if (!takeable(store, store->refs[pba])) {
-                length = 0;
-                continue;
-            }
-            if (length++ == 0)
-                run = pba;
-            if (length > best) {
-                best = length;
-                *found = run;
-                if (best == want)
-                    return best;
-            }
-        }
-        if ((looked > 4096 && best >= want / 4 && best != 0) || (looked > 16384 && best != 0))
-            return best;
-        if (pba == area->usable_end) {
-            pba = area->usable_first;
-            length = 0;
+        } else if (++length > best) {
+            best = length;
+            *found = pba + 1 - length;
         }
     }
     return best;
 }
 
-uint32_t store_take_run(struct store *store, uint32_t cursor, uint32_t want, uint32_t word, uint64_t *pba)
+/* A run of at most `want` takeable blocks, looked for from the cursor on, around the device. With `deep` groups are looked into even if
+ * their newest freed block cannot be taken yet. The longer the search, the shorter a run is good enough. */
+static enum store_want find_run(struct store *store, uint32_t want, bool deep, uint64_t *found, uint32_t *length)
 {
     struct store_area *area = store->area;
-    uint64_t start = area->cursor[cursor], run = 0;
-    if (want == 0 || area->free_blocks + area->pending_blocks == 0)
-        return 0;
-    if (!store_usable(store, start))
-        start = area->usable_first;
-    uint32_t length = find_run(store, start, want, false, &run);
-    if (length == 0 && area->pending_blocks != 0)
-        length = find_run(store, start, want, true, &run);
-    if (length == 0)
-        return 0;
-    uint32_t from_pending = 0;
-    for (uint64_t at = run; at < run + length;) {
-        int32_t free_change = 0, pending_change = 0;
-        uint64_t group_end = (at / STORE_GROUP_BLOCKS + 1) * STORE_GROUP_BLOCKS, first = at;
-        for (; at < run + length && at < group_end; at++) {
-            if (store->refs[at] == 0)
-                free_change--;
-            else
-                pending_change--;
-            set_ref(store, at, word);
+    uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS, pba = area->cursor;
+    uint32_t looked = 0;
+    *length = 0;
+    /* The cursor's group twice: what lies behind the cursor comes last. */
+    for (uint64_t visited = 0; visited <= groups; visited++) {
+        uint64_t group = pba / STORE_GROUP_BLOCKS, word = store->groups[group], run = 0;
+        uint64_t end = (group + 1) * STORE_GROUP_BLOCKS;
+        bool worth = GROUP_FREE(word) != 0 || (GROUP_PENDING(word) != 0 && (deep || synced(store, GROUP_EPOCH(word))));
+        uint32_t frame;
+        if (worth) {
+            enum store_want have = store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, group), true, &frame);
+            if (have == STORE_WAIT)
+                return *length != 0 ? STORE_HAVE : STORE_WAIT;
+            if (have == STORE_LOST) {
+                give_group_up(store, group);
+            } else {
+                uint32_t best = run_in(store, store_page_memory(store, frame), pba, end, want, &run);
+                if (best > *length) {
+                    *length = best;
+                    *found = run;
+                }
+                looked++;
+            }
+            if (*length == want || (looked > GROUPS_LOOKED && *length >= want / 4 && *length != 0) ||
+                (looked > 4 * GROUPS_LOOKED && *length != 0))
+                return STORE_HAVE;
         }
-        group_change(store, first, free_change, pending_change);
-        from_pending += (uint32_t)-pending_change;
+        pba = group + 1 == groups ? 0 : end;
     }
-    STORE_ADD(store, free_blocks, -(uint64_t)(length - from_pending));
-    if (from_pending != 0)
-        STORE_ADD(store, pending_blocks, -(uint64_t)from_pending);
-    STORE_SET(store, cursor[cursor], run + length == area->usable_end ? area->usable_first : run + length);
-    *pba = run;
-    return length;
+    return STORE_HAVE;
+}
+
+static enum store_want find_space(struct store *store, uint32_t want, uint64_t *found, uint32_t *length)
+{
+    const struct store_area *area = store->area;
+    *length = 0;
+    if (want == 0 || area->free_blocks + area->pending_blocks == 0)
+        return STORE_HAVE;
+    enum store_want have = find_run(store, want, false, found, length);
+    if (have == STORE_HAVE && *length == 0 && area->pending_blocks != 0)
+        have = find_run(store, want, true, found, length);
+    return have;
+}
+
+enum store_want store_want_space(struct dedup *dedup)
+{
+    struct store *store = dedup->store;
+    uint64_t found = 0;
+    uint32_t length, frame;
+    enum store_want want = find_space(store, ATOLL_IO_BLOCKS, &found, &length);
+    if (want == STORE_HAVE && length != 0) { /* what comes after it, ahead of time */
+        uint64_t groups = (store->area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
+        uint64_t next = (found / STORE_GROUP_BLOCKS + 1) % groups;
+        bool starved = store->starved;
+        if (GROUP_FREE(store->groups[next]) != 0 && !starved)
+            store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, next), true, &frame);
+        store->starved = starved; /* nobody waits for that one */
+    }
+    return want;
 }
 
 uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba)
 {
     struct store *store = dedup->store;
-    assert(want <= store->area->reserved_blocks - store->area->zero_promises);
-    uint32_t length = store_take_run(store, 0, want, REF_IN_FLIGHT, pba);
-    if (length == 0)
+    struct store_area *area = store->area;
+    uint64_t run = 0;
+    uint32_t length, from_pending = 0;
+    assert(want <= area->reserved_blocks - area->zero_promises);
+    if (find_space(store, want, &run, &length) != STORE_HAVE || length == 0)
         return 0;
-    for (uint64_t at = *pba; at < *pba + length; at++) {
-        atoll_set64(store->journal, &store->prints[at].low, store->area->flush_failures); /* store_rewrite.c */
-        store_mark_dirty(store, store->shape.prints_base + at / FORMAT_PRINTS_PER_PAGE);
+    uint32_t frame = refs_frame(store, run), *words = store_ref(store, run);
+    for (uint32_t index = 0; index < length; index++) {
+        from_pending += words[index] != 0;
+        atoll_set32(store->journal, &words[index], REF_IN_FLIGHT(area->flush_failures));
     }
+    group_change(store, run, (int32_t)(from_pending - length), -(int32_t)from_pending, 0);
+    store_change_live(store, frame, (int32_t)(length - from_pending));
+    STORE_ADD(store, free_blocks, -(uint64_t)(length - from_pending));
+    if (from_pending != 0)
+        STORE_ADD(store, pending_blocks, -(uint64_t)from_pending);
+    STORE_SET(store, cursor, run + length < area->device_blocks ? run + length : 0);
     STORE_ADD(store, reserved_blocks, -(uint64_t)length);
     STORE_ADD(store, stored_blocks, length);
+    STORE_ADD(store, in_flight_blocks, length);
+    *pba = run;
     return length;
+}
+
+/* Notes blocks that late I/O may hit, so that their page of counts need not stay in memory. False: the list is full. */
+static bool list_quarantined(struct store *store, uint64_t pba)
+{
+    struct store_area *area = store->area;
+    struct store_quarantine *last = &area->quarantine[area->quarantine_count == 0 ? 0 : area->quarantine_count - 1];
+    if (area->quarantine_count != 0 && last->pba + last->count == pba && last->count < QUARANTINE_RUN) {
+        atoll_set64(store->journal, &last->count, last->count + 1);
+        return true;
+    }
+    if (area->quarantine_count == STORE_QUARANTINE)
+        return false;
+    last = &area->quarantine[area->quarantine_count];
+    atoll_set64(store->journal, &last->pba, pba);
+    atoll_set64(store->journal, &last->count, 1);
+    STORE_ADD(store, quarantine_count, 1);
+    return true;
 }
 
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine)
 {
     struct store *store = dedup->store;
     for (uint64_t at = pba; at < pba + count; at++) {
-        assert(store->refs[at] == REF_IN_FLIGHT);
+        uint32_t frame = refs_frame(store, at), *word = store_ref(store, at);
+        assert(word != 0 && REF_IS_IN_FLIGHT(*word));
         if (!quarantine) {
-            make_pending(store, at);
+            make_pending(store, at, frame, word);
             continue;
         }
-        set_ref(store, at, REF_QUARANTINED);
+        atoll_set32(store->journal, word, REF_QUARANTINED);
+        if (list_quarantined(store, at))
+            store_change_live(store, frame, -1);
         STORE_ADD(store, stored_blocks, -1);
+        STORE_ADD(store, in_flight_blocks, -1);
         STORE_ADD(store, quarantined_blocks, 1);
     }
     STORE_ADD(store, reserved_blocks, count);
 }
 
-/* --- Fingerprints ---------------------------------------------------------------------------------------------------- */
-
 bool store_pba_valid(struct dedup *dedup, uint64_t pba) { return store_usable(dedup->store, pba); }
 
 uint32_t store_references(struct dedup *dedup, uint64_t pba)
 {
-    uint32_t word = store_usable(dedup->store, pba) ? dedup->store->refs[pba] : 0;
-    return REF_IS_COUNT(word) ? word : 0;
-}
-
-bool store_fingerprint(struct dedup *dedup, uint64_t pba, struct fingerprint *print)
-{
-    if (store_references(dedup, pba) == 0)
-        return false;
-    *print = dedup->store->prints[pba];
-    return true;
-}
-
-/* An entry of the cache: tag (24 bits) | age (4) | PBA (36); 0 is empty (PBA 0 holds a superblock). */
-#define CACHE_PBA(entry) ((entry) & 0xfffffffffu)
-#define CACHE_TAG(entry) ((entry) >> 40)
-#define CACHE_AGE(entry) ((uint32_t)((entry) >> 36) & 15)
-
-static uint64_t *cache_set(const struct store *store, struct fingerprint print)
-{
-    return store->cache + (print.low & store->cache_mask) * STORE_SET_ENTRIES;
-}
-
-void store_free_block(struct store *store, uint64_t pba)
-{
-    uint64_t *set = cache_set(store, store->prints[pba]);
-    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++)
-        if (CACHE_PBA(set[index]) == pba)
-            atoll_set64(store->journal, &set[index], 0);
-    make_pending(store, pba);
-}
-
-void store_remember_print(struct store *store, uint64_t pba)
-{
-    struct fingerprint print = store->prints[pba];
-    uint64_t *set = cache_set(store, print);
-    uint32_t age = (uint32_t)(store->area->cache_clock >> store->cache_age_shift) & 15;
-    uint32_t victim = 0, victim_rank = 0, places = 0;
-    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++)
-        places += CACHE_TAG(set[index]) == print.high >> 40 && CACHE_PBA(set[index]) != pba;
-    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++) {
-        uint64_t entry = set[index];
-        uint32_t rank; /* the highest leaves: this block's old entry, copies beyond their number, empty, no longer
-                          stored, unshared and old, shared and old */
-        if (entry == 0) {
-            rank = 100;
-        } else if (CACHE_PBA(entry) == pba) {
-            rank = 1000;
-        } else {
-            uint32_t word = store->refs[CACHE_PBA(entry)];
-            rank = 1 + ((age - CACHE_AGE(entry)) & 15) + (REF_IS_COUNT(word) ? (word == 1 ? 20 : 0) : 60);
-            if (places >= STORE_PLACES_PER_PRINT && CACHE_TAG(entry) == print.high >> 40)
-                rank += 120; /* copies of one content do not push out all others */
-        }
-        if (rank > victim_rank) {
-            victim_rank = rank;
-            victim = index;
-        }
-    }
-    if (set[victim] != 0 && CACHE_PBA(set[victim]) != pba && REF_IS_COUNT(store->refs[CACHE_PBA(set[victim])]))
-        store_count(store, STORE_COUNTER_CACHE_EVICTIONS, 1);
-    atoll_set64(store->journal, &set[victim], print.high >> 40 << 40 | (uint64_t)age << 36 | pba);
-    STORE_ADD(store, cache_clock, 1);
-}
-
-uint32_t store_candidates(struct dedup *dedup, struct fingerprint print, uint64_t *pbas, uint32_t most)
-{
-    struct store *store = dedup->store;
-    const uint64_t *set = cache_set(store, print);
-    uint32_t counts[STORE_SET_ENTRIES], found = 0;
-    uint64_t sorted[STORE_SET_ENTRIES];
-    for (uint32_t index = 0; index < STORE_SET_ENTRIES; index++) {
-        uint64_t pba = CACHE_PBA(set[index]);
-        if (set[index] == 0 || CACHE_TAG(set[index]) != print.high >> 40)
-            continue;
-        uint32_t count = store->refs[pba];
-        if (!REF_IS_COUNT(count) || count == REF_COUNT_MAX || store->prints[pba].low != print.low ||
-            store->prints[pba].high != print.high)
-            continue;
-        uint32_t at = found++;
-        for (; at > 0 && counts[at - 1] < count; at--) {
-            counts[at] = counts[at - 1];
-            sorted[at] = sorted[at - 1];
-        }
-        counts[at] = count;
-        sorted[at] = pba;
-    }
-    if (found > most)
-        found = most;
-    for (uint32_t index = 0; index < found; index++)
-        pbas[index] = sorted[index];
-    return found;
+    const uint32_t *word = store_usable(dedup->store, pba) ? store_ref(dedup->store, pba) : 0;
+    return word != 0 && REF_IS_COUNT(*word) ? *word : 0;
 }

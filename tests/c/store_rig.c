@@ -1,5 +1,5 @@
 /* The store between stand-ins: random work against an oracle; killed at any store, after power loss, with flipped bits. */
-/* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_load.c services/dedup/store_replay.c services/dedup/store_sums.c services/dedup/store_volume.c services/dedup/store_page.c */
+/* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_cache.c services/dedup/store_page.c services/dedup/store_slot.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_print.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_root.c services/dedup/store_load.c services/dedup/store_replay.c services/dedup/store_grow.c services/dedup/store_volume.c services/dedup/store_delete.c */
 /*
  *   store_rig [MODE [SEED [ROUNDS]]]     modes: work, kill, power, flip, full, time; without: all of them, briefly
  *
@@ -10,98 +10,172 @@
 
 /* --- Checks ---------------------------------------------------------------------------------------------------------- */
 
-/* The store's memory agrees with itself and with the rig. Between transactions only. */
+/* What a walk over all pages counts. */
+static struct {
+    uint64_t mapped[ATOLL_VOLUME_COUNT], zeros, map_pages, map_fresh, slots_used;
+    uint8_t slots[1 << 16];
+    uint32_t *counted;
+} walked;
+
+static void walk_leaf(uint64_t number, const uint64_t *entries)
+{
+    for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++) {
+        uint64_t value = entries[index];
+        walked.mapped[FORMAT_LEAF_VOLUME(number)] += MAP_KIND(value) == MAP_PBA || MAP_KIND(value) == MAP_LOG;
+        if (MAP_KIND(value) == MAP_LOG)
+            value = datapath_record_base(&dedup, MAP_NUMBER(value));
+        walked.zeros += MAP_KIND(value) == MAP_ZERO;
+        if (MAP_KIND(value) == MAP_PBA)
+            walked.counted[MAP_NUMBER(value)]++;
+    }
+}
+
+/* All that exists below a page, and the page. Pages of the tables lie in no frame. */
+static void walk(uint64_t page, struct format_pointer pointer)
+{
+    uint32_t tree = FORMAT_PAGE_TREE(page), level = FORMAT_PAGE_LEVEL(page);
+    if (pointer.slot == 0)
+        return;
+    bool fresh = pointer.slot == STORE_SLOT_FRESH;
+    walked.map_pages += tree == FORMAT_TREE_MAP && !fresh;
+    walked.map_fresh += tree == FORMAT_TREE_MAP && fresh;
+    if (!fresh) {
+        CHECK(pointer.slot < sizeof walked.slots && !walked.slots[pointer.slot]);
+        walked.slots[pointer.slot] = 1;
+        walked.slots_used += tree != FORMAT_TREE_SLOTS;
+    }
+    if (level == 0 && (tree == FORMAT_TREE_VOLUMES || tree == FORMAT_TREE_GROUPS || tree == FORMAT_TREE_SLOTS))
+        return;
+    uint8_t image[ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    const void *found = peek(page);
+    CHECK(found != 0);
+    memcpy(image, found, sizeof image);
+    for (uint32_t index = 0; level != 0 && index < FORMAT_POINTERS; index++)
+        walk(FORMAT_PAGE(tree, level - 1, FORMAT_PAGE_NUMBER(page) * FORMAT_POINTERS + index),
+             ((const struct format_pointer *)(const void *)image)[index]);
+    if (level == 0 && tree == FORMAT_TREE_MAP)
+        walk_leaf(FORMAT_PAGE_NUMBER(page), (const uint64_t *)(const void *)image);
+}
+
+static void check_frames(void)
+{
+    struct store *store = dedup.store;
+    uint64_t frames = geometry.frames, dirty = 0, held = 0, loading = 0;
+    uint32_t *children = calloc(frames, sizeof *children), *held_children = calloc(frames, sizeof *held_children);
+    for (uint32_t frame = 0; frame < frames; frame++) {
+        const struct store_frame *f = &store->frames[frame];
+        if (f->state == FRAME_FREE)
+            continue;
+        loading += f->state == FRAME_LOADING;
+        dirty += (f->flags & FRAME_DIRTY) != 0;
+        held += (f->flags & FRAME_HELD) != 0;
+        if (f->state == FRAME_VALID)
+            CHECK(store_find(store, f->page) == frame);
+        if (f->parent == STORE_NO_FRAME) {
+            CHECK(FORMAT_PAGE_LEVEL(f->page) == format_levels[FORMAT_PAGE_TREE(f->page)]);
+            continue;
+        }
+        CHECK(store->frames[f->parent].state == FRAME_VALID);
+        CHECK(store->frames[f->parent].page ==
+              FORMAT_PAGE(FORMAT_PAGE_TREE(f->page), FORMAT_PAGE_LEVEL(f->page) + 1, FORMAT_PAGE_NUMBER(f->page) / FORMAT_POINTERS));
+        children[f->parent]++;
+        held_children[f->parent] += (f->flags & FRAME_HELD) != 0;
+    }
+    for (uint32_t frame = 0; frame < frames; frame++) {
+        const struct store_frame *f = &store->frames[frame];
+        if (f->state == FRAME_FREE)
+            continue;
+        CHECK(f->children == children[frame] && f->held_children == held_children[frame]);
+        bool must = (f->flags & (FRAME_DIRTY | FRAME_WRITING | FRAME_WRITTEN)) != 0 || f->live != 0 || held_children[frame] != 0;
+        CHECK(must == ((f->flags & FRAME_HELD) != 0));
+        if (f->state != FRAME_VALID || FORMAT_PAGE_LEVEL(f->page) != 0)
+            continue;
+        uint32_t live = 0;
+        for (uint32_t index = 0; FORMAT_PAGE_TREE(f->page) == FORMAT_TREE_MAP && index < FORMAT_LEAF_ENTRIES; index++)
+            live += MAP_KIND(((const uint64_t *)store_page_memory(store, frame))[index]) == MAP_LOG;
+        for (uint32_t index = 0; FORMAT_PAGE_TREE(f->page) == FORMAT_TREE_REFS && index < FORMAT_REFS_PER_PAGE; index++) {
+            uint32_t word = ((const uint32_t *)store_page_memory(store, frame))[index];
+            live += (word & REF_PENDING) != 0 || REF_IS_IN_FLIGHT(word);
+        }
+        if (store->area->quarantine_count < STORE_QUARANTINE)
+            CHECK(live == f->live);
+    }
+    CHECK(dirty == store->area->frames_dirty && held == store->area->frames_held);
+    CHECK((uint64_t)__builtin_popcountll(store->bounce_busy) == loading);
+    free(children);
+    free(held_children);
+}
+
+/* The store's memory agrees with itself, with the device and with the rig. Between transactions only. */
 static void check_memory(void)
 {
     struct store *store = dedup.store;
     struct store_area *area = store->area;
-    uint32_t *counted = calloc(geometry.device_blocks, sizeof *counted);
-    uint64_t mapped[VOLUMES] = {0}, zeros = 0, leaves = 0, in_flight = 0;
-    for (uint64_t frame = 0; frame < area->frames_high; frame++) {
-        uint64_t used = 0;
-        const uint64_t *entries = store_frame(store, frame);
-        for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++)
-            used += entries[index] != 0;
-        CHECK(used == store->frame_used[frame]);
-        if (store->frame_key[frame] == 0) {
-            CHECK(used == 0);
-            continue;
+    uint64_t in_flight = 0;
+    check_frames();
+    memset(&walked, 0, sizeof walked);
+    walked.counted = calloc(geometry.device_blocks, sizeof *walked.counted);
+    for (uint32_t tree = 0; tree < FORMAT_TREES; tree++)
+        walk(FORMAT_PAGE(tree, format_levels[tree], 0), area->roots[tree]);
+    CHECK(walked.map_pages == area->map_pages && walked.map_fresh == area->map_fresh);
+    for (uint32_t volume = 0; volume < VOLUMES; volume++)
+        CHECK(walked.mapped[volume] == rig->public.volumes[volume].mapped_blocks);
+    /* Slots: the pages of a batch that is on its way have places that nobody points to yet. */
+    for (uint32_t number = 0; number < STORE_BATCHES; number++)
+        for (uint64_t index = 0; index < area->batches[number].count; index++) {
+            uint64_t slot = area->batches[number].slot + index;
+            walked.slots[slot] = 1;
         }
-        leaves++;
-        uint64_t key = store->frame_key[frame] - 1;
-        uint32_t volume = FORMAT_KEY_VOLUME(key);
-        store->last_key = 0;
-        CHECK(store_find_frame(store, volume, FORMAT_KEY_NUMBER(key), false) == frame);
-        CHECK(store_map_next_leaf(&dedup, volume, FORMAT_KEY_NUMBER(key), UINT64_MAX) == FORMAT_KEY_NUMBER(key));
-        for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++) {
-            uint64_t value = entries[index];
-            mapped[volume] += MAP_KIND(value) == MAP_PBA || MAP_KIND(value) == MAP_LOG;
-            if (MAP_KIND(value) == MAP_LOG)
-                value = datapath_record_base(&dedup, MAP_NUMBER(value));
-            zeros += MAP_KIND(value) == MAP_ZERO;
-            if (MAP_KIND(value) == MAP_PBA)
-                counted[MAP_NUMBER(value)]++;
-        }
+    uint64_t free_slots = 0, retired = 0;
+    for (uint64_t slot = 0; slot < area->slots; slot++) {
+        bool bit = store->slot_bits[slot / 64] >> slot % 64 & 1, next = store->slot_next[slot / 64] >> slot % 64 & 1;
+        bool own = slot % FORMAT_SLOTS_PER_PAGE < FORMAT_SLOTS_RESERVED;
+        CHECK(own ? bit && !next : next == walked.slots[slot]);
+        CHECK(bit || !next);
+        free_slots += !bit;
+        retired += bit && !next && !own;
     }
-    CHECK(leaves == area->leaves && leaves + area->frames_free == area->frames_high);
-    for (uint32_t volume = 0; volume < VOLUMES; volume++) {
-        CHECK(mapped[volume] == rig->public.volumes[volume].mapped_blocks);
-        uint64_t seen = 0, end = (uint64_t)1 << 48;
-        for (uint64_t leaf = store_map_next_leaf(&dedup, volume, 0, end); leaf < end;
-             leaf = store_map_next_leaf(&dedup, volume, leaf + 1, end))
-            seen++;
-        for (uint64_t frame = 0; frame < area->frames_high; frame++)
-            seen -= store->frame_key[frame] != 0 && FORMAT_KEY_VOLUME(store->frame_key[frame] - 1) == volume;
-        CHECK(seen == 0);
-    }
+    CHECK(free_slots == area->slots_free && retired == area->previous_count);
     for (uint32_t number = 0; number < RECORDS; number++)
         in_flight += rig->records[number].state >= 2;
-    CHECK(zeros == area->zero_promises && area->reserved_blocks == zeros + rig->reserved);
-    uint64_t sums[6] = {0}, references = 0;
-    for (uint64_t group = 0; group < (geometry.device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS; group++) {
-        uint32_t free_count = 0, pending_count = 0;
+    CHECK(walked.zeros == area->zero_promises && area->reserved_blocks == walked.zeros + rig->reserved);
+    uint64_t sums[6] = {0}, references = 0, mapped = 0;
+    for (uint64_t group = 0; group < (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS; group++) {
+        uint32_t free_count = 0, pending_count = 0, stored_count = 0;
+        uint32_t frame = store_find(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, group));
+        const uint32_t *words = peek(FORMAT_PAGE(FORMAT_TREE_REFS, 0, group));
         for (uint64_t pba = group * STORE_GROUP_BLOCKS; pba < (group + 1) * STORE_GROUP_BLOCKS; pba++) {
-            uint32_t word = store->refs[pba];
+            uint32_t word = words == 0 ? 0 : words[pba % STORE_GROUP_BLOCKS];
+            if (frame == STORE_NO_FRAME) { /* as it will be when it is read */
+                CHECK(word == 0 || REF_IS_COUNT(word));
+                if (!store_usable(store, pba))
+                    word = REF_FIXED;
+                for (uint64_t run = 0; run < area->quarantine_count; run++)
+                    if (pba - area->quarantine[run].pba < area->quarantine[run].count)
+                        word = REF_QUARANTINED;
+            }
             free_count += word == 0;
             pending_count += (word & REF_PENDING) != 0;
-            sums[2] += REF_IS_COUNT(word);
-            sums[3] += word == REF_METADATA;
+            stored_count += REF_IS_COUNT(word);
             sums[4] += word == REF_QUARANTINED;
-            sums[5] += word == REF_IN_FLIGHT;
+            sums[5] += REF_IS_IN_FLIGHT(word);
             references += REF_IS_COUNT(word) ? word : 0;
-            if (pba < geometry.device_blocks)
-                CHECK((REF_IS_COUNT(word) ? word : 0) == counted[pba]);
+            if (pba < area->device_blocks)
+                CHECK((REF_IS_COUNT(word) ? word : 0) == walked.counted[pba]);
             CHECK(store_usable(store, pba) == (word != REF_FIXED));
         }
-        CHECK(free_count == GROUP_FREE(store->groups[group]) && pending_count == GROUP_PENDING(store->groups[group]));
+        CHECK(free_count == GROUP_FREE(store->groups[group]) && pending_count == GROUP_PENDING(store->groups[group]) &&
+              stored_count == GROUP_STORED(store->groups[group]));
         sums[0] += free_count;
         sums[1] += pending_count;
+        sums[2] += stored_count;
     }
+    for (uint32_t volume = 0; volume < ATOLL_VOLUME_COUNT; volume++)
+        mapped += area->mapped[volume];
     CHECK(sums[0] == area->free_blocks && sums[1] == area->pending_blocks && sums[2] + sums[5] == area->stored_blocks);
-    CHECK(sums[3] == area->metadata_blocks && sums[4] == area->quarantined_blocks && sums[5] == in_flight);
-    CHECK(references == area->references);
-    free(counted);
-    /* A page that is neither dirty nor on its way is on the device as it is in memory. */
-    for (uint64_t page = 0; page < store->shape.total; page++) {
-        uint8_t image[ATOLL_BLOCK_BYTES];
-        bool dirty = store->dirty[page / 64] >> page % 64 & 1;
-        uint64_t level = store_page_level(store, page);
-        if (page - store->shape.level_base[level] >= store->shape.level_count[level])
-            continue; /* a gap in the row */
-        for (uint32_t number = 0; number < STORE_BATCHES; number++)
-            for (uint64_t index = 0; index < area->batches[number].count; index++)
-                dirty |= area->batches[number].page[index] == page;
-        if (dirty)
-            continue;
-        store_page_image(store, page, image);
-        const struct format_pointer *pointer = &store->pointers[page];
-        if (store_all_zero(image, sizeof image))
-            CHECK(pointer->primary == 0);
-        else
-            CHECK(pointer->checksum == store_checksum(store, FORMAT_SEED_PAGE, page ^ pointer->key, image, sizeof image) &&
-                  (page < store->shape.leaves_base || page >= store->shape.level_count[0] ||
-                   pointer->key == store_page_key(store, page)));
-    }
+    CHECK(sums[4] == area->quarantined_blocks && sums[5] == in_flight && sums[5] == area->in_flight_blocks);
+    CHECK(references == area->references && mapped == references);
+    free(walked.counted);
 }
 
 /* Every key's persistent value is the oracle's. */
@@ -123,7 +197,7 @@ static void check_past(void)
     /* Of all keys at once: the value that each had, and the operations after which it had it. */
     uint64_t (*spans)[3] = malloc((rig->event_count + VOLUMES * KEYS) * sizeof *spans);
     for (uint64_t key = 0; key < VOLUMES * KEYS; key++) {
-        uint64_t found = content_of(store_map_get(&dedup, key_volume(key), key_lba(key))), used = 0;
+        uint64_t found = content_of(peek_value(key_volume(key), key_lba(key))), used = 0;
         uint64_t from = 0, content = 0;
         memset(fits, 0, count);
         for (uint64_t index = 0; index < rig->event_count; index++) {
@@ -149,10 +223,46 @@ static void check_past(void)
     while (rig->event_count > 0 && rig->events[rig->event_count - 1].operation > rig->operation)
         rig->event_count--;
     for (uint64_t key = 0; key < VOLUMES * KEYS; key++)
-        rig->now[key / KEYS][key % KEYS] = content_of(store_map_get(&dedup, key_volume(key), key_lba(key)));
+        rig->now[key / KEYS][key % KEYS] = content_of(peek_value(key_volume(key), key_lba(key)));
     free(possible);
     free(fits);
     free(spans);
+}
+
+static enum store_want want_leaf(uint64_t volume, uint64_t lba, uint64_t unused)
+{
+    (void)unused;
+    return store_want_map(&dedup, (uint32_t)volume, lba, 1, STORE_LOOK);
+}
+
+static enum store_want want_block(uint64_t pba, uint64_t b, uint64_t c)
+{
+    (void)b, (void)c;
+    return store_want_prints(&dedup, &pba, 1);
+}
+
+/* Reads all keys as a reader would: each is what it should be, or the store says that it is lost. */
+static void read_all(void)
+{
+    for (uint64_t key = 0; key < VOLUMES * KEYS; key++) {
+        uint64_t content = rig->now[key / KEYS][key % KEYS];
+        store_urgent(&dedup, true);
+        if (!wait_for(want_leaf, key_volume(key), key_lba(key), 0)) {
+            CHECK(store_want_status(&dedup) == ATOLL_ECORRUPT);
+            continue;
+        }
+        uint64_t value = store_map_get(&dedup, key_volume(key), key_lba(key));
+        CHECK((value == 0) == (content == 0) && (MAP_KIND(value) == MAP_ZERO) == (content == ZERO_CONTENT));
+        if (content <= ZERO_CONTENT)
+            continue;
+        if (!wait_for(want_block, MAP_NUMBER(value), 0, 0)) {
+            CHECK(store_want_status(&dedup) == ATOLL_ECORRUPT);
+            continue;
+        }
+        struct fingerprint print, wanted = content_print(content);
+        CHECK(store_fingerprint(&dedup, MAP_NUMBER(value), &print) && print.low == wanted.low && print.high == wanted.high);
+    }
+    commit();
 }
 
 static void close_store(void)
@@ -190,19 +300,19 @@ static void start(uint64_t seed, uint64_t blocks, uint64_t frames, bool shared)
 static void report(void)
 {
     const struct store_area *area = dedup.store->area;
-    printf("operations %llu, events %llu, syncs %llu (failed %llu), checkpoints %llu, pages %llu, log blocks %llu, leaves %llu, stored %llu, "
+    printf("operations %llu, events %llu, syncs %llu (failed %llu), checkpoints %llu, pages %llu, log blocks %llu, map pages %llu, stored %llu, "
            "references %llu, free %llu, quarantined %llu, metadata %llu\n",
            (unsigned long long)rig->operation, (unsigned long long)rig->event_count, (unsigned long long)rig->counters[64],
            (unsigned long long)rig->counters[65], (unsigned long long)rig->counters[67], (unsigned long long)rig->counters[68],
-           (unsigned long long)rig->counters[66], (unsigned long long)area->leaves, (unsigned long long)area->stored_blocks,
+           (unsigned long long)rig->counters[66], (unsigned long long)area->map_pages, (unsigned long long)area->stored_blocks,
            (unsigned long long)area->references, (unsigned long long)area->free_blocks,
-           (unsigned long long)area->quarantined_blocks, (unsigned long long)area->metadata_blocks);
+           (unsigned long long)area->quarantined_blocks, (unsigned long long)(area->slots - area->slots_free));
 }
 
 /* Work, with errors of the device now and then, clean close and reload. */
 static void mode_work(uint64_t seed)
 {
-    start(seed, 4096, 256, false);
+    start(seed, 4096, 128 + seed % 130, false);
     for (uint32_t round = 0; round < 3; round++) {
         rig->fail_one_in = round == 1 ? 30 : 0;
         for (uint32_t index = 0; index < 4000; index++) {
@@ -301,7 +411,7 @@ static void load_after_loss(uint64_t mode)
 
 static void mode_power(uint64_t seed, uint32_t states)
 {
-    start(seed, 2048, seed % 2 == 0 ? 128 : 16 + seed % 48, false); /* with few frames, leaves make room for others */
+    start(seed, 2048, 128 + seed % 100, false);
     for (uint32_t round = 0; round < 12; round++) {
         rig->fail_one_in = round % 4 == 3 ? 50 : 0;
         rig->fail_flush_one_in = round % 4 == 1 ? 3 : 0;
@@ -389,25 +499,27 @@ static void mode_flip(uint64_t seed, uint32_t trials)
             for (int warm = 0; warm < 8; warm++)
                 chance(2);
             snprintf(rig_context, sizeof rig_context, "flip: seed %llu trial %u", (unsigned long long)seed, trial);
-            uint64_t places[2] = {0, 0}, kind = chance(3), pages = 0;
+            uint64_t places[2] = {0, 0}, kind = chance(3), slots = 0, slot;
             bool both = chance(2) == 0;
-            for (uint64_t page = 0; page < store->shape.total; page++)
-                pages += store->pointers[page].primary != 0;
-            if (kind == 0 || (kind == 2 && pages == 0) || (kind == 1 && area.log_durable == area.log_start && pages == 0)) {
-                kind = 0; /* a root without pages, all of them zeros, has no page to flip */
-                places[0] = area.generation & 1;
-                places[1] = area.device_blocks - 2 + places[0];
-            } else if (kind == 1 && area.log_durable > area.log_start) {
+            /* A page of the root that is durable: any slot in use, and those of the slot tree. */
+            for (slot = 0; slot < area.slots; slot++)
+                slots += store->slot_bits[slot / 64] >> slot % 64 & 1;
+            if (kind == 1 && area.log_durable > area.log_start) {
                 uint64_t sequence = area.log_start + chance(area.log_durable - area.log_start);
                 places[0] = FORMAT_SUPER_BLOCKS + sequence % area.log_blocks;
-                places[1] = area.usable_end + sequence % area.log_blocks;
+                places[1] = area.log_second + sequence % area.log_blocks;
+            } else if (kind == 0) {
+                places[0] = area.generation & 1;
+                places[1] = area.device_blocks - 2 + places[0];
             } else {
-                uint64_t page = chance(store->shape.total);
-                while (store->pointers[page].primary == 0)
-                    page = page + 1 == store->shape.total ? 0 : page + 1;
-                places[0] = store->pointers[page].primary;
-                places[1] = store->pointers[page].mirror;
+                uint64_t left = chance(slots);
+                for (slot = 1; left != 0 || slot == 1; slot++)
+                    left -= left != 0 && (store->slot_bits[slot / 64] >> slot % 64 & 1);
+                places[0] = store_slot_pba(store, slot - 1, 0);
+                places[1] = store_slot_pba(store, slot - 1, 1);
+                kind = 2;
             }
+            flipped = true;
             uint64_t copy = chance(2), flips = 1 + chance(3);
             uint64_t span = kind == 0 ? FORMAT_SUPER_BYTES : ATOLL_BLOCK_BYTES;
             for (uint64_t each = 0; each < 2; each++)
@@ -422,8 +534,7 @@ static void mode_flip(uint64_t seed, uint32_t trials)
             if (!both) {
                 CHECK(store_state(&dedup) == STORE_READY);
                 check_memory();
-                for (uint64_t key = 0; key < VOLUMES * KEYS; key++)
-                    CHECK(content_of(store_map_get(&dedup, key_volume(key), key_lba(key))) == rig->now[key / KEYS][key % KEYS]);
+                read_all();
                 close_store();
                 for (uint64_t place = 0; place < 2; place++) { /* what was repaired no longer needs the other copy */
                     fresh_arena();
@@ -432,10 +543,13 @@ static void mode_flip(uint64_t seed, uint32_t trials)
                     CHECK(rig->counters[DEDUP_COUNTER_STORE_FIRST + STORE_COUNTER_PAGES_REPAIRED] <= 1);
                 }
             } else if (store_state(&dedup) == STORE_READY) {
-                check_memory();
-                if (kind == 1) /* the last sync's blocks have nobody to vouch for them */
+                if (kind == 1) { /* the last sync's blocks have nobody to vouch for them */
+                    check_memory();
                     rig->synced_operation = 0;
-                check_past();
+                    check_past();
+                } else {
+                    read_all(); /* what lies in a damaged page is refused, the rest is right */
+                }
             } else {
                 CHECK(store_state(&dedup) == STORE_FAILED && store_reason(&dedup)[0] != 0);
             }
@@ -451,56 +565,53 @@ static void mode_flip(uint64_t seed, uint32_t trials)
     drop_rig();
 }
 
-/* While a checkpoint lets go of emptied leaves, whose places the old root still has, all that is granted is written: it must not take
- * the places of the pages to come. */
-static void fill_while_leaves_go(uint64_t seed)
+/* Places for pages of the map run out: who needs one more is refused, others go on; emptied leaves give theirs back. */
+static void run_out_of_pages(uint64_t seed)
 {
-    enum { LEAVES = 200 };
-    uint64_t old, pba, lba = LEAVES * FORMAT_LEAF_ENTRIES;
-    make_rig(seed, 2048, 300, false);
+    uint64_t old, pba, leaves = 0;
+    make_rig(seed, 2048, 128, false);
     rig->volatile_cache = 0;
     format();
     make_volumes();
     settle();
-    for (uint32_t pass = 0; pass < 2; pass++) {
-        for (uint64_t leaf = 0; leaf < LEAVES; leaf++) {
-            uint64_t at = leaf * FORMAT_LEAF_ENTRIES;
-            if (pass == 0) {
-                CHECK(store_reserve(&dedup, 1) && store_map_log(&dedup, 0, at, 0, &old) == ATOLL_OK);
-                CHECK(store_allocate(&dedup, 1, &pba) == 1);
-                store_place(&dedup, 0, at, 0, pba, content_print(leaf + 2));
-            } else {
-                store_unmap(&dedup, 0, at, store_map_get(&dedup, 0, at));
-            }
-            commit();
-        }
-        store_sync(&dedup);
-        STORE_SET(dedup.store, checkpoint_wanted, pass == 0);
-        commit();
-        settle();
-    }
-    STORE_SET(dedup.store, checkpoint_wanted, 1);
-    commit();
-    while (dedup.store->area->leaves != 0) {
-        store_step(&dedup);
-        run_io();
-    }
-    for (bool more = true; more; lba++) {
-        more = store_reserve(&dedup, 1) && store_map_log(&dedup, 0, lba, 0, &old) == ATOLL_OK;
-        if (more) {
-            CHECK(store_allocate(&dedup, 1, &pba) == 1);
-            store_place(&dedup, 0, lba, 0, pba, (struct fingerprint){lba * 0x9e3779b97f4a7c15u, lba * 0xbf58476d1ce4e5b9u});
-        }
-        commit();
-        while (!store_has_room(&dedup, 1)) {
+    for (uint32_t round = 0; round < 3; round++) {
+        uint64_t made = 0;
+        for (;; made++) {
+            uint64_t at = made * FORMAT_LEAF_ENTRIES;
+            if (!have_change(0, at, STORE_LOG, 0, 0))
+                break;
+            CHECK(store_reserve(&dedup, 1) && store_map_log(&dedup, 0, at, 0, &old) == ATOLL_OK);
+            set_record(&rig->records[0], (struct record){1, 0, 0, 0, 0}); /* its base, should a checkpoint ask */
+            CHECK(wait_for(want_space, 0, 0, 0) && store_allocate(&dedup, 1, &pba) == 1);
+            CHECK(have_change(0, at, STORE_CHANGE, 0, pba) && store_has_room(&dedup, 1));
+            store_place(&dedup, 0, at, 0, pba, content_print(made + 2));
+            set_record(&rig->records[0], (struct record){0});
             commit();
             store_step(&dedup);
             run_io();
         }
+        CHECK(store_want_status(&dedup) == ATOLL_ENOSPC && made >= 40 && (leaves == 0 || made == leaves));
+        leaves = made;
+        CHECK(have_change(0, 1, STORE_LOG, 0, 0)); /* an entry of a leaf that is there */
+        settle();
+        for (uint64_t leaf = 0; leaf < made; leaf++) {
+            uint64_t base = peek_value(0, leaf * FORMAT_LEAF_ENTRIES);
+            while (!store_has_room(&dedup, 1)) {
+                commit();
+                settle();
+            }
+            CHECK(have_change(0, leaf * FORMAT_LEAF_ENTRIES, STORE_LOOK, base, 0));
+            store_unmap(&dedup, 0, leaf * FORMAT_LEAF_ENTRIES, base);
+            commit();
+        }
+        settle();
+        for (uint32_t each = 0; each < 2; each++) { /* the first writes zeros, the second has no more of the old root */
+            STORE_SET(dedup.store, checkpoint_wanted, 1);
+            commit();
+            settle();
+        }
+        CHECK(dedup.store->area->map_pages <= 1);
     }
-    commit();
-    settle();
-    CHECK(dedup.store->area->checkpoint_phase == CHECKPOINT_IDLE && dedup.store->area->leaves_released == 0);
     drop_rig();
 }
 
@@ -508,9 +619,9 @@ static void fill_while_leaves_go(uint64_t seed)
 static void mode_full(uint64_t seed)
 {
     char reason[256];
-    fill_while_leaves_go(seed);
-    start(seed, 1024, 64, false);
-    uint64_t content = 1000, filled = 0;
+    run_out_of_pages(seed);
+    start(seed, 1024, 128, false);
+    uint64_t content = 1000, filled = 0, refused = 0, overwritten = 0;
     struct store_space space;
     for (uint32_t round = 0; round < 6; round++) {
         for (uint64_t lba = 0; lba < 2000; lba++) {
@@ -519,21 +630,24 @@ static void mode_full(uint64_t seed)
                 commit();
                 settle();
             }
-            uint64_t before = store_map_get(&dedup, 0, 100000 + lba);
-            if (!store_reserve(&dedup, 1))
-                break;
-            if (store_map_log(&dedup, 0, 100000 + lba, 0, &old) != ATOLL_OK) {
-                store_unreserve(&dedup, 1);
-                break;
+            uint64_t before = peek_value(0, 100000 + lba);
+            CHECK(have_change(0, 100000 + lba, STORE_LOG, 0, 0));
+            /* A few blocks are kept for what frees one. */
+            if (!store_reserve(&dedup, 1) && (before == 0 || !store_reserve_overwrite(&dedup, 1))) {
+                refused++;
+                continue;
             }
+            CHECK(store_map_log(&dedup, 0, 100000 + lba, 0, &old) == ATOLL_OK);
             set_record(&rig->records[0], (struct record){1, 0, before, 0, 0});
             uint32_t turns = 0;
-            while (store_allocate(&dedup, 1, &pba) == 0) {
+            while (wait_for(want_space, 0, 0, 0) && store_allocate(&dedup, 1, &pba) == 0) {
                 CHECK(turns++ < 10);
                 store_sync(&dedup);
                 commit();
                 settle();
             }
+            CHECK(have_change(0, 100000 + lba, STORE_CHANGE, before, pba));
+            overwritten += before != 0 && dedup.store->area->free_blocks + dedup.store->area->pending_blocks < 20;
             store_place(&dedup, 0, 100000 + lba, before, pba, content_print(content++));
             set_record(&rig->records[0], (struct record){0});
             filled++;
@@ -550,11 +664,12 @@ static void mode_full(uint64_t seed)
         settle();
         check_memory();
         store_space(&dedup, &space);
-        CHECK(space.available_blocks <= 4 && space.stored_blocks > 300);
+        CHECK(space.available_blocks == 0 && space.stored_blocks > 300 && refused != 0);
         for (uint64_t lba = 0; round < 5 && lba < 2000; lba++) { /* make room, here and there */
-            uint64_t value = store_map_get(&dedup, 0, 100000 + lba);
+            uint64_t value = peek_value(0, 100000 + lba);
             if (value == 0 || chance(3) != 0)
                 continue;
+            CHECK(have_change(0, 100000 + lba, STORE_LOOK, value, 0));
             store_unmap(&dedup, 0, 100000 + lba, value);
             commit();
             if (!store_has_room(&dedup, 1)) {
@@ -565,7 +680,7 @@ static void mode_full(uint64_t seed)
         commit();
         settle();
     }
-    CHECK(filled > 1000);
+    CHECK(filled > 1000 && overwritten > 100);
     CHECK(store_volume_delete(&dedup, 0, reason) == ATOLL_OK);
     commit();
     CHECK(store_volume_delete(&dedup, 0, reason) == ATOLL_ENOENT);
@@ -602,7 +717,7 @@ static double seconds(void) { return (double)atoll_now_ns() / 1e9; }
 static void mode_time(void)
 {
     enum { BLOCKS = 1 << 17, COUNT = 60000 };
-    make_rig(1, BLOCKS, 1024, false);
+    make_rig(1, BLOCKS, 4096, false);
     rig->volatile_cache = 0;
     format();
     make_volumes();
@@ -612,9 +727,13 @@ static void mode_time(void)
     double placing = 0;
     for (uint64_t lba = 0; lba < COUNT; lba++) {
         CHECK(store_reserve(&dedup, 1));
+        CHECK(have_change(0, lba, STORE_LOG, 0, 0));
         CHECK(store_map_log(&dedup, 0, lba, 0, &old) == ATOLL_OK);
-        CHECK(store_allocate(&dedup, 1, &pba) == 1);
+        set_record(&rig->records[0], (struct record){1, 0, 0, 0, 0});
+        CHECK(wait_for(want_space, 0, 0, 0) && store_allocate(&dedup, 1, &pba) == 1);
+        CHECK(have_change(0, lba, STORE_CHANGE, 0, pba));
         store_place(&dedup, 0, lba, 0, pba, (struct fingerprint){lba * 0x9e3779b97f4a7c15u, lba * 0xbf58476d1ce4e5b9u});
+        set_record(&rig->records[0], (struct record){0});
         atoll_commit(&rig->journal);
         if (lba % 1000 == 999) {
             placing += seconds() - begin;
@@ -626,11 +745,11 @@ static void mode_time(void)
     begin = seconds();
     uint64_t sum = 0;
     for (uint64_t index = 0; index < 10 * COUNT; index++)
-        sum += store_map_get(&dedup, 0, index % COUNT);
+        sum += store_want_map(&dedup, 0, index % COUNT, 1, STORE_LOOK) == STORE_HAVE ? store_map_get(&dedup, 0, index % COUNT) : 0;
     printf("map get in sequence: %.1f ns\n", (seconds() - begin) / COUNT / 10 * 1e9);
     begin = seconds();
     for (uint64_t index = 0; index < 10 * COUNT; index++)
-        sum += store_map_get(&dedup, 0, index * 7919 % COUNT);
+        sum += store_want_map(&dedup, 0, index * 7919 % COUNT, 1, STORE_LOOK) == STORE_HAVE ? store_map_get(&dedup, 0, index * 7919 % COUNT) : 0;
     printf("map get at random: %.1f ns (%llu)\n", (seconds() - begin) / COUNT / 10 * 1e9, (unsigned long long)sum);
     begin = seconds();
     attach(false);

@@ -101,6 +101,7 @@ static struct store_geometry geometry;
 static struct atoll_domain domain;
 static struct dedup dedup;
 static uint64_t hook_left = UINT64_MAX;
+static bool flipped; /* one copy of some page is damaged */
 
 void atoll_store_hook(void)
 {
@@ -134,8 +135,11 @@ static void attach(bool fresh)
     atoll_roll_back(&rig->journal);
     free(domain.rings);
     if (dedup.store != 0) {
-        free(dedup.store->load);
-        free(dedup.store);
+        struct store *store = dedup.store;
+        void *own[] = {store->load, store->hash_heads, store->hash_next, store->free_frames, store->freed_frames, store->used,
+                       store->fresh, store->urgent_stamp, store};
+        for (uint32_t index = 0; index < sizeof own / sizeof own[0]; index++)
+            free(own[index]);
     }
     memset(&domain, 0, sizeof domain);
     memset(&dedup, 0, sizeof dedup);
@@ -173,7 +177,7 @@ static void fresh_arena(void)
 
 static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool shared)
 {
-    geometry = (struct store_geometry){.device_blocks = blocks, .map_frames = frames, .fingerprint_slots = 1024, .log_blocks = 64};
+    geometry = (struct store_geometry){.device_blocks = blocks, .frames = frames, .fingerprint_slots = 1024, .log_blocks = 64};
     shared_memory = shared;
     rig = map(sizeof *rig, shared);
     device = map(blocks * ATOLL_BLOCK_BYTES, shared);
@@ -350,6 +354,8 @@ static void time_flies(void)
         dedup.store->area->sync_retry_ns = 1;
     if (dedup.store->area->checkpoint_retry_ns != 0)
         dedup.store->area->checkpoint_retry_ns = 1;
+    if (dedup.store->delete_retry_ns != 0)
+        dedup.store->delete_retry_ns = 1;
 }
 
 /* Steps and I/O until nothing is left to do. */
@@ -360,7 +366,7 @@ static void settle(void)
         CHECK(turns < 1000000);
         struct store_area *area = dedup.store->area;
         bool did = store_step(&dedup);
-        bool waits = area->sync_retry_ns > 1 || area->checkpoint_retry_ns > 1;
+        bool waits = area->sync_retry_ns > 1 || area->checkpoint_retry_ns > 1 || dedup.store->delete_retry_ns > 1;
         if (!run_io() && !did && !waits)
             break;
         time_flies();
@@ -382,6 +388,117 @@ static void format(void)
     commit();
     settle();
     CHECK(store_state(&dedup) == STORE_READY);
+}
+
+/* --- Pages as they are, in memory or on the device, without asking the store for them -------------------------------------- */
+
+/* The page's newest content, in a buffer that lives until the end of the program; NULL: zeros. Checks what lies on the device. */
+static const void *peek(uint64_t page)
+{
+    static uint8_t buffers[64][ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    static uint32_t next_buffer;
+    struct store *store = dedup.store;
+    uint32_t tree = FORMAT_PAGE_TREE(page), level = FORMAT_PAGE_LEVEL(page);
+    uint64_t number = FORMAT_PAGE_NUMBER(page);
+    uint8_t *image = buffers[next_buffer++ % 64];
+    uint32_t frame = store_find(store, page);
+    struct format_pointer pointer = store->area->roots[tree];
+    if (level != format_levels[tree]) {
+        const struct format_pointer *above = peek(FORMAT_PAGE(tree, level + 1, number / FORMAT_POINTERS));
+        if (above == 0) {
+            CHECK(frame == STORE_NO_FRAME);
+            return 0;
+        }
+        pointer = above[number % FORMAT_POINTERS];
+    }
+    bool fresh = pointer.slot == STORE_SLOT_FRESH;
+    if (frame != STORE_NO_FRAME) {
+        const struct store_frame *f = &store->frames[frame];
+        CHECK(pointer.slot != 0);
+        store_page_image(store, frame, image);
+        if (!(f->flags & (FRAME_DIRTY | FRAME_WRITING)))
+            CHECK(store_all_zero(image, ATOLL_BLOCK_BYTES)
+                      ? fresh
+                      : !fresh && pointer.checksum == store_checksum(store, FORMAT_SEED_PAGE, page, image, ATOLL_BLOCK_BYTES));
+        return store_page_memory(store, frame);
+    }
+    if (pointer.slot == 0)
+        return 0;
+    CHECK(!fresh);
+    uint32_t good = 0;
+    for (uint32_t copy = 2; copy-- > 0;) {
+        const uint8_t *block = device + store_slot_pba(store, pointer.slot, copy) * ATOLL_BLOCK_BYTES;
+        if (store_checksum(store, FORMAT_SEED_PAGE, page, block, ATOLL_BLOCK_BYTES) != pointer.checksum)
+            continue;
+        memcpy(image, block, ATOLL_BLOCK_BYTES);
+        good++;
+    }
+    CHECK(good == 2 || (good == 1 && flipped));
+    CHECK(!store_all_zero(image, ATOLL_BLOCK_BYTES));
+    return image;
+}
+
+static uint64_t peek_value(uint32_t volume, uint64_t lba)
+{
+    const uint64_t *leaf = peek(FORMAT_PAGE(FORMAT_TREE_MAP, 0, FORMAT_LEAF_NUMBER(volume, lba / FORMAT_LEAF_ENTRIES)));
+    return leaf == 0 ? 0 : leaf[lba % FORMAT_LEAF_ENTRIES];
+}
+
+static struct fingerprint peek_print(uint64_t pba)
+{
+    const struct fingerprint *prints = peek(FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, pba / FORMAT_PRINTS_PER_PAGE));
+    return prints == 0 ? (struct fingerprint){0, 0} : prints[pba % FORMAT_PRINTS_PER_PAGE];
+}
+
+/* --- What an operation needs: steps and I/O until it is there, or for a while ------------------------------------------- */
+
+#define PATIENCE 200
+
+static bool wait_for(enum store_want (*want)(uint64_t, uint64_t, uint64_t), uint64_t a, uint64_t b, uint64_t c)
+{
+    for (uint32_t turn = 0; turn < PATIENCE; turn++) {
+        store_urgent(&dedup, turn > 10);
+        enum store_want have = want(a, b, c);
+        store_urgent(&dedup, false);
+        if (have == STORE_LOST)
+            CHECK(store_want_status(&dedup) == ATOLL_ENOSPC || store_want_status(&dedup) == ATOLL_ECORRUPT);
+        if (have != STORE_WAIT)
+            return have == STORE_HAVE;
+        commit();
+        time_flies();
+        store_step(&dedup);
+        run_io();
+    }
+    return false;
+}
+
+/* For one change of an entry: its leaf, the block that it shall name (0: none), the one that it named. */
+static enum store_want want_change(uint64_t volume_use, uint64_t lba, uint64_t packed)
+{
+    uint64_t pba = packed & 0xfffffffffu, base = packed >> 36 == 0 ? 0 : MAP_VALUE(MAP_PBA, packed >> 36 & 0xfffffff);
+    enum store_want want = store_want_map(&dedup, (uint32_t)(volume_use >> 8), lba, 1, (enum store_use)(volume_use & 255)), more;
+    more = pba == 0 ? STORE_HAVE : store_want_blocks(&dedup, &pba, 1);
+    want = more > want ? more : want;
+    more = store_want_base(&dedup, base);
+    return more > want ? more : want;
+}
+
+static bool have_change(uint32_t volume, uint64_t lba, enum store_use use, uint64_t base, uint64_t pba)
+{
+    uint64_t packed = pba | (MAP_KIND(base) == MAP_PBA ? MAP_NUMBER(base) << 36 : 0);
+    return wait_for(want_change, (uint64_t)volume << 8 | use, lba, packed);
+}
+
+static enum store_want want_print(uint64_t low, uint64_t high, uint64_t unused)
+{
+    (void)unused;
+    return store_want_candidates(&dedup, (struct fingerprint){low, high});
+}
+
+static enum store_want want_space(uint64_t a, uint64_t b, uint64_t c)
+{
+    (void)a, (void)b, (void)c;
+    return store_want_space(&dedup);
 }
 
 /* --- Keys and contents ----------------------------------------------------------------------------------------------- */
@@ -422,8 +539,8 @@ static uint64_t content_of(uint64_t value)
     uint64_t content = block[0] * 0xf1de83e19937733du; /* inverse of the factor above */
     content_bytes(content, expected);
     CHECK(memcmp(block, expected, sizeof block) == 0);
-    struct fingerprint print = {0, 0}, wanted = content_print(content);
-    CHECK(store_fingerprint(&dedup, pba, &print) && print.low == wanted.low && print.high == wanted.high);
+    struct fingerprint print = peek_print(pba), wanted = content_print(content);
+    CHECK(print.low == wanted.low && print.high == wanted.high);
     return content;
 }
 
@@ -456,7 +573,7 @@ static void drop_record(struct record *record)
 /* The record that a key's entry names, or NULL; *base is the persistent value under it, or the value itself. */
 static struct record *logged(uint64_t key, uint64_t *base)
 {
-    uint64_t value = store_map_get(&dedup, key_volume(key), key_lba(key));
+    uint64_t value = peek_value(key_volume(key), key_lba(key));
     *base = value;
     if (MAP_KIND(value) != MAP_LOG)
         return 0;
@@ -473,22 +590,13 @@ static void write_key(uint64_t key, uint64_t content)
     uint64_t base, old, number = 0;
     while (number < RECORDS && rig->records[number].state != 0)
         number++;
-    if (number == RECORDS || !ready(key) || !store_reserve(&dedup, 1))
+    if (number == RECORDS || !ready(key) || !have_change(key_volume(key), key_lba(key), STORE_LOG, 0, 0) || !ready(key))
+        return;
+    struct record *before = logged(key, &base);
+    if ((before != 0 && before->state >= 2) || !store_reserve(&dedup, 1)) /* being written: this rig does not overtake it */
         return;
     RIG_SET(reserved, rig->reserved + 1);
-    struct record *before = logged(key, &base);
-    if (before != 0 && before->state >= 2) { /* being written: this rig does not overtake it */
-        store_unreserve(&dedup, 1);
-        RIG_SET(reserved, rig->reserved - 1);
-        return;
-    }
-    int status = store_map_log(&dedup, key_volume(key), key_lba(key), number, &old);
-    if (status != ATOLL_OK) {
-        CHECK(status == ATOLL_ENOSPC && before == 0);
-        store_unreserve(&dedup, 1);
-        RIG_SET(reserved, rig->reserved - 1);
-        return;
-    }
+    CHECK(store_map_log(&dedup, key_volume(key), key_lba(key), number, &old) == ATOLL_OK);
     set_record(&rig->records[number], (struct record){1, key, base, content, 0});
     if (before != 0)
         drop_record(before);
@@ -497,11 +605,17 @@ static void write_key(uint64_t key, uint64_t content)
 /* First half: shares, drops or hands out a place. */
 static void destage(struct record *record)
 {
-    if (record->state != 1 || !store_has_room(&dedup, 1))
+    if (record->state != 1)
         return;
     uint64_t key = record->key, content = record->content, candidates[4], pba = 0;
     uint32_t volume = key_volume(key);
-    uint32_t found = store_candidates(&dedup, content_print(content), candidates, 4);
+    struct fingerprint print = content_print(content);
+    wait_for(want_print, print.low, print.high, 0);
+    uint32_t found = store_candidates(&dedup, print, candidates, 4);
+    if (record->state != 1 || !have_change(volume, key_lba(key), STORE_CHANGE, record->base, found != 0 && content != 0 ? candidates[0] : 0) ||
+        !store_has_room(&dedup, 1))
+        return;
+    found = store_candidates(&dedup, print, candidates, 4);
     if (content == 0) {
         store_unmap(&dedup, volume, key_lba(key), record->base);
         if (rig->now[volume][key % KEYS] != 0)
@@ -513,6 +627,8 @@ static void destage(struct record *record)
         if (record->base != MAP_VALUE(MAP_PBA, candidates[0]))
             note(key, content);
         drop_record(record);
+    } else if (!wait_for(want_space, 0, 0, 0)) {
+        return;
     } else if (store_allocate(&dedup, 1, &pba) == 1) {
         CHECK(store_references(&dedup, pba) == 0);
         RIG_SET(reserved, rig->reserved - 1);
@@ -527,7 +643,7 @@ static void destage(struct record *record)
 static void place(struct record *record)
 {
     uint64_t block[ATOLL_BLOCK_BYTES / 8];
-    if (record->state < 2 || !store_has_room(&dedup, 1))
+    if (record->state < 2)
         return;
     if (record->state == 2 && chance(16) == 0) {
         store_abandon(&dedup, record->pba, 1, chance(50) == 0);
@@ -541,6 +657,8 @@ static void place(struct record *record)
         atoll_set64(&rig->journal, &record->state, 3);
         return;
     }
+    if (!have_change(key_volume(record->key), key_lba(record->key), STORE_CHANGE, record->base, record->pba) || !store_has_room(&dedup, 1))
+        return;
     store_place(&dedup, key_volume(record->key), key_lba(record->key), record->base, record->pba, content_print(record->content));
     note(record->key, record->content);
     set_record(record, (struct record){0});
@@ -549,18 +667,18 @@ static void place(struct record *record)
 static void unmap(uint64_t key, bool promise)
 {
     uint64_t base;
-    struct record *record = logged(key, &base);
-    if (!ready(key) || (record != 0 && record->state >= 2) || !store_has_room(&dedup, 1))
+    logged(key, &base);
+    if (!ready(key) || !have_change(key_volume(key), key_lba(key), promise ? STORE_CHANGE : STORE_LOOK, base, 0) ||
+        !store_has_room(&dedup, 1))
+        return;
+    uint64_t again;
+    struct record *record = logged(key, &again);
+    if (again != base || !ready(key) || (record != 0 && record->state >= 2))
         return;
     if (promise) {
         if (!store_reserve(&dedup, 1))
             return;
-        int status = store_promise_zero(&dedup, key_volume(key), key_lba(key), base);
-        if (status != ATOLL_OK) {
-            CHECK(status == ATOLL_ENOSPC);
-            store_unreserve(&dedup, 1);
-            return;
-        }
+        CHECK(store_promise_zero(&dedup, key_volume(key), key_lba(key), base) == ATOLL_OK);
         note(key, ZERO_CONTENT);
     } else {
         store_unmap(&dedup, key_volume(key), key_lba(key), base);

@@ -1,0 +1,423 @@
+/*
+ * The cache of metadata pages: frames, found by page through one hash.
+ *
+ *   store_get          a page, with the directories above it, from memory, from the device, or made
+ *   store_cache_io     one has been read: checked, taken from the other copy if it is bad (I8), used
+ *   store_set_flags    dirty, written, held
+ *   store_cache_step   keeps some frames free: a clock lets clean pages go
+ *
+ * A frame whose page is in memory keeps that of its directory there, so pointers change in place. *Held* frames stay: dirty ones,
+ * those written by the running checkpoint, those with words that exist in memory only, and directories above such.
+ *
+ * A frame is filled only if it was free at the last commit: what a rollback brings back is still there. So frames that are let
+ * go can be used from the next commit on.
+ *
+ * After a crash: frames and what they hold are journaled; hash, clock and lists of free frames are made again (some hundred
+ * microseconds). Reads in flight complete to the successor.
+ */
+#include <stdlib.h>
+
+#include "ipc/crashpoint.h"
+#include "services/dedup/store_internal.h"
+
+#define FREE_KEPT 64         /* frames kept free, or an eighth */
+#define EVICT_PER_STEP 64
+#define CLOCK_PER_STEP 4096
+#define FRESH_VISITS 8       /* of the clock, that a page survives which nobody has come for yet */
+#define URGENT_KEPT 3        /* last times that somebody urgent asked, whose pages stay */
+
+/* --- Private indices ------------------------------------------------------------------------------------------------- */
+
+static uint32_t bucket_of(const struct store *store, uint64_t page)
+{
+    return (uint32_t)(page * 0x9e3779b97f4a7c15u >> 32) & store->hash_mask;
+}
+
+static void hash_insert(struct store *store, uint32_t frame)
+{
+    uint32_t *head = &store->hash_heads[bucket_of(store, store->frames[frame].page)];
+    store->hash_next[frame] = *head;
+    *head = frame;
+}
+
+static void hash_remove(struct store *store, uint32_t frame)
+{
+    uint32_t *link = &store->hash_heads[bucket_of(store, store->frames[frame].page)];
+    while (*link != frame) {
+        assert(*link != STORE_NO_FRAME);
+        link = &store->hash_next[*link];
+    }
+    *link = store->hash_next[frame];
+}
+
+static uint32_t hash_find(const struct store *store, uint64_t page)
+{
+    uint32_t frame = store->hash_heads[bucket_of(store, page)];
+    while (frame != STORE_NO_FRAME && store->frames[frame].page != page)
+        frame = store->hash_next[frame];
+    return frame;
+}
+
+static void *need(void *old, uint64_t count, uint64_t size)
+{
+    free(old);
+    void *memory = calloc(count, size);
+    if (memory == 0)
+        abort(); /* some hundred KiB at the start of a process */
+    return memory;
+}
+
+void store_cache_attach(struct store *store)
+{
+    uint32_t count = (uint32_t)store->area->geometry.frames, buckets = 1;
+    while (buckets < 2 * count)
+        buckets *= 2;
+    store->hash_mask = buckets - 1;
+    store->hash_heads = need(store->hash_heads, buckets, sizeof *store->hash_heads);
+    store->hash_next = need(store->hash_next, count, sizeof *store->hash_next);
+    store->free_frames = need(store->free_frames, count, sizeof *store->free_frames);
+    store->freed_frames = need(store->freed_frames, count, sizeof *store->freed_frames);
+    store->used = need(store->used, count, 1);
+    store->fresh = need(store->fresh, count, 1);
+    store->urgent_stamp = need(store->urgent_stamp, count, sizeof *store->urgent_stamp);
+    store->stamp = URGENT_KEPT + 1;
+    store->free_count = store->freed_count = 0;
+    store->bounce_busy = 0;
+    store->woken = true;
+    memset(store->hash_heads, 0xff, buckets * sizeof *store->hash_heads);
+    memset(store->memo, 0, sizeof store->memo);
+    for (uint32_t frame = count; frame-- > 0;) {
+        if (store->frames[frame].state == FRAME_FREE)
+            store->free_frames[store->free_count++] = frame;
+        else
+            hash_insert(store, frame);
+        if (store->frames[frame].state == FRAME_LOADING)
+            store->bounce_busy |= (uint64_t)1 << store->frames[frame].bounce;
+    }
+}
+
+uint32_t store_find(struct store *store, uint64_t page)
+{
+    uint32_t *memo = &store->memo[FORMAT_PAGE_TREE(page)], frame = *memo;
+    if (store->frames[frame].page == page && store->frames[frame].state == FRAME_VALID)
+        return frame;
+    frame = hash_find(store, page);
+    if (frame == STORE_NO_FRAME || store->frames[frame].state != FRAME_VALID)
+        return STORE_NO_FRAME;
+    if (FORMAT_PAGE_LEVEL(page) == 0)
+        *memo = frame;
+    return frame;
+}
+
+/* --- Held ------------------------------------------------------------------------------------------------------------ */
+
+struct format_pointer *store_pointer(struct store *store, uint32_t frame)
+{
+    const struct store_frame *f = &store->frames[frame];
+    if (f->parent == STORE_NO_FRAME)
+        return &store->area->roots[FORMAT_PAGE_TREE(f->page)];
+    return (struct format_pointer *)store_page_memory(store, f->parent) + FORMAT_PAGE_NUMBER(f->page) % FORMAT_POINTERS;
+}
+
+static void set32(struct store *store, uint32_t *word, uint32_t value) { atoll_set32(store->journal, word, value); }
+
+/* Brings FRAME_HELD up to date, here and above. */
+static void look_if_held(struct store *store, uint32_t frame)
+{
+    for (; frame != STORE_NO_FRAME; frame = store->frames[frame].parent) {
+        struct store_frame *f = &store->frames[frame];
+        bool held = (f->flags & (FRAME_DIRTY | FRAME_WRITING | FRAME_WRITTEN)) != 0 || f->live != 0 || f->held_children != 0;
+        if (held == ((f->flags & FRAME_HELD) != 0))
+            return;
+        set32(store, &f->flags, f->flags ^ FRAME_HELD);
+        STORE_ADD(store, frames_held, held ? 1 : -(uint64_t)1);
+        if (f->parent == STORE_NO_FRAME)
+            return;
+        uint32_t *above = &store->frames[f->parent].held_children;
+        set32(store, above, held ? *above + 1 : *above - 1);
+    }
+}
+
+void store_set_flags(struct store *store, uint32_t frame, uint32_t set, uint32_t clear)
+{
+    struct store_frame *f = &store->frames[frame];
+    uint32_t flags = (f->flags | set) & ~clear;
+    if (flags == f->flags)
+        return;
+    if ((flags ^ f->flags) & FRAME_DIRTY)
+        STORE_ADD(store, frames_dirty, flags & FRAME_DIRTY ? 1 : -(uint64_t)1);
+    set32(store, &f->flags, flags);
+    look_if_held(store, frame);
+}
+
+void store_mark_dirty(struct store *store, uint32_t frame) { store_set_flags(store, frame, FRAME_DIRTY, 0); }
+
+void store_change_live(struct store *store, uint32_t frame, int32_t change)
+{
+    struct store_frame *f = &store->frames[frame];
+    if (change == 0)
+        return;
+    bool was = f->live != 0;
+    set32(store, &f->live, f->live + (uint32_t)change);
+    if (was != (f->live != 0))
+        look_if_held(store, frame);
+}
+
+uint64_t store_held_limit(const struct store *store)
+{
+    uint64_t frames = store->area->geometry.frames, spare = store->area->spare_slots;
+    return (frames < spare ? frames : spare) / 2 - 24;
+}
+
+/* --- Getting pages --------------------------------------------------------------------------------------------------- */
+
+static enum store_want lost(struct store *store, uint64_t page, uint32_t status)
+{
+    store->want_page = page;
+    store->want_status = status;
+    return STORE_LOST;
+}
+
+/* A free frame for `page`, entered. Everything but its state is as it should be. */
+static uint32_t take_frame(struct store *store, uint64_t page, uint32_t parent)
+{
+    if (store->free_count == 0) {
+        store->starved = true;
+        store->starved_urgent |= store->urgent;
+        return STORE_NO_FRAME;
+    }
+    uint32_t frame = store->free_frames[--store->free_count];
+    struct store_frame *f = &store->frames[frame];
+    assert(f->state == FRAME_FREE);
+    atoll_save(store->journal, f, sizeof *f);
+    *f = (struct store_frame){.page = page, .parent = parent};
+    if (parent != STORE_NO_FRAME)
+        set32(store, &store->frames[parent].children, store->frames[parent].children + 1);
+    hash_insert(store, frame);
+    store->used[frame] = 1;
+    store->fresh[frame] = FRESH_VISITS;
+    store->urgent_stamp[frame] = store->urgent ? store->stamp : 0;
+    return frame;
+}
+
+/* Map pages that may exist; the others' places are kept for them. */
+static uint64_t map_limit(const struct store *store)
+{
+    const struct store_area *area = store->area;
+    uint64_t reserved = (area->slots / FORMAT_SLOTS_PER_PAGE + 1) * FORMAT_SLOTS_RESERVED;
+    uint64_t kept = reserved + area->spare_slots + format_fixed_pages(area->device_blocks);
+    return area->slots > kept ? area->slots - kept : 0;
+}
+
+/* A page of zeros that is on no device yet. */
+static enum store_want make(struct store *store, uint64_t page, uint32_t parent, struct format_pointer *pointer, uint32_t *frame)
+{
+    struct store_area *area = store->area;
+    bool map = FORMAT_PAGE_TREE(page) == FORMAT_TREE_MAP;
+    if (map && area->state == STORE_READY && area->map_pages + area->map_fresh >= map_limit(store)) {
+        if (!area->checkpoint_wanted && area->frames_dirty != 0) /* it gives empty pages back */
+            STORE_SET(store, checkpoint_wanted, 1);
+        return lost(store, page, ATOLL_ENOSPC);
+    }
+    uint32_t made = take_frame(store, page, parent);
+    if (made == STORE_NO_FRAME)
+        return STORE_WAIT;
+    memset(store_page_memory(store, made), 0, ATOLL_BLOCK_BYTES);
+    set32(store, &store->frames[made].state, FRAME_VALID);
+    set32(store, &pointer->slot, STORE_SLOT_FRESH);
+    if (map)
+        STORE_ADD(store, map_fresh, 1);
+    if (map && FORMAT_PAGE_LEVEL(page) == 0)
+        store_count(store, STORE_COUNTER_LEAVES_MADE, 1);
+    if (FORMAT_PAGE_TREE(page) == FORMAT_TREE_REFS && FORMAT_PAGE_LEVEL(page) == 0)
+        store_refs_loaded(store, made);
+    *frame = made;
+    return STORE_HAVE;
+}
+
+static bool submit_read(struct store *store, uint32_t frame)
+{
+    const uint8_t *memory = store_bounce(store);
+    const struct store_frame *f = &store->frames[frame];
+    uint64_t pba = store_slot_pba(store, store_pointer(store, frame)->slot, f->attempt);
+    return memory != 0 && store_submit(store, STORE_IO_PAGE, frame, ATOLL_OP_IO_READ, pba,
+                                       memory + (STORE_BATCH_READS + f->bounce) * ATOLL_BLOCK_BYTES, ATOLL_BLOCK_BYTES);
+}
+
+static enum store_want begin_read(struct store *store, uint64_t page, uint32_t parent, const struct format_pointer *pointer)
+{
+    if (store_slot_pba(store, pointer->slot, 0) == 0)
+        return lost(store, page, ATOLL_ECORRUPT);
+    if (store->bounce_busy == ~(uint64_t)0 || store->dedup->io->free_count == 0)
+        return STORE_WAIT; /* for those that are being read */
+    uint32_t frame = take_frame(store, page, parent);
+    if (frame == STORE_NO_FRAME)
+        return STORE_WAIT;
+    uint32_t bounce = (uint32_t)__builtin_ctzll(~store->bounce_busy);
+    store->bounce_busy |= (uint64_t)1 << bounce;
+    store->frames[frame].bounce = bounce; /* saved by take_frame, like what follows */
+    store->frames[frame].state = FRAME_LOADING;
+    bool sent = submit_read(store, frame);
+    if (!sent) /* the driver's buffer area is too small to read anything */
+        store->frames[frame].state = FRAME_BAD, store->frames[frame].attempt = ATOLL_EIO, store->bounce_busy &= ~((uint64_t)1 << bounce);
+    return STORE_WAIT;
+}
+_Static_assert(STORE_PAGE_READS == 64, "a bit each");
+
+enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame)
+{
+    uint32_t found = hash_find(store, page), parent = STORE_NO_FRAME;
+    *frame = STORE_NO_FRAME;
+    if (found != STORE_NO_FRAME) {
+        const struct store_frame *f = &store->frames[found];
+        store->used[found] = 1;
+        if (store->urgent)
+            store->urgent_stamp[found] = store->stamp;
+        if (f->state == FRAME_LOADING)
+            return STORE_WAIT;
+        store->fresh[found] = 0;
+        if (f->state == FRAME_BAD)
+            return lost(store, page, f->attempt);
+        *frame = found;
+        return STORE_HAVE;
+    }
+    uint32_t tree = FORMAT_PAGE_TREE(page), level = FORMAT_PAGE_LEVEL(page);
+    struct format_pointer *pointer = &store->area->roots[tree];
+    if (level != format_levels[tree]) {
+        uint64_t number = FORMAT_PAGE_NUMBER(page);
+        enum store_want want = store_get(store, FORMAT_PAGE(tree, level + 1, number / FORMAT_POINTERS), create, &parent);
+        if (want != STORE_HAVE || parent == STORE_NO_FRAME)
+            return want;
+        pointer = (struct format_pointer *)store_page_memory(store, parent) + number % FORMAT_POINTERS;
+    }
+    assert(pointer->slot != STORE_SLOT_FRESH);
+    if (pointer->slot != 0)
+        return begin_read(store, page, parent, pointer);
+    return create ? make(store, page, parent, pointer, frame) : STORE_HAVE;
+}
+
+/* Does an image that is what was written make sense? */
+static bool sane(const struct store *store, uint64_t page, const void *image)
+{
+    uint32_t tree = FORMAT_PAGE_TREE(page);
+    if (FORMAT_PAGE_LEVEL(page) != 0) {
+        const struct format_pointer *pointer = image;
+        for (uint32_t index = 0; index < FORMAT_POINTERS; index++)
+            if (pointer[index].reserved != 0 || (pointer[index].slot != 0 && store_slot_pba(store, pointer[index].slot, 0) == 0))
+                return false;
+    } else if (tree == FORMAT_TREE_REFS) {
+        const uint32_t *count = image;
+        for (uint32_t index = 0; index < FORMAT_REFS_PER_PAGE; index++)
+            if (count[index] > REF_COUNT_MAX)
+                return false;
+    } else if (tree == FORMAT_TREE_MAP) {
+        const uint64_t *value = image;
+        for (uint32_t index = 0; index < FORMAT_LEAF_ENTRIES; index++)
+            if (value[index] != 0 && value[index] != MAP_VALUE(MAP_ZERO, 0) &&
+                (MAP_KIND(value[index]) != MAP_PBA || !store_usable(store, MAP_NUMBER(value[index]))))
+                return false;
+    }
+    return true;
+}
+
+void store_cache_io(struct store *store, uint64_t number, uint32_t status)
+{
+    if (number >= store->area->geometry.frames || store->frames[number].state != FRAME_LOADING)
+        return; /* asked for by a predecessor that was loading */
+    uint32_t frame = (uint32_t)number;
+    struct store_frame *f = &store->frames[frame];
+    const uint8_t *memory = store_bounce(store);
+    const struct format_pointer *pointer = store_pointer(store, frame);
+    uint8_t *page = store_page_memory(store, frame); /* nobody relies on it yet: written directly */
+    ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.page.read");
+    bool good = status == ATOLL_OK && memory != 0;
+    if (good) {
+        memcpy(page, memory + (STORE_BATCH_READS + f->bounce) * ATOLL_BLOCK_BYTES, ATOLL_BLOCK_BYTES);
+        good = store_checksum(store, FORMAT_SEED_PAGE, f->page, page, ATOLL_BLOCK_BYTES) == pointer->checksum &&
+               sane(store, f->page, page);
+        status = ATOLL_ECORRUPT;
+    }
+    if (!good && f->attempt == 0) {
+        set32(store, &f->attempt, 1);
+        if (submit_read(store, frame))
+            return;
+    }
+    store->bounce_busy &= ~((uint64_t)1 << f->bounce);
+    store->woken = true;
+    if (!good) {
+        set32(store, &f->attempt, status);
+        set32(store, &f->state, FRAME_BAD);
+        return;
+    }
+    bool repair = f->attempt == 1;
+    set32(store, &f->state, FRAME_VALID);
+    if (FORMAT_PAGE_TREE(f->page) == FORMAT_TREE_REFS && FORMAT_PAGE_LEVEL(f->page) == 0)
+        store_refs_loaded(store, frame);
+    if (repair) { /* written anew by the next checkpoint, which comes at once */
+        store_mark_dirty(store, frame);
+        store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
+        if (!store->area->checkpoint_wanted)
+            STORE_SET(store, checkpoint_wanted, 1);
+    }
+}
+
+/* --- Letting them go ------------------------------------------------------------------------------------------------- */
+
+void store_drop_frame(struct store *store, uint32_t frame)
+{
+    struct store_frame *f = &store->frames[frame];
+    assert(!(f->flags & FRAME_HELD) && f->children == 0 && f->state != FRAME_LOADING && f->state != FRAME_FREE);
+    struct format_pointer *pointer = store_pointer(store, frame);
+    if (pointer->slot == STORE_SLOT_FRESH) { /* zeros that were never written: as if it had not been made */
+        set32(store, &pointer->slot, 0);
+        if (FORMAT_PAGE_TREE(f->page) == FORMAT_TREE_MAP)
+            STORE_ADD(store, map_fresh, -1);
+    }
+    if (f->parent != STORE_NO_FRAME)
+        set32(store, &store->frames[f->parent].children, store->frames[f->parent].children - 1);
+    hash_remove(store, frame);
+    set32(store, &f->state, FRAME_FREE);
+    store->freed_frames[store->freed_count++] = frame;
+}
+
+bool store_cache_step(struct store *store)
+{
+    uint32_t count = (uint32_t)store->area->geometry.frames, kept = count / 8 < FREE_KEPT ? count / 8 : FREE_KEPT;
+    bool woken = store->woken;
+    store->woken = false;
+    if (store->freed_count != 0) {
+        woken |= store->starved;
+        store->starved = store->starved_urgent = false;
+    }
+    while (store->freed_count != 0)
+        store->free_frames[store->free_count++] = store->freed_frames[--store->freed_count];
+    if (store->free_count >= kept)
+        return woken;
+    for (uint32_t looked = 0; looked < CLOCK_PER_STEP && store->free_count + store->freed_count < kept + EVICT_PER_STEP / 2; looked++) {
+        uint32_t frame = store->clock_hand;
+        const struct store_frame *f = &store->frames[frame];
+        store->clock_hand = frame + 1 == count ? 0 : frame + 1;
+        if ((f->state != FRAME_VALID && f->state != FRAME_BAD) || (f->flags & FRAME_HELD) || f->children != 0)
+            continue;
+        if (store->urgent_stamp[frame] + URGENT_KEPT >= store->stamp)
+            continue;
+        if (store->fresh[frame] != 0 && !store->starved_urgent) {
+            store->fresh[frame]--;
+            continue;
+        }
+        if (store->used[frame] && !store->starved_urgent) {
+            store->used[frame] = 0;
+            continue;
+        }
+        store_drop_frame(store, frame);
+        if (store->freed_count >= EVICT_PER_STEP)
+            break;
+    }
+    /* Nothing clean is left, and somebody waits. */
+    if (store->freed_count == 0 && store->starved && store->area->frames_dirty != 0 && !store->area->checkpoint_wanted &&
+        store->area->state == STORE_READY && store->area->checkpoint_phase == CHECKPOINT_IDLE)
+        STORE_SET(store, checkpoint_wanted, 1);
+    if (store->starved_urgent)
+        store->stamp++; /* those that were urgent before are it no more */
+    return woken || store->freed_count != 0;
+}
