@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from atoll.bench.server import toml
 from atoll.kernel.client import Client, ControlError
 
 ATOLL = Path(sys.executable).parent / "atoll"
@@ -210,26 +211,6 @@ class Server:
     def socket(self) -> Path:
         """The Unix socket for clients."""
         return self.data / "nbd.sock"
-
-
-def toml(table: dict[str, Any]) -> str:
-    """What tomllib reads back, of the little that tests need."""
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += [f"[{key}]", *(f"{inner} = {toml_value(its)}" for inner, its in value.items())]
-    return "\n".join(lines) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)} = {toml_value(its)}" for key, its in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(toml_value, value)) + "]"
-    return json.dumps(value)
 
 
 def run(*command: str | os.PathLike[str], status: int | None = 0, timeout_s: float = 120.0, **more: Any) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serverkit import toml
 
+from atoll.bench.server import toml
 from atoll.ipc._ipc import lib
 from atoll.kernel import config
 from atoll.kernel.config import ConfigError
