@@ -50,6 +50,7 @@ TIER_THRESHOLD_MAX = 1_000_000
 # A device must hold superblocks, the metadata log twice, metadata and some data.
 DEVICE_BYTES_MIN = 128 * MIB
 # A year: no timeout makes sense beyond, and it fits every clock.
+CPU_MAX = 8191  # as far as Linux counts
 TIME_S_MAX = 365 * 86400
 # A run of the largest threshold must find room on one track; beyond a track is no single seek any more.
 TRACK_BYTES_MIN, TRACK_BYTES_MAX = 256 * KIB, 64 * MIB
@@ -100,6 +101,8 @@ class Disk(Struct, forbid_unknown_fields=True, kw_only=True):
 class Kernel(Struct, forbid_unknown_fields=True, kw_only=True):
     hang_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 1.0
     restart_backoff_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 5.0
+    placement: Literal["auto", "together", "none"] = "auto"  # of the data path's domains: on one processor, or anywhere
+    cpus: list[Annotated[int, Meta(ge=0, le=CPU_MAX)]] = field(default_factory=list)  # to be used; none: all allowed
 
 
 class Testing(Struct, forbid_unknown_fields=True, kw_only=True):

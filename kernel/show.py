@@ -138,10 +138,21 @@ def volumes(entries: Sequence[Mapping[str, Any]], out: Console | None = None) ->
 # --- ps -------------------------------------------------------------------------------------------------------------
 
 
+def numbers(values: Sequence[int] | None) -> str:
+    """Ascending numbers with runs drawn together: 0-2,5."""
+    runs: list[list[int]] = []
+    for value in values or ():
+        if runs and runs[-1][1] + 1 == value:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) or "-"
+
+
 def process_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    right = ("pid", "inc", "standby", "restarts", "uptime", "cpu", "resident", "shared")
+    right = ("pid", "inc", "standby", "restarts", "uptime", "cpu", "on", "resident", "shared")
     drawn = table(
-        "role", "pid", "inc", "state", "standby", "restarts", "uptime", "cpu", "resident", "shared", right=right
+        "role", "pid", "inc", "state", "standby", "restarts", "uptime", "cpu", "on", "resident", "shared", right=right
     )
     for row in rows:
         state = str(row["state"])
@@ -155,6 +166,7 @@ def process_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             text(row.get("restarts")),
             duration(row.get("uptime_s")),
             duration(row.get("cpu_s")),
+            numbers(row.get("cpu_affinity")),
             size(row.get("resident_bytes")),
             size(row.get("shared_bytes")),
         )

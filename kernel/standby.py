@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from atoll.ipc import physmap, rolelock
 from atoll.ipc._ipc import ffi
 from atoll.ipc.runtime import Context
-from atoll.kernel import messages, process, table
+from atoll.kernel import messages, placement, process, table
 from atoll.kernel.world import World
 
 log = logging.getLogger("atoll")
@@ -48,6 +48,7 @@ def run(world: World, role_name: str) -> NoReturn:
                 physmap.populate(table.ROLES[name].number)
         context = _prepared(world, role)
         started = process.start_time(os.getpid())
+        placement.settle(world.config, role_name)
         process.come_first()  # until it serves: the kernel takes it back
         order, descriptors = _wait(channel)
         if order["fresh"]:

@@ -169,10 +169,11 @@ def usage(pid: int | None) -> dict[str, Any]:
                     "cpu_s": round(cpu.user + cpu.system, 3),
                     "resident_bytes": memory.rss,
                     "shared_bytes": memory.shared,
+                    "cpu_affinity": sorted(its.cpu_affinity()),
                 }
         except psutil.Error:
             pass
-    return {"uptime_s": None, "cpu_s": None, "resident_bytes": None, "shared_bytes": None}
+    return {"uptime_s": None, "cpu_s": None, "resident_bytes": None, "shared_bytes": None, "cpu_affinity": None}
 
 
 def this_process(pid: int) -> Process | None:

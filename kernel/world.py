@@ -27,7 +27,7 @@ from atoll.ipc._ipc import ffi, lib
 from atoll.ipc.runtime import Listener
 from atoll.kernel import device as devices
 from atoll.kernel import listeners as sockets
-from atoll.kernel import process, records, table
+from atoll.kernel import placement, process, records, table
 from atoll.kernel.instance import EXIT_CONFIG, BootError, Directory, Record, boot_id
 
 log = logging.getLogger("atoll")
@@ -103,6 +103,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
     config["grow"] = not adoptable and directory.grow_wanted
 
+    placement.check(config)
     engines, urings = _engines(config)
     if adoptable:
         assert last is not None

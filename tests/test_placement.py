@@ -1,0 +1,56 @@
+"""Where domains run: the choice, a server whose data path shares a processor, successors that stay there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from atoll.kernel import placement
+from atoll.kernel.instance import BootError
+
+
+def config(mode: str, cpus: list[int] | None = None) -> dict[str, Any]:
+    return {"kernel": {"placement": mode, "cpus": cpus or []}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "cpus", "role", "allowed", "cores"),
+    [
+        ("auto", [], "nbd", {0, 1}, {1}),
+        ("auto", [], "disk", {0, 1}, None),
+        ("auto", [], "nic", {5}, {5}),
+        ("auto", [], "nic", {0, 1, 2, 3}, None),
+        ("together", [], "dedup", {0, 1, 2, 3}, {3}),
+        ("together", [0, 2], "dedup", {0, 1, 2, 3}, {2}),
+        ("together", [0, 2], "disk", {0, 1, 2, 3}, {0, 2}),
+        ("auto", [0, 2], "nic", {0, 1, 2, 3}, {2}),
+        ("none", [0, 2], "nic", {0, 1, 2, 3}, {0, 2}),
+        ("none", [], "nic", {0, 1}, None),
+        ("together", [7], "nic", {0, 1}, None),
+    ],
+)
+def test_the_choice(mode: str, cpus: list[int], role: str, allowed: set[int], cores: set[int] | None) -> None:
+    assert placement.cores(config(mode, cpus), role, allowed) == cores
+
+
+def test_a_processor_that_cannot_be_used_is_named() -> None:
+    with pytest.raises(BootError, match=r"kernel\.cpus names processor 8000; Atoll may run on"):
+        placement.check(config("auto", [8000]))
+
+
+def test_the_path_shares_a_processor_whoever_is_replaced(make_server: Any) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    server = make_server(config={"kernel": {"placement": "together"}}).start()
+    for _ in range(2):
+        rows = {row["role"]: row["cpu_affinity"] for row in server.json("ps")}
+        assert {role: rows[role] for role in placement.PATH} == dict.fromkeys(placement.PATH, mine[-1:])
+        assert rows["disk"] == rows["kernel"] == rows["init"] == mine
+        for role in placement.PATH:
+            server.cli("kill", role)
+
+
+def test_anywhere_if_asked_for(make_server: Any) -> None:
+    server = make_server(config={"kernel": {"placement": "none"}}).start()
+    assert all(row["cpu_affinity"] == sorted(os.sched_getaffinity(0)) for row in server.json("ps"))
