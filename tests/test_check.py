@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nbdclient import Connection
 from serverkit import ATOLL, Server, run
+
+from atoll.services.dedup.check import layout
+from atoll.services.dedup.check.image import FileImage
+from atoll.services.dedup.check.reader import Report, Store
+from atoll.services.dedup.check.repair import append, mapped_records, record
+from atoll.services.dedup.check.run import run as check
 
 BLOCK = 4096
 SMALL = {"device_size": "128MiB", "volumes": [{"name": "disk", "size": "64MiB"}],
@@ -83,3 +91,138 @@ def test_a_shortened_device_is_named(tmp_path: Path, stopped: Server) -> None:
         file.truncate(100 << 20)
     said = stopped.cli("check", "--device", str(device), status=1).stdout
     assert "the device has 25600 blocks, its store 32768: the device was shortened" in " ".join(said.split())
+
+
+# --- What is wrong, and what can be put right -------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A store whose log was given one more change that no store makes."""
+
+    name: str
+    forge: Callable[[Forge], None]
+    says: str
+    repairable: bool
+
+
+class Forge:
+    """Writes records and sums that do not agree, behind the end of the log of a device file."""
+
+    def __init__(self, device: Path) -> None:
+        self.image = FileImage(device, writable=True)
+        report = Report()
+        store = Store.read(self.image, report)
+        assert store is not None and not report.count
+        self.store = store
+        counts = store.counts(0, store.root.device_blocks)
+        data = store.places.hold_data(np.arange(len(counts), dtype=np.uint64))
+        self.stored = int(np.flatnonzero(counts)[0])
+        self.count = int(counts[self.stored])
+        self.free = int(np.flatnonzero(data & (counts == 0))[7])
+
+    def write(self, *records: tuple[int, ...], **base: int) -> None:
+        append(self.image, self.store, [records] if records else [], base)
+        self.image.close()
+
+
+def volume_entry(number: int, name: str) -> tuple[int, ...]:
+    entry = np.zeros(1, layout.VOLUME)
+    entry["id"], entry["generation"], entry["state"], entry["size_bytes"] = number, 1, 1, 1 << 20
+    entry["name"], entry["name_bytes"] = name.encode(), len(name)
+    return record(5, number, *np.frombuffer(entry.tobytes(), "<u8").tolist())
+
+
+PBA = 1 << 60
+CASES = [
+    Case("a count too high", lambda f: f.write(record(2, f.stored, f.count + 3)), "references, the map has", True),
+    Case("a block that nobody names", lambda f: f.write(record(3, f.free, 1, 5, 6)), "the map names it nowhere", True),
+    Case("a count of 0 for a block in use", lambda f: f.write(record(2, f.stored, 0)), "is free, and the map", False),
+    Case(
+        "an entry for a free block",
+        lambda f: f.write(record(1, 3000 << 1, PBA | f.free)),
+        "is free, and the map",
+        False,
+    ),
+    Case("an entry for the log", lambda f: f.write(record(1, 3001 << 1, PBA | 5)), "where no data can be", False),
+    Case("an entry beyond the end", lambda f: f.write(record(1, 1 << 20, 3 << 60)), "mapped, the volume has", False),
+    Case("an entry of no volume", lambda f: f.write(record(1, 9 << 52 | 4, 3 << 60)), "volume 9 is not there", False),
+    Case("a value of no kind", lambda f: f.write(record(1, 3002 << 1, 7 << 60)), "value 0x7000", False),
+    Case("two volumes of one name", lambda f: f.write(volume_entry(5, "disk")), "has the same name", False),
+    Case(
+        "a sum of stored blocks", lambda f: f.write(stored_blocks=f.store.root.stored_blocks + 9), "the sum says", True
+    ),
+    Case("a sum of promises", lambda f: f.write(zero_promises=f.store.root.zero_promises + 2), "promised zeros", True),
+    Case("a sum of map pages", lambda f: f.write(map_pages=f.store.root.map_pages + 1), "the superblock says", True),
+    Case("a volume's sum", lambda f: f.write(*mapped_records(f.store, 0, 4)), "its entry says", True),
+    Case("a volume's sum, too low", lambda f: f.write(*mapped_records(f.store, 0, -3)), "its entry says", True),
+]
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A device file with a store that was stopped."""
+    server = Server(tmp_path_factory.mktemp("c"), SMALL).start()
+    try:
+        write(server)
+        server.stop()
+        device = server.folder / "closed.img"
+        run("cp", "--sparse=always", server.data / "device.img", device)
+        yield device
+    finally:
+        assert not server.end()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_inconsistency_is_found_and_what_can_be_is_repaired(closed: Path, tmp_path: Path, case: Case) -> None:
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    case.forge(Forge(device))
+    before = device.stat().st_mtime_ns
+    found = check(device)
+    assert any(case.says in one["text"] for one in found["findings"]), found["findings"]
+    assert all(one["repairable"] for one in found["findings"]) == case.repairable
+    assert device.stat().st_mtime_ns == before, "without --repair nothing is written"
+    repaired = check(device, repair=True)
+    assert repaired["ok"] == case.repairable, repaired["findings"]
+    if case.repairable:
+        assert repaired["repaired"] >= 1
+
+
+def test_a_server_runs_on_what_was_repaired(closed: Path, make_server: Callable[..., Server]) -> None:
+    server = make_server(config=SMALL)
+    server.data.mkdir()
+    device = server.data / "device.img"
+    run("cp", "--sparse=always", closed, device)
+    for case in CASES:
+        if case.repairable:
+            case.forge(Forge(device))
+            assert check(device, repair=True)["ok"]
+    server.start()
+    assert server.json("check", "--live")["ok"]
+    write(server, seed=2)
+    server.stop()
+    assert server.json("check", "--verify-data")["ok"]
+
+
+# --- Growing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_is_grown(stopped: Server) -> None:
+    assert "cannot be made smaller" in stopped.cli("device", "grow", "100MiB", status=2).stderr
+    assert "multiple of 4096" in stopped.cli("device", "grow", "300000000", status=2).stderr
+    assert "the next atoll serve uses all of it" in stopped.cli("device", "grow", "256MiB").stdout
+    stopped.start()
+    status = stopped.json("status")
+    assert status["space"]["device_bytes"] == 256 << 20
+    assert not (stopped.data / "grow").exists()
+    write(stopped, seed=3)
+    stopped.cli("volume", "create", "large", "200MiB")
+    stopped.stop()
+    found = stopped.json("check", "--verify-data")
+    assert found["ok"] and found["store"]["store_bytes"] == 256 << 20
+    stopped.json("device", "grow", "300MiB")
+    stopped.start()
+    assert stopped.json("status")["space"]["device_bytes"] == 300 << 20
+    stopped.stop()
+    assert stopped.json("check")["ok"]

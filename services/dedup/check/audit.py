@@ -18,7 +18,7 @@ import numpy as np
 
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.layout import BLOCK_BYTES
-from atoll.services.dedup.check.reader import Progress, Report, Store, Volume, silent
+from atoll.services.dedup.check.reader import Progress, Report, Store, Volume, silent, slice_of
 
 WINDOW_BLOCKS = 1 << 24  # 64 GiB of device: 128 MB of recounted references and as much of stored ones
 DATA_RUN_BLOCKS = 256
@@ -37,6 +37,9 @@ class Totals:
     volumes: dict[int, Volume] = field(default_factory=dict)
     mapped: dict[int, int] = field(default_factory=dict)  # by volume
     wrong_counts: dict[int, int] = field(default_factory=dict)  # PBA: references that were found; for repair
+    wrong_groups: dict[int, int] = field(default_factory=dict)  # a block of each group whose sum is wrong: its count
+    map_pages: int = 0
+    wrong_mapped: dict[int, int] = field(default_factory=dict)  # volume: what its sum lacks
     verified: int = 0
     damaged: int = 0
 
@@ -68,11 +71,10 @@ def windows(first: int, end: int, size: int = WINDOW_BLOCKS) -> Iterator[tuple[i
 
 
 def audit(store: Store, report: Report, progress: Progress = silent, window: int = WINDOW_BLOCKS) -> Totals:
-    totals = Totals()
-    pages = metadata_places(store, report, totals)
-    totals.volumes = store.volumes()
+    totals = Totals(volumes=store.volumes())
+    check_slots(store, report, totals)
     check_volumes(store, report, totals)
-    check_leaf_pointers(store, report, totals)
+    totals.leaves = len(store.trees[layout.TREE_MAP, 0].numbers)
     ranges = list(windows(0, store.root.device_blocks, window))
     for index, (first, end) in enumerate(ranges):
         found = np.zeros(end - first, np.uint32)
@@ -83,27 +85,45 @@ def audit(store: Store, report: Report, progress: Progress = silent, window: int
             places = layout.numbers(values[layout.kinds(values) == layout.KIND_PBA])
             places = places[(places >= first) & (places < end)]
             found += np.bincount((places - np.uint64(first)).astype(np.int64), minlength=end - first).astype(np.uint32)
-        compare_counts(store, report, totals, pages, first, end, found)
+        compare_counts(store, report, totals, first, end, found)
+    compare_sums(store, report, totals)
     return totals
 
 
 # --- Places of metadata -----------------------------------------------------------------------------------------------
 
 
-def metadata_places(store: Store, report: Report, totals: Totals) -> np.ndarray:
-    """Sorted blocks that hold metadata pages; those that lie wrong are reported."""
-    everything = np.concatenate([store.row, store.directories])
-    everything = everything[everything["primary"] != 0]
-    places = np.sort(np.concatenate([everything["primary"], everything["mirror"]]))
-    totals.metadata = len(places)
-    for place in places[(places < store.first) | (places >= store.end)]:
-        report.add("page", f"a metadata page is said to lie at block {place}, where none can be", block=int(place))
-    for place in np.unique(places[1:][places[1:] == places[:-1]]):
-        report.add("page", f"block {place} is said to hold two metadata pages", block=int(place))
-    halves = store.row[(store.row["primary"] == 0) & (store.row["mirror"] != 0)]
-    for half in halves:
-        report.add("page", f"a page has a second copy at block {int(half['mirror'])} and no first one")
-    return places
+def check_slots(store: Store, report: Report, totals: Totals) -> None:
+    """Each page has a slot of its own, and the bits say which slots are in use."""
+    slots = store.places.slots
+    users = np.zeros(slots, np.uint8)
+    for (tree, level), pages in store.trees.items():
+        mine = pages.pointers["slot"].astype(np.int64)
+        totals.metadata += 2 * len(mine)
+        for number, slot in zip(pages.numbers, mine, strict=True):
+            kept = slot % layout.SLOTS_PER_PAGE < layout.SLOTS_RESERVED
+            if tree == layout.TREE_SLOTS:
+                wrong = slot not in layout.own_slots(level, int(number))
+            else:
+                wrong = kept
+            if wrong or not 0 < slot < slots:
+                name = layout.page_name(tree, level, int(number))
+                report.add("page", f"the {name} is said to be in slot {slot}, where it cannot be", slot=int(slot))
+        if tree != layout.TREE_SLOTS:
+            mine = mine[(mine > 0) & (mine < slots)]
+            np.add.at(users, mine, 1)
+    for slot in np.flatnonzero(users > 1):
+        report.add("page", f"slot {slot} holds {users[slot]} pages", slot=int(slot))
+    if store.lost:
+        return  # what they lead to is not known
+    bits = np.unpackbits(store.table(layout.TREE_SLOTS, BLOCK_BYTES, np.uint8, 0, -(-slots // 8)), bitorder="little")
+    for slot in np.flatnonzero(bits[:slots] != (users != 0)):
+        text = "is free, and a page lies there" if users[slot] else "is in use, and no page lies there"
+        report.add("page", f"slot {slot}: its bit says that it {text}", slot=int(slot))
+    map_pages = sum(len(pages.numbers) for (tree, _), pages in store.trees.items() if tree == layout.TREE_MAP)
+    totals.map_pages = map_pages
+    if map_pages != store.root.map_pages:
+        report.add("total", f"the map has {map_pages} pages, the superblock says {store.root.map_pages}", True)
 
 
 # --- Volumes and leaves -----------------------------------------------------------------------------------------------
@@ -127,15 +147,6 @@ def check_volumes(store: Store, report: Report, totals: Totals) -> None:
             if volume.name in names:
                 report.add("volume", f"{what}: volume {names[volume.name]} has the same name", volume=number)
             names[volume.name] = number
-
-
-def check_leaf_pointers(store: Store, report: Report, totals: Totals) -> None:
-    leaves = store.row[store.shape.leaves_base :]
-    keys = np.sort(leaves["key"][leaves["primary"] != 0])
-    totals.leaves = len(keys)
-    for key in np.unique(keys[1:][keys[1:] == keys[:-1]]):
-        volume, leaf = block_of(int(key))
-        report.add("map", f"volume {volume} has two leaves for blocks from {leaf * 512} on", volume=volume)
 
 
 def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray, values: np.ndarray) -> None:
@@ -164,7 +175,7 @@ def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray,
     wrong = (
         (kinds > layout.KIND_ZERO) | (kinds == layout.KIND_LOG)
         | ((kinds == layout.KIND_HOLE) & (numbers != 0))
-        | (placed & ((numbers < store.first) | (numbers >= store.end)))
+        | (placed & ~store.places.hold_data(numbers))
     )  # fmt: skip
     for row, column in np.argwhere(wrong):
         volume_, lba_ = block_of(int(keys[row]) + int(column))
@@ -180,35 +191,65 @@ def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray,
 # --- Counts -----------------------------------------------------------------------------------------------------------
 
 
-def compare_counts(
-    store: Store, report: Report, totals: Totals, pages: np.ndarray, first: int, end: int, found: np.ndarray
-) -> None:
+def compare_counts(store: Store, report: Report, totals: Totals, first: int, end: int, found: np.ndarray) -> None:
     counts = store.counts(first, end)
     totals.stored += int(np.count_nonzero(counts))
     totals.references += int(counts.sum(dtype=np.uint64))
-    here = pages[np.searchsorted(pages, first) : np.searchsorted(pages, end)]
-    inside = here[here < store.root.device_blocks]
-    metadata = np.zeros(end - first, bool)
-    metadata[(inside - np.uint64(first)).astype(np.int64)] = True
-    for index in np.flatnonzero((counts != 0) & metadata):
-        report.add(
-            "page", f"block {first + index} holds a metadata page and is counted as data", block=int(first + index)
-        )
+    if store.lost:
+        return  # with pages gone nothing can be recounted
+    places = np.arange(first, end, dtype=np.uint64)
+    data = store.places.hold_data(places)
     for index in np.flatnonzero(counts != found):
         block, has, says = int(first + index), int(found[index]), int(counts[index])
-        outside = not store.first <= block < store.end
-        if says == 0:
-            what = "holds a metadata page" if metadata[index] else "is free"
-            text = f"block {block} {what}, and the map names it {has} time{'s' if has > 1 else ''}"
+        if not data[index]:
+            text = f"block {block} can hold no data and counts {says} references"
+        elif says == 0:
+            text = f"block {block} is free, and the map names it {has} time{'s' if has > 1 else ''}"
         elif has == 0:
             text = f"block {block} counts {says} reference{'s' if says > 1 else ''}, and the map names it nowhere"
         else:
             text = f"block {block} counts {says} references, the map has {has}"
         # Derivable from the map wherever the block still holds what the map means; one that was free may not.
-        repairable = says != 0 and not metadata[index] and not outside
+        repairable = says != 0 and bool(data[index])
         if repairable:
             totals.wrong_counts[block] = has
         report.add("count", text, repairable, block=block)
+    # Sums of groups; those of which the log speaks follow from the counts.
+    low, high = first // layout.GROUP_BLOCKS, -(-end // layout.GROUP_BLOCKS)
+    says_ = store.table(layout.TREE_GROUPS, layout.GROUPS_PER_PAGE, "<u2", low, high)
+    padded = np.zeros((high - low) * layout.GROUP_BLOCKS, bool)
+    padded[: end - first] = counts != 0
+    sums = padded.reshape(-1, layout.GROUP_BLOCKS).sum(axis=1)
+    logged = np.unique(slice_of(store.log.counts, first, end)[:, 0] // np.uint64(layout.GROUP_BLOCKS)).astype(np.int64)
+    same = sums == says_
+    same[logged - low] = True
+    for group in np.flatnonzero(~same):
+        begin = int(low + group) * layout.GROUP_BLOCKS
+        report.add(
+            "total", f"{sums[group]} of the blocks {begin} to {begin + layout.GROUP_BLOCKS - 1} are counted, their sum"
+            f" says {says_[group]}", True, block=begin,
+        )  # fmt: skip
+        mine = counts[max(0, begin - first) : begin - first + layout.GROUP_BLOCKS]
+        inside = np.flatnonzero(mine) if mine.any() else np.flatnonzero(data[max(0, begin - first) :])
+        totals.wrong_groups[begin + int(inside[0])] = int(mine[inside[0]])
+
+
+def compare_sums(store: Store, report: Report, totals: Totals) -> None:
+    if store.lost:
+        report.notes.append("pages are lost: counts and sums were not compared")
+        return
+    for number, volume in totals.volumes.items():
+        mapped = totals.mapped.get(number, 0)
+        if mapped != volume.mapped_blocks:
+            text = f"volume {number} ({volume.name!r}) maps {mapped} blocks, its entry says {volume.mapped_blocks}"
+            report.add("total", text, True, volume=number)
+            totals.wrong_mapped[number] = mapped - volume.mapped_blocks
+    stored = store.root.stored_blocks + store.log.stored
+    if stored != totals.stored:
+        report.add("total", f"{totals.stored} blocks are stored, the sum says {stored}", True)
+    zeros = store.root.zero_promises + store.log.zeros
+    if zeros != totals.promised_zeros:
+        report.add("total", f"{totals.promised_zeros} blocks are promised zeros, the sum says {zeros}", True)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -218,7 +259,7 @@ def verify_data(store: Store, report: Report, totals: Totals, progress: Progress
     """Reads every stored block and compares its fingerprint; damaged ones are reported with who refers to them."""
     damaged: dict[int, str] = {}
     done = 0
-    for first, end in windows(store.first, store.end, 1 << 18):
+    for first, end in windows(0, store.root.device_blocks, 1 << 18):
         counts = store.counts(first, end)
         stored = np.flatnonzero(counts)
         if not len(stored):
@@ -272,7 +313,7 @@ def referrers(
 def usage(store: Store, totals: Totals, window: int = WINDOW_BLOCKS) -> list[dict[str, Any]]:
     """By volume, in bytes: mapped; alone: its distinct blocks; shared: of these also in others; freed if deleted."""
     rows = {n: {"mapped": 0, "alone": 0, "shared": 0} for n in totals.volumes}
-    for first, end in windows(store.first, store.end, window):
+    for first, end in windows(0, store.root.device_blocks, window):
         owners = np.zeros(end - first, np.uint16)  # volumes that name the block, as many as there are
         for number in rows:
             seen = seen_by(store, number, first, end, rows[number])

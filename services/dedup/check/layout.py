@@ -3,29 +3,30 @@
 A second implementation beside services/dedup/format.h, on purpose: the checker shares no line with the store, so that
 an error of one is seen by the other. Everything that depends on the format's version stands in this file.
 
-- dtypes: `SUPER`, `POINTER`, `LOG_HEADER`, `VOLUME`; `Shape(device_blocks, leaf_slots)`
+- dtypes: `SUPER`, `POINTER`, `EXTENT`, `LOG_HEADER`, `VOLUME`; `Places(superblock)`: what each block is
 - `seed(kind, store, number)`, `checksum(data, seed)`, `fingerprint(block)`
 - `Records(block)`: the records of one block of the metadata log, as arrays
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
 
-VERSION = 1
+VERSION = 2
 BLOCK_BYTES = 4096
 SUPER_MAGIC = 0x3142534C4C4F5441
 LOG_MAGIC = 0x31474C4C4C4F5441
 SUPER_BYTES = 512
-ROOT_POINTERS = 8
-LEVELS_MAX = 6
-POINTERS = 128  # in a directory page
+POINTERS = 256  # in a directory page
+EXTENTS = 8
 VOLUME_PAGES, VOLUMES_PER_PAGE, VOLUME_BYTES = 32, 8, 512
-REFS_PER_PAGE, PRINTS_PER_PAGE, LEAF_ENTRIES = 1024, 256, 512
+REFS_PER_PAGE, PRINTS_PER_PAGE, LEAF_ENTRIES, GROUPS_PER_PAGE = 1024, 256, 512, 2048
+GROUP_BLOCKS = 1024
+SLOTS_PER_PAGE, SLOTS_RESERVED = 32768, 8
 DEVICE_BLOCKS_MIN, DEVICE_BLOCKS_MAX, LOG_BLOCKS_MIN = 1024, 1 << 36, 64
 REFERENCES_MAX = 0x3FFFFFFF
 CLEAN = 1  # flag of a superblock
@@ -34,16 +35,23 @@ SEED_SUPER, SEED_LOG, SEED_PAGE = 1, 2, 3
 KIND_HOLE, KIND_PBA, KIND_LOG, KIND_ZERO = 0, 1, 2, 3
 VOLUME_FREE, VOLUME_READY, VOLUME_DELETING = 0, 1, 2
 
+# The trees of metadata pages, and the level of the one page that the superblock points to.
+TREE_VOLUMES, TREE_GROUPS, TREE_REFS, TREE_PRINTS, TREE_MAP, TREE_SLOTS = range(6)
+TOP_LEVEL = (1, 2, 4, 4, 6, 2)
+
 MASK64 = (1 << 64) - 1
 NUMBER_BITS = np.uint64((1 << 60) - 1)
 
-POINTER = np.dtype([("key", "<u8"), ("primary", "<u8"), ("mirror", "<u8"), ("checksum", "<u8")])
+POINTER = np.dtype([("checksum", "<u8"), ("slot", "<u4"), ("reserved", "<u4")])
+EXTENT = np.dtype([("first", "<u8"), ("second", "<u8"), ("count", "<u4"), ("reserved", "<u4")])
 SUPER = np.dtype(
     [
         ("checksum", "<u8"), ("magic", "<u8"), ("version", "<u4"), ("flags", "<u4"), ("uuid", "<u8", 2),
         ("generation", "<u8"), ("device_blocks", "<u8"), ("log_blocks", "<u8"), ("log_start", "<u8"),
-        ("log_chain", "<u8"), ("log_durable", "<u8"), ("leaf_slots", "<u8"), ("written_s", "<u8"),
-        ("root_count", "<u4"), ("levels", "<u4"), ("reserved", "<u8", 18), ("roots", POINTER, ROOT_POINTERS),
+        ("log_chain", "<u8"), ("log_durable", "<u8"), ("log_second", "<u8"), ("written_s", "<u8"),
+        ("slots", "<u8"), ("spare_slots", "<u8"), ("map_pages", "<u8"), ("stored_blocks", "<u8"),
+        ("zero_promises", "<u8"), ("extent_count", "<u4"), ("reserved", "V44"),
+        ("roots", POINTER, 6), ("extents", EXTENT, EXTENTS), ("tail", "V32"),
     ]
 )  # fmt: skip
 LOG_HEADER = np.dtype(
@@ -55,10 +63,13 @@ LOG_HEADER = np.dtype(
 VOLUME = np.dtype(
     [
         ("id", "<u4"), ("generation", "<u4"), ("state", "<u4"), ("flags", "<u4"), ("threshold", "<u4"),
-        ("name_bytes", "<u4"), ("size_bytes", "<u8"), ("created_s", "<u8"), ("name", "S256"), ("reserved", "V216"),
+        ("name_bytes", "<u4"), ("size_bytes", "<u8"), ("created_s", "<u8"), ("name", "S256"),
+        ("tier_threshold", "<u4"), ("reserved_word", "<u4"), ("mapped_blocks", "<u8"), ("reserved", "V200"),
     ]
 )  # fmt: skip
-assert (POINTER.itemsize, SUPER.itemsize, LOG_HEADER.itemsize, VOLUME.itemsize) == (32, SUPER_BYTES, 64, VOLUME_BYTES)
+assert (POINTER.itemsize, EXTENT.itemsize, SUPER.itemsize, LOG_HEADER.itemsize) == (16, 24, SUPER_BYTES, 64)
+assert VOLUME.itemsize == VOLUME_BYTES and SUPER.fields is not None
+assert [SUPER.fields[name][1] for name in ("extent_count", "roots", "extents", "tail")] == [144, 192, 288, 480]
 
 
 def seed(kind: int, store: int, number: int) -> int:
@@ -88,57 +99,35 @@ def numbers(values: np.ndarray) -> np.ndarray:
     return values & NUMBER_BITS
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The row of metadata pages of a store."""
+def page_id(tree: int, level: int, number: int) -> int:
+    return tree << 56 | level << 48 | number
 
-    device_blocks: int
-    leaf_slots: int
-    refs_base: int = VOLUME_PAGES
-    prints_base: int = field(init=False)
-    leaves_base: int = field(init=False)
-    end: int = field(init=False)  # of the pages below the directories
-    level_base: tuple[int, ...] = field(init=False)
-    level_count: tuple[int, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        def up(count: int, unit: int) -> int:
-            return -(-count // unit)
+def page_name(tree: int, level: int, number: int) -> str:
+    """What a page is, for people."""
+    if level:
+        names = ("volume table", "group sums", "reference counts", "fingerprints", "block map", "slots")
+        return f"directory page {number} of level {level} of the {names[tree]}"
+    if tree == TREE_VOLUMES:
+        return f"page {number} of the volume table"
+    if tree == TREE_GROUPS:
+        return f"page {number} of the group sums"
+    if tree == TREE_SLOTS:
+        return f"page {number} of the slots"
+    if tree == TREE_MAP:
+        first = (number & (1 << 39) - 1) * LEAF_ENTRIES
+        return f"map leaf of volume {number >> 39}, blocks {first} to {first + LEAF_ENTRIES - 1}"
+    each = REFS_PER_PAGE if tree == TREE_REFS else PRINTS_PER_PAGE
+    what = "reference counts" if tree == TREE_REFS else "fingerprints"
+    return f"page of {what} of blocks {number * each} to {(number + 1) * each - 1}"
 
-        def set_(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
 
-        set_("prints_base", self.refs_base + up(self.device_blocks, REFS_PER_PAGE))
-        set_("leaves_base", self.prints_base + up(self.device_blocks, PRINTS_PER_PAGE))
-        set_("end", self.leaves_base + self.leaf_slots)
-        bases, counts = [0], [self.end]
-        total = up(self.end, POINTERS) * POINTERS
-        while counts[-1] > ROOT_POINTERS and len(bases) <= LEVELS_MAX:
-            bases.append(total)
-            counts.append(up(counts[-1], POINTERS))
-            total += up(counts[-1], POINTERS) * POINTERS
-        set_("level_base", tuple(bases))
-        set_("level_count", tuple(counts))
-
-    @property
-    def levels(self) -> int:
-        return len(self.level_base) - 1
-
-    def name(self, page: int, key: int = 0) -> str:
-        """What a page is, for people."""
-        for level in range(self.levels, 0, -1):
-            if page >= self.level_base[level]:
-                return f"directory page {page - self.level_base[level]} of level {level}"
-        if page < self.refs_base:
-            return f"page {page} of the volume table"
-        if page < self.prints_base:
-            first = (page - self.refs_base) * REFS_PER_PAGE
-            return f"page of reference counts of blocks {first} to {first + REFS_PER_PAGE - 1}"
-        if page < self.leaves_base:
-            first = (page - self.prints_base) * PRINTS_PER_PAGE
-            return f"page of fingerprints of blocks {first} to {first + PRINTS_PER_PAGE - 1}"
-        first = (key & (1 << 52) - 1) * LEAF_ENTRIES
-        return f"map leaf of volume {key >> 52 & 0xFF}, blocks {first} to {first + LEAF_ENTRIES - 1}"
+def leaf_keys(numbers: np.ndarray) -> np.ndarray:
+    """Map key of the first entry of each leaf of the map, by the leaf's number in its tree."""
+    found: np.ndarray = (numbers >> np.uint64(39)) << np.uint64(52) | (numbers & np.uint64((1 << 39) - 1)) * np.uint64(
+        512
+    )
+    return found
 
 
 # --- Records of the metadata log ------------------------------------------------------------------------------------
@@ -153,12 +142,18 @@ class RecordError(ValueError):
 
 @dataclass
 class Records:
-    """Records of one log block in their order. Map: (key, value); counts: (PBA, count); prints: (PBA, low, high)."""
+    """Records of one log block in their order. Map: (key, value); counts: (PBA, count); prints: (PBA, low, high).
+
+    Sums: what the records add to the blocks that are stored, to promised zeros, and to what each volume maps.
+    """
 
     map: np.ndarray
     counts: np.ndarray
     prints: np.ndarray
     volumes: list[tuple[int, bytes]]
+    stored: int
+    zeros: int
+    mapped: dict[int, int]
 
     @classmethod
     def parse(cls, block: bytes, used_bytes: int) -> Records:
@@ -167,28 +162,38 @@ class Records:
         counts: list[tuple[int, int]] = []
         prints: list[tuple[int, int, int]] = []
         volumes: list[tuple[int, bytes]] = []
-        at = 0
+        mapped: dict[int, int] = {}
+        stored = zeros = at = 0
         while at < len(words) and words[at] >> 60:
             kind, rest = words[at] >> 60, words[at] & int(NUMBER_BITS)
             if kind not in WORDS or at + WORDS[kind] > len(words):
                 raise RecordError(f"record of type {kind} at word {at}, {len(words)} words are used")
             if kind == 1:
-                entries.append((rest, words[at + 1]))
+                before, after = rest >> 50 & 3, words[at + 1] >> 60
+                entries.append((rest & ~(3 << 50), words[at + 1]))
+                mapped[rest >> 52] = mapped.get(rest >> 52, 0) + (after == KIND_PBA) - (before == KIND_PBA)
+                zeros += (after == KIND_ZERO) - (before == KIND_ZERO)
             elif kind == 2:
                 counts.append((rest, words[at + 1]))
+                stored -= words[at + 1] == 0
             elif kind == 3:
                 counts.append((rest, words[at + 1]))
                 prints.append((rest, words[at + 2], words[at + 3]))
+                stored += 1
             elif kind == 4:
-                count = words[at + 1]
-                if not 0 < count <= HOLES_MAX or rest % LEAF_ENTRIES + count > LEAF_ENTRIES:
-                    raise RecordError(f"{count} holes from entry {rest % LEAF_ENTRIES} of a leaf on")
+                count, named, promised = words[at + 1] & 0xFFFF, words[at + 1] >> 16 & 0xFFFF, words[at + 1] >> 32
+                if not 0 < count <= HOLES_MAX or rest % LEAF_ENTRIES + count > LEAF_ENTRIES or named + promised > count:
+                    raise RecordError(
+                        f"{count} holes, {named} and {promised} of them, from entry {rest % 512} of a leaf on"
+                    )
                 entries.extend((rest + index, 0) for index in range(count))
+                mapped[rest >> 52] = mapped.get(rest >> 52, 0) - named
+                zeros -= promised
             else:
                 begin = LOG_HEADER.itemsize + 8 * (at + 1)
                 volumes.append((rest, block[begin : begin + VOLUME_BYTES]))
             at += WORDS[kind]
-        return cls(pairs(entries, 2), pairs(counts, 2), pairs(prints, 3), volumes)
+        return cls(pairs(entries, 2), pairs(counts, 2), pairs(prints, 3), volumes, stored, zeros, mapped)
 
 
 def pairs(rows: list[Any], width: int) -> np.ndarray:
@@ -208,30 +213,78 @@ def last_wins(rows: list[np.ndarray], width: int) -> np.ndarray:
 # --- Places -----------------------------------------------------------------------------------------------------------
 
 
-def log_base(device_blocks: int, log_blocks: int, copy: int) -> int:
-    return 2 if copy == 0 else device_blocks - 2 - log_blocks
+class Places:
+    """What each block of a device is, as a superblock says."""
+
+    def __init__(self, fields: Any) -> None:
+        self.blocks, self.log_blocks = int(fields["device_blocks"]), int(fields["log_blocks"])
+        self.log = (2, int(fields["log_second"]))  # first blocks of both copies
+        self.slots = int(fields["slots"])
+        self.extents = [
+            (int(one["first"]), int(one["second"]), int(one["count"]))
+            for one in fields["extents"][: int(fields["extent_count"])]
+        ]
+        # Intervals that hold no data, in order; behind the pages' second copies lie the superblocks of that time.
+        reserved = [(0, 2 + self.log_blocks)]
+        for number, (first, second, count) in enumerate(self.extents):
+            behind = 2 + (self.log_blocks if number == 0 else 0)
+            reserved += [(first, first + count), (second, second + count + behind)]
+        self.reserved = sorted(reserved)
+        self._starts = np.cumsum([0, *(count for _, _, count in self.extents)])
+
+    def hold_data(self, places: np.ndarray) -> np.ndarray:
+        good: np.ndarray = places < self.blocks
+        for first, end in self.reserved:
+            good &= (places < first) | (places >= end)
+        return good
+
+    def of_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """PBAs of both copies; of a slot that is none: of no block."""
+        slots = slots.astype(np.int64)
+        extent = np.searchsorted(self._starts, slots, "right") - 1
+        inside = (slots > 0) & (slots < min(self.slots, int(self._starts[-1])))
+        extent = np.where(inside, extent, 0)
+        within = slots - self._starts[extent]
+        both = []
+        for copy in (0, 1):
+            base = np.array([one[copy] for one in self.extents] or [0], np.int64)
+            both.append(np.where(inside, base[extent] + within, DEVICE_BLOCKS_MAX).astype(np.uint64))
+        return both[0], both[1]
 
 
-def usable(device_blocks: int, log_blocks: int) -> tuple[int, int]:
-    """First block that holds data or metadata pages, and the one behind the last."""
-    return 2 + log_blocks, device_blocks - 2 - log_blocks
+def super_block(device_blocks: int, place: int) -> int:
+    """Block of the superblock at a place, 0 to 3."""
+    return place if place < 2 else device_blocks - 4 + place
+
+
+def own_slots(level: int, number: int) -> tuple[int, int]:
+    """The two slots that a page of the slot tree may use."""
+    if level == 2:
+        return 5, 6
+    base = SLOTS_PER_PAGE * number + 1 if level == 0 else SLOTS_PER_PAGE * POINTERS * number + 3
+    return base, base + 1
 
 
 def super_wrong(fields: Any) -> str:
     """What a superblock with a good checksum says that cannot be; empty if nothing."""
-    blocks, log_blocks = int(fields["device_blocks"]), int(fields["log_blocks"])
-    if not DEVICE_BLOCKS_MIN <= blocks <= DEVICE_BLOCKS_MAX:
-        return f"{blocks} blocks of the device"
-    if not LOG_BLOCKS_MIN <= log_blocks < blocks // 4:
-        return f"{log_blocks} blocks of the log on a device of {blocks}"
-    if not 0 < int(fields["leaf_slots"]) < DEVICE_BLOCKS_MAX:
-        return f"{int(fields['leaf_slots'])} map leaves"
-    shape = Shape(blocks, int(fields["leaf_slots"]))
-    if int(fields["levels"]) != shape.levels or int(fields["root_count"]) != shape.level_count[-1]:
-        return (
-            f"{int(fields['levels'])} levels with {int(fields['root_count'])} roots; its sizes make {shape.levels}"
-            f" with {shape.level_count[-1]}"
-        )
+    places = Places(fields)
+    if not DEVICE_BLOCKS_MIN <= places.blocks <= DEVICE_BLOCKS_MAX:
+        return f"{places.blocks} blocks of the device"
+    if not LOG_BLOCKS_MIN <= places.log_blocks < places.blocks // 4:
+        return f"{places.log_blocks} blocks of the log on a device of {places.blocks}"
+    if not 1 <= int(fields["extent_count"]) <= EXTENTS:
+        return f"{int(fields['extent_count'])} extents of slots"
+    if sum(count for _, _, count in places.extents) != places.slots or places.slots % 64:
+        return f"{places.slots} slots, its extents have {sum(count for _, _, count in places.extents)}"
+    end = 0
+    for first, last in places.reserved:
+        if first < end or last > places.blocks:
+            return f"blocks {first} to {last - 1} have two uses, or are not there"
+        end = last
+    if end != places.blocks:
+        return f"the last extent of slots ends before block {end}, the device has {places.blocks}"
+    if places.log[1] != places.extents[0][1] + places.extents[0][2]:
+        return f"the log's second copy at block {places.log[1]}"
     if int(fields["log_durable"]) < int(fields["log_start"]):
         return f"the log was durable up to {int(fields['log_durable'])}, before its start {int(fields['log_start'])}"
     return ""

@@ -18,7 +18,7 @@ import numpy as np
 
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.image import Image
-from atoll.services.dedup.check.layout import BLOCK_BYTES, Shape
+from atoll.services.dedup.check.layout import BLOCK_BYTES
 
 FINDINGS_KEPT = 1000  # beyond these they are only counted
 PAGES_AT_ONCE = 2048  # 8 MiB
@@ -89,8 +89,8 @@ def parse_super(data: bytes, place: int) -> Super | str | None:
     return found
 
 
-def read_supers(image: Image, report: Report) -> Super | None:
-    """The newest valid superblock; what is wrong with the others is reported."""
+def read_supers(image: Image, report: Report) -> tuple[Super | None, dict[int, Super]]:
+    """The newest valid superblock, and all by their places; what is wrong with the others is reported."""
     found: dict[int, Super] = {}
     wrong: dict[int, str] = {}
 
@@ -111,13 +111,15 @@ def read_supers(image: Image, report: Report) -> Super | None:
 
     look(0, 0)
     look(1, 1)
-    ends = {one.device_blocks for one in found.values()} or {image.blocks}
-    blocks = max(ends)
-    if blocks > image.blocks:
-        report.fatal = f"the device has {image.blocks} blocks, its store {blocks}: the device was shortened"
-        return None
-    look(2, blocks - 2)
-    look(3, blocks - 1)
+    # The second copies stand at the end of the store that each tells of: a growth between two generations moved it.
+    ends = {place: one.device_blocks for place, one in found.items()}  # of places 0 and 1
+    beyond = [end for end in ends.values() if end > image.blocks]
+    if beyond:
+        report.fatal = f"the device has {image.blocks} blocks, its store {max(beyond)}: the device was shortened"
+        return None, found
+    guess = max(ends.values(), default=image.blocks)
+    for place in (2, 3):
+        look(place, layout.super_block(ends.get(place - 2, guess), place))
     if not found:
         ours = [text for text in wrong.values() if text not in ("is blank", "holds something else", "cannot be read")]
         versions = [text for text in ours if "version" in text]
@@ -127,14 +129,14 @@ def read_supers(image: Image, report: Report) -> Super | None:
             report.fatal = f"the store is damaged: no superblock is valid ({ours[0]})"
         else:
             report.fatal, report.damaged = "the device holds no store of ours", False
-        return None
+        return None, found
     newest = max(found.values(), key=lambda one: one.generation)
     for place, text in sorted(wrong.items()):
-        block = (0, 1, blocks - 2, blocks - 1)[place]
+        block = layout.super_block(ends.get(place - 2, guess), place)
         pair = found.get(place ^ 2)
         if text == "is blank" and (pair is None or pair.generation <= 2):
             continue  # a young store has one pair only, or was cut off while it wrote the second
-        report.add("superblock", f"superblock {place}, block {block}, {text}", repairable=True, block=block)
+        report.add("superblock", f"superblock {place}, block {block}, {text}", pair is not None, block=block)
     if newest.place < 2 and newest.place + 2 in found and found[newest.place + 2].generation != newest.generation:
         report.notes.append(f"superblock copy 1 of generation {newest.generation} was not written when power failed")
     if newest.place >= 2:
@@ -142,7 +144,7 @@ def read_supers(image: Image, report: Report) -> Super | None:
     others = {one.store for one in found.values()}
     if len(others) > 1:
         report.add("superblock", "the superblocks are of different stores")
-    return newest
+    return newest, found
 
 
 @dataclass
@@ -150,11 +152,16 @@ class Log:
     """What replay of the metadata log gives: last values, sorted by first column."""
 
     end: int = 0  # sequence where it ended
+    chain: int = 0  # checksum of the block before
     blocks: int = 0
+    bad_copies: list[tuple[int, int]] = field(default_factory=list)  # (bad block, good block)
     map: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     counts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     prints: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint64))
     volumes: dict[int, bytes] = field(default_factory=dict)
+    stored: int = 0  # sums: layout.Records
+    zeros: int = 0
+    mapped: dict[int, int] = field(default_factory=dict)
 
 
 class LogReader:
@@ -195,7 +202,7 @@ def written(chunk: bytes | None, count: int) -> list[int]:
 def read_log(image: Image, root: Super, report: Report, reader: LogReader, progress: Progress = silent) -> Log | None:
     """None: the log does not lead to a consistent end (report.fatal)."""
     count = root.log_blocks
-    bases = (layout.log_base(root.device_blocks, count, 0), layout.log_base(root.device_blocks, count, 1))
+    bases = layout.Places(root.fields).log
     durable = root.log_durable  # blocks before this sequence were durable, so both copies are
     good: dict[int, list[tuple[Any, bytes] | None]] = {}  # sequence: of each copy
     for copy, base in enumerate(bases):
@@ -227,6 +234,7 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
         for copy in (0, 1):
             if copies[copy] is None and sequence < durable:
                 block = bases[copy] + sequence % count
+                log.bad_copies.append((block, bases[1 - copy] + sequence % count))
                 report.add("log", f"log block {sequence}, copy {copy} (block {block}) is damaged", True, block=block)
         try:
             records = reader.records(*chosen)
@@ -238,9 +246,13 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
         prints.append(records.prints)
         for volume, image_ in records.volumes:
             log.volumes[volume] = image_
+        log.stored += records.stored
+        log.zeros += records.zeros
+        for volume, amount in records.mapped.items():
+            log.mapped[volume] = log.mapped.get(volume, 0) + amount
         chain = int(chosen[0]["checksum"])
         sequence += 1
-    log.end, log.blocks = sequence, sequence - root.log_start
+    log.end, log.chain, log.blocks = sequence, chain, sequence - root.log_start
     if sequence < durable:
         places = ", ".join(str(base + sequence % count) for base in bases)
         report.fatal = (
@@ -260,10 +272,18 @@ class Volume:
     generation: int
     state: int
     flags: int
-    threshold: int
     name: str
     size_bytes: int
     created_s: int
+    mapped_blocks: int  # as the store says
+
+
+@dataclass
+class Pages:
+    """Pages of one level of a tree that are not all zeros, by number."""
+
+    numbers: np.ndarray
+    pointers: np.ndarray
 
 
 class Store:
@@ -271,17 +291,18 @@ class Store:
 
     def __init__(self, image: Image, root: Super, log: Log, report: Report) -> None:
         self.image, self.root, self.log, self.report = image, root, log, report
-        self.shape = Shape(root.device_blocks, root.leaf_slots)
-        self.first, self.end = layout.usable(root.device_blocks, root.log_blocks)
-        self.row = np.zeros(0, layout.POINTER)  # of the pages below the directories
-        self.directories = np.zeros(0, layout.POINTER)
+        self.supers: dict[int, Super] = {}  # by place
+        self.places = layout.Places(root.fields)
+        self.trees: dict[tuple[int, int], Pages] = {}  # by tree and level
+        self.lost = 0  # pages that are bad in both copies, or could not be found because such a one leads there
         self.bad_copies: list[tuple[int, int]] = []  # (bad block, good block): repairable
+        self._seen: set[tuple[int, int, int]] = set()  # pages whose damage was reported
 
     @classmethod
     def read(
         cls, image: Image, report: Report, reader: LogReader | None = None, progress: Progress = silent
     ) -> Store | None:
-        root = read_supers(image, report)
+        root, supers = read_supers(image, report)
         if root is None:
             return None
         if wrong := layout.super_wrong(root.fields):
@@ -291,79 +312,84 @@ class Store:
         if log is None:
             return None
         store = cls(image, root, log, report)
-        return store if store._read_tree() else None
+        store.supers = supers
+        for tree, top in enumerate(layout.TOP_LEVEL):
+            store._read_tree(tree, top)
+        return store
 
     # --- Pages ------------------------------------------------------------------------------------------------------
 
-    def _read_tree(self) -> bool:
-        """The pointers of all pages. False: some directory page is lost in both copies (report.fatal)."""
-        shape, found = self.shape, []
-        pointers = self.root.fields["roots"][: self.root.root_count].copy()
-        for level in range(shape.levels, 0, -1):
-            found.append(pointers)
-            pages = self.pages(pointers, shape.level_base[level])
-            if pages is None:
-                self.report.fatal = self.report.findings[-1].text if self.report.findings else "a directory is lost"
-                return False
-            pointers = pages.reshape(-1).view(layout.POINTER)[: shape.level_count[level - 1]].copy()
-        self.row = pointers
-        self.directories = np.concatenate(found) if found else np.zeros(0, layout.POINTER)
-        return True
+    def _read_tree(self, tree: int, top: int) -> None:
+        pointers = self.root.fields["roots"][tree : tree + 1].copy()
+        numbers = np.zeros(1, np.uint64)
+        for level in range(top, -1, -1):
+            there = pointers["slot"] != 0
+            for index in np.flatnonzero(~there & (pointers.view("<u8").reshape(-1, 2) != 0).any(axis=1)):
+                name = layout.page_name(tree, level, int(numbers[index]))
+                self.report.add("page", f"the pointer to the {name} names no slot and is not zero")
+            found = Pages(numbers[there], pointers[there])
+            self.trees[tree, level] = found
+            if level == 0:
+                break
+            children, below = [], []
+            for begin in range(0, len(found.numbers), PAGES_AT_ONCE):
+                some = found.numbers[begin : begin + PAGES_AT_ONCE]
+                pages = self.pages(tree, level, some, found.pointers[begin : begin + PAGES_AT_ONCE])
+                table = pages.view(layout.POINTER).reshape(len(some), layout.POINTERS)
+                rows, columns = np.nonzero(table.view("<u8").reshape(len(some), layout.POINTERS, 2).any(axis=2))
+                children.append(some[rows] * np.uint64(layout.POINTERS) + columns.astype(np.uint64))
+                below.append(table[rows, columns])
+            numbers = np.concatenate(children) if children else np.zeros(0, np.uint64)
+            pointers = np.concatenate(below) if below else np.zeros(0, layout.POINTER)
 
-    def pages(self, pointers: np.ndarray, first_page: int | np.ndarray) -> np.ndarray | None:
-        """Contents of the pages `first_page`... (or of those numbers) that these point to; None if one of them is lost
-        in both copies. Damage is reported, once for each reading."""
+    def pages(self, tree: int, level: int, numbers: np.ndarray, pointers: np.ndarray) -> np.ndarray:
+        """Contents of stored pages, zeros for lost ones (which `lost` counts). Damage is reported once."""
         contents = np.zeros((len(pointers), BLOCK_BYTES), np.uint8)
-        stored = np.flatnonzero(pointers["primary"])
-        numbers = first_page + stored if isinstance(first_page, int) else first_page[stored]
-        if not len(stored):
+        if not len(pointers):
             return contents
-        lost = False
-        wanted = pointers[stored]
-        copies = []
-        for name in ("primary", "mirror"):
-            inside = wanted[name] < self.image.blocks
-            blocks, readable = self.image.gather(np.where(inside, wanted[name], 0))
-            copies.append((blocks, readable & inside))
-        for index in range(len(stored)):
-            number, key = int(numbers[index]), int(wanted["key"][index])
-            seeded = layout.seed(layout.SEED_PAGE, self.root.store, number ^ key)
-            expected = int(wanted["checksum"][index])
-            good = [
-                readable[index] and layout.checksum(blocks[index], seeded) == expected for blocks, readable in copies
-            ]
+        both = self.places.of_slots(pointers["slot"])
+        copies = [self.image.gather(places) for places in both]
+        for index in range(len(pointers)):
+            number, expected = int(numbers[index]), int(pointers["checksum"][index])
+            seeded = layout.seed(layout.SEED_PAGE, self.root.store, layout.page_id(tree, level, number))
+            good = [ok[index] and layout.checksum(blocks[index], seeded) == expected for blocks, ok in copies]
             if good[0] or good[1]:
-                contents[stored[index]] = copies[0 if good[0] else 1][0][index]
-            places = [int(wanted["primary"][index]), int(wanted["mirror"][index])]
-            for copy in (0, 1):
-                if not good[copy] and good[1 - copy]:
-                    self.bad_copies.append((places[copy], places[1 - copy]))
-                    self.report.add(
-                        "page", f"block {places[copy]}, copy {copy} of the {self.shape.name(number, key)}, is damaged;"
-                        f" the other copy, block {places[1 - copy]}, is good", True, block=places[copy],
-                    )  # fmt: skip
+                contents[index] = copies[0 if good[0] else 1][0][index]
+            if (good[0] and good[1]) or (tree, level, number) in self._seen:
+                continue
+            self._seen.add((tree, level, number))
+            places, name = [int(each[index]) for each in both], layout.page_name(tree, level, number)
             if not good[0] and not good[1]:
-                lost = True
-                self.report.add(
-                    "page", f"the {self.shape.name(number, key)} is lost: blocks {places[0]} and {places[1]} are both"
-                    " damaged", block=places[0], mirror=places[1],
-                )  # fmt: skip
-        return None if lost else contents
+                self.lost += 1
+                slot = int(pointers["slot"][index])
+                where = f"slot {slot}, blocks {places[0]} and {places[1]}"
+                if places[0] >= layout.DEVICE_BLOCKS_MAX:
+                    where = f"slot {slot}, which does not exist"
+                self.report.add("page", f"the {name} is lost ({where}): no copy is good", block=places[0])
+                continue
+            bad = 0 if good[1] else 1
+            self.bad_copies.append((places[bad], places[1 - bad]))
+            self.report.add(
+                "page", f"block {places[bad]}, copy {bad} of the {name}, is damaged; the other copy, block"
+                f" {places[1 - bad]}, is good", True, block=places[bad],
+            )  # fmt: skip
+        return contents
 
-    def table(self, base: int, per_page: int, dtype: str, first: int, end: int) -> np.ndarray:
-        """Entries [first, end) of a table of pages, of one dtype; of lost pages zeros."""
+    def table(self, tree: int, per_page: int, dtype: Any, first: int, end: int) -> np.ndarray:
+        """Entries [first, end) of a table of pages, of one dtype; of pages that are not there zeros."""
         low, high = first // per_page, -(-end // per_page)
-        pages = self.pages(self.row[base + low : base + high], base + low)
-        if pages is None:
-            pages = np.zeros((high - low, BLOCK_BYTES), np.uint8)
-        entries = pages.reshape(-1).view(dtype)
-        return entries[first - low * per_page : end - low * per_page]
+        level = self.trees[tree, 0]
+        begin, after = np.searchsorted(level.numbers, low), np.searchsorted(level.numbers, high)
+        some = level.numbers[begin:after]
+        pages = np.zeros((high - low, BLOCK_BYTES), np.uint8)
+        pages[(some - np.uint64(low)).astype(np.int64)] = self.pages(tree, 0, some, level.pointers[begin:after])
+        return pages.reshape(-1).view(dtype)[first - low * per_page : end - low * per_page]
 
     # --- Replayed metadata ------------------------------------------------------------------------------------------
 
     def counts(self, first: int, end: int) -> np.ndarray:
         """Reference counts (u32) of the blocks [first, end)."""
-        found = self.table(self.shape.refs_base, layout.REFS_PER_PAGE, "<u4", first, end).copy()
+        found = self.table(layout.TREE_REFS, layout.REFS_PER_PAGE, "<u4", first, end).copy()
         logged = slice_of(self.log.counts, first, end)
         found[(logged[:, 0] - np.uint64(first)).astype(np.int64)] = logged[:, 1].astype(np.uint32)
         return found
@@ -371,7 +397,7 @@ class Store:
     def prints(self, first: int, end: int) -> np.ndarray:
         """Fingerprints of the blocks [first, end): rows of low, high."""
         both = np.dtype([("low", "<u8"), ("high", "<u8")])
-        found = self.table(self.shape.prints_base, layout.PRINTS_PER_PAGE, both, first, end)  # type: ignore[arg-type]
+        found = self.table(layout.TREE_PRINTS, layout.PRINTS_PER_PAGE, both, first, end)
         rows = found.view("<u8").reshape(-1, 2).copy()
         logged = slice_of(self.log.prints, first, end)
         rows[(logged[:, 0] - np.uint64(first)).astype(np.int64)] = logged[:, 1:]
@@ -379,52 +405,38 @@ class Store:
 
     def volumes(self) -> dict[int, Volume]:
         """Those that are not free."""
-        pages = self.pages(self.row[: layout.VOLUME_PAGES], 0)
-        if pages is None:
-            pages = np.zeros((layout.VOLUME_PAGES, BLOCK_BYTES), np.uint8)
-        table = pages.reshape(-1).view(layout.VOLUME).copy()
+        entries = layout.VOLUME_PAGES * layout.VOLUMES_PER_PAGE
+        table = self.table(layout.TREE_VOLUMES, layout.VOLUMES_PER_PAGE, layout.VOLUME, 0, entries).copy()
         for number, image in self.log.volumes.items():
             if number >= len(table):
                 self.report.add("volume", f"the log speaks of volume {number}, there are {len(table)}")
                 continue
+            mapped = table[number]["mapped_blocks"]
             table[number] = np.frombuffer(image, layout.VOLUME, 1)[0]
+            table[number]["mapped_blocks"] = mapped
         found = {}
         for number in map(int, np.flatnonzero(table["state"])):
             entry = table[number]
-            name = bytes(entry["name"].item() if hasattr(entry["name"], "item") else entry["name"])
             found[number] = Volume(
                 int(entry["id"]), int(entry["generation"]), int(entry["state"]), int(entry["flags"]),
-                int(entry["threshold"]), name[: int(entry["name_bytes"])].decode(errors="replace"),
+                bytes(entry["name"])[: int(entry["name_bytes"])].decode(errors="replace"),
                 int(entry["size_bytes"]), int(entry["created_s"]),
+                int(entry["mapped_blocks"]) + self.log.mapped.get(number, 0),
             )  # fmt: skip
         return found
 
     def leaves(self, at_once: int = PAGES_AT_ONCE) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All leaves by key, in slices: (first map key of each, its 512 values). Lost leaves are left out."""
-        base = self.shape.leaves_base
-        pointers = self.row[base:]
-        stored = np.flatnonzero(pointers["primary"])
-        in_tree = pointers["key"][stored]
-        firsts = (in_tree & np.uint64(0xFF << 52)) | (in_tree & np.uint64((1 << 52) - 1)) * np.uint64(512)
-        order = np.argsort(firsts, kind="stable")
-        stored, firsts = stored[order], firsts[order]
-        logged = self.log.map[:, 0] & ~np.uint64(511)
-        everything = np.union1d(firsts, logged)
+        """All leaves by key, in slices: (map key of the first entry of each, its 512 values)."""
+        level = self.trees[layout.TREE_MAP, 0]
+        firsts = layout.leaf_keys(level.numbers)
+        everything = np.union1d(firsts, self.log.map[:, 0] & ~np.uint64(511))
         for begin in range(0, len(everything), at_once):
             keys = everything[begin : begin + at_once]
             values = np.zeros((len(keys), layout.LEAF_ENTRIES), np.uint64)
             low, high = int(np.searchsorted(firsts, keys[0])), int(np.searchsorted(firsts, keys[-1], "right"))
-            if high > low:
-                numbers = stored[low:high]
-                pages = self.pages(pointers[numbers], base + numbers)
-                if pages is None:
-                    pages = np.zeros((len(numbers), BLOCK_BYTES), np.uint8)
-                values[np.searchsorted(keys, firsts[low:high])] = pages.view("<u8")
-            changed = self.log.map[
-                np.searchsorted(self.log.map[:, 0], keys[0]) : np.searchsorted(
-                    self.log.map[:, 0], keys[-1] + np.uint64(511), "right"
-                )
-            ]
+            pages = self.pages(layout.TREE_MAP, 0, level.numbers[low:high], level.pointers[low:high])
+            values[np.searchsorted(keys, firsts[low:high])] = pages.view("<u8")
+            changed = slice_of(self.log.map, int(keys[0]), int(keys[-1]) + layout.LEAF_ENTRIES)
             rows = np.searchsorted(keys, changed[:, 0] & ~np.uint64(511))
             values[rows, (changed[:, 0] & np.uint64(511)).astype(np.int64)] = changed[:, 1]
             yield keys, values
@@ -432,5 +444,7 @@ class Store:
 
 def slice_of(rows: np.ndarray, first: int, end: int) -> np.ndarray:
     """Rows whose first column is in [first, end); they are sorted by it."""
-    found: np.ndarray = rows[np.searchsorted(rows[:, 0], first) : np.searchsorted(rows[:, 0], end)]
+    found: np.ndarray = rows[
+        np.searchsorted(rows[:, 0], np.uint64(first)) : np.searchsorted(rows[:, 0], np.uint64(end))
+    ]
     return found
