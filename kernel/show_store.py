@@ -77,6 +77,8 @@ def scrub_line(document: Mapping[str, Any]) -> str:
         return "never since the server was started"
     seen = f"{size(document['verified_bytes'])} of {size(document['stored_bytes'])} are right"
     bad = f"[red]{document['damaged_count']} blocks are damaged[/]" if document["damaged_count"] else "none is damaged"
+    if document["repaired_pages"]:
+        bad += f", {document['repaired_pages']} pages of metadata were repaired from their second copy"
     if document["lost_pages"]:
         bad += f", [red]{document['lost_pages']} pages of metadata are lost[/]"
     when = f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(document['ended_s']))}" if document["ended_s"] else ""

@@ -169,12 +169,12 @@ struct dp_slot {
 _Static_assert(DP_SLOT_HOT_BYTES % 8 == 0, "saved by words");
 _Static_assert(sizeof(struct atoll_extent) == sizeof(struct atoll_segment), "extents lie where segments do");
 
-enum scrub_state { SCRUB_IDLE = 0, SCRUB_DATA = 1, SCRUB_REFERRERS = 3, SCRUB_DONE = 4, SCRUB_CANCELLED = 5 };
+enum scrub_state { SCRUB_IDLE = 0, SCRUB_DATA = 1, SCRUB_METADATA = 2, SCRUB_REFERRERS = 3, SCRUB_DONE = 4, SCRUB_CANCELLED = 5 };
 enum scrub_block_state { SCRUB_UNREAD = 0, SCRUB_READING = 1, SCRUB_RIGHT = 2, SCRUB_WRONG = 3 };
 
 struct dp_scrub_block {
     uint64_t pba;
-    struct fingerprint print;  /* when its read began */
+    struct fingerprint print;  /* when its read began; of a metadata page: checksum, page */
     uint32_t state;            /* enum scrub_block_state */
     uint32_t attempts;
     uint32_t status;           /* of the last read */
@@ -189,9 +189,10 @@ struct dp_scrub {
     uint64_t state;            /* enum scrub_state */
     uint64_t rate_bytes_s;     /* 0: as fast as it goes */
     uint64_t started_s, ended_s; /* Unix time */
-    uint64_t position;         /* next PBA; in REFERRERS volume << 52 | leaf */
+    uint64_t position;         /* next PBA; in METADATA store_pages' cursor; in REFERRERS volume << 52 | leaf */
     uint64_t stored_blocks;    /* when it began */
-    uint64_t verified_blocks, changed_blocks, damaged_count, lost_pages;
+    uint64_t verified_blocks, changed_blocks, damaged_count;
+    uint64_t verified_pages, repaired_pages, lost_pages; /* of metadata */
     uint64_t outstanding;      /* reads under way */
     uint64_t batch_count;
     struct dp_scrub_block batch[DP_SCRUB_PAGES];       /* block i is read into the scrub's page i */

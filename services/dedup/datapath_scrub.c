@@ -7,7 +7,7 @@
  *   scrub_io_done                a read of the batch is complete
  *
  * Phases: DATA, in windows of 256 places (one page of fingerprints), batches of up to 64 blocks into pages of their own at the
- * end of the driver's buffers; REFERRERS, if something is damaged: one pass over the map for who refers to it; DONE. A block
+ * end of the driver's buffers; METADATA, both copies of each page, where a bad one has the page written anew; REFERRERS, if something is damaged: one pass over the map for who refers to it; DONE. A block
  * that is not right, or could not be read, is read once more before it counts as damaged. One that was freed or rewritten
  * meanwhile shows another fingerprint, or none, when its read completes: it is passed over, whoever wrote it knows it.
  *
@@ -27,7 +27,7 @@
 
 static bool running(const struct dp_scrub *scrub)
 {
-    return scrub->state == SCRUB_DATA || scrub->state == SCRUB_REFERRERS;
+    return scrub->state == SCRUB_DATA || scrub->state == SCRUB_METADATA || scrub->state == SCRUB_REFERRERS;
 }
 
 /* State and cursor, not the lists. */
@@ -89,7 +89,7 @@ static enum store_want look(struct datapath *dp, struct dp_scrub_block *found, u
     for (uint64_t pba = first; pba < end && pba < space.device_blocks; pba++)
         if (store_pba_valid(dp->dedup, pba))
             pbas[places++] = pba;
-    enum store_want want = places == 0 ? STORE_HAVE : store_want_blocks(dp->dedup, pbas, places);
+    enum store_want want = places == 0 ? STORE_HAVE : store_want_look(dp->dedup, pbas, places);
     for (uint32_t index = 0; want == STORE_HAVE && index < places && *count < DP_SCRUB_PAGES; index++) {
         struct dp_scrub_block block = {.pba = pbas[index]};
         if (store_references(dp->dedup, block.pba) != 0 && store_fingerprint(dp->dedup, block.pba, &block.print))
@@ -150,12 +150,14 @@ void scrub_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t sta
     ATOLL_CRASH_POINT(dp->domain, "dedup.scrub.done");
     if (scrub->outstanding != 0)
         dp_set64(dp, &scrub->outstanding, scrub->outstanding - 1);
-    if (slot->argument >> 8 != scrub->number || scrub->state != SCRUB_DATA)
+    if (slot->argument >> 8 != scrub->number || (scrub->state != SCRUB_DATA && scrub->state != SCRUB_METADATA))
         return; /* of one that was cancelled */
     for (uint32_t index = first; index < first + count && index < scrub->batch_count; index++) {
         struct dp_scrub_block *block = &scrub->batch[index];
         const void *page = (const void *)(uintptr_t)(dp->scrub_buffer + (uint64_t)index * DP_BLOCK);
-        bool right = status == ATOLL_OK && print_equal(dp_fingerprint(page), block->print);
+        bool right = status == ATOLL_OK && (scrub->state == SCRUB_DATA
+                                                ? print_equal(dp_fingerprint(page), block->print)
+                                                : store_page_right(dp->dedup, block->print.high, block->print.low, page));
         atoll_save(dp->journal, block, sizeof *block);
         block->status = status == ATOLL_OK ? ATOLL_ECORRUPT : status;
         block->state = right ? SCRUB_RIGHT : block->attempts == 0 ? SCRUB_UNREAD : SCRUB_WRONG;
@@ -163,19 +165,36 @@ void scrub_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t sta
     }
 }
 
-/* True when every block of the batch is decided, and then it is counted and gone. */
-static bool finish_batch(struct datapath *dp)
+static bool decided(const struct dp_scrub *scrub)
+{
+    for (uint32_t index = 0; index < scrub->batch_count; index++)
+        if (scrub->batch[index].state == SCRUB_UNREAD || scrub->batch[index].state == SCRUB_READING)
+            return false;
+    return true;
+}
+
+/* The batch is gone; the next one not before its time. */
+static void pass(struct datapath *dp, struct dp_scrub *scrub)
+{
+    if (scrub->rate_bytes_s != 0) {
+        uint64_t now = atoll_now_ns();
+        dp->scrub_due_ns = (dp->scrub_due_ns > now ? dp->scrub_due_ns : now) +
+                           scrub->batch_count * DP_BLOCK * 1000000000u / scrub->rate_bytes_s;
+    }
+    scrub->batch_count = 0;
+    ATOLL_CRASH_POINT(dp->domain, "dedup.scrub.counted");
+}
+
+/* The blocks are counted, if what is needed to judge the wrong ones is in memory. */
+static bool finish_blocks(struct datapath *dp)
 {
     struct dp_scrub *scrub = change(dp);
     uint64_t pbas[DP_SCRUB_PAGES];
     uint32_t wrong = 0;
-    for (uint32_t index = 0; index < scrub->batch_count; index++) {
-        if (scrub->batch[index].state == SCRUB_UNREAD || scrub->batch[index].state == SCRUB_READING)
-            return false;
+    for (uint32_t index = 0; index < scrub->batch_count; index++)
         if (scrub->batch[index].state == SCRUB_WRONG)
             pbas[wrong++] = scrub->batch[index].pba;
-    }
-    enum store_want want = wrong == 0 ? STORE_HAVE : store_want_blocks(dp->dedup, pbas, wrong);
+    enum store_want want = wrong == 0 ? STORE_HAVE : store_want_look(dp->dedup, pbas, wrong);
     if (want == STORE_WAIT)
         return false;
     for (uint32_t index = 0; index < scrub->batch_count; index++) {
@@ -190,14 +209,44 @@ static bool finish_batch(struct datapath *dp)
             scrub->changed_blocks++;
     }
     scrub->position = scrub->batch[scrub->batch_count - 1].pba + 1;
-    if (scrub->rate_bytes_s != 0) {
-        uint64_t now = atoll_now_ns();
-        dp->scrub_due_ns = (dp->scrub_due_ns > now ? dp->scrub_due_ns : now) +
-                           scrub->batch_count * DP_BLOCK * 1000000000u / scrub->rate_bytes_s;
-    }
-    scrub->batch_count = 0;
-    ATOLL_CRASH_POINT(dp->domain, "dedup.scrub.counted");
+    pass(dp, scrub);
     return true;
+}
+
+/* Entries 2i and 2i + 1 are the copies of one page. */
+static bool finish_pages(struct datapath *dp)
+{
+    struct dp_scrub *scrub = change(dp);
+    for (uint32_t index = 0; index + 1 < scrub->batch_count; index += 2) {
+        struct dp_scrub_block *copies = &scrub->batch[index];
+        if (copies[0].state == SCRUB_RIGHT && copies[1].state == SCRUB_RIGHT)
+            continue;
+        enum store_repair repaired = store_page_repair(dp->dedup, copies[0].print.high, copies[0].print.low);
+        if (repaired == STORE_REPAIR_WAIT)
+            return false;
+        scrub->repaired_pages += repaired == STORE_REPAIR_DONE;
+        scrub->lost_pages += repaired == STORE_REPAIR_LOST;
+        for (uint32_t copy = 0; copy < 2 && repaired != STORE_REPAIR_CHANGED; copy++)
+            if (copies[copy].state == SCRUB_WRONG)
+                dp_note_damage(dp, copies[copy].pba, copies[copy].status, ATOLL_VOLUME_COUNT, 0);
+        /* Not again, if a later one has to wait. */
+        atoll_save(dp->journal, copies, 2 * sizeof *copies);
+        copies[0].state = copies[1].state = SCRUB_RIGHT;
+    }
+    scrub->verified_pages += scrub->batch_count / 2;
+    pass(dp, scrub);
+    return true;
+}
+
+static void begin_batch(struct datapath *dp, const struct dp_scrub_block *blocks, uint32_t count)
+{
+    struct dp_scrub *scrub = &dp->arena->scrub;
+    if (count == 0)
+        return;
+    atoll_save(dp->journal, scrub->batch, count * sizeof scrub->batch[0]);
+    memcpy(scrub->batch, blocks, count * sizeof scrub->batch[0]);
+    dp_set64(dp, &scrub->batch_count, count);
+    read_batch(dp);
 }
 
 static void end(struct datapath *dp)
@@ -214,31 +263,17 @@ static bool others_wait(const struct datapath *dp)
     return dp->retry_count > WAITING_MAX || io_room(dp->dedup, IO_SCRUB) < ATOLL_IO_COUNT / 2;
 }
 
-static bool data_step(struct datapath *dp, uint64_t *wake_ms)
+static bool begin_blocks(struct datapath *dp)
 {
     struct dp_scrub *scrub = &dp->arena->scrub;
     struct dp_scrub_block found[DP_SCRUB_PAGES];
     struct store_space space;
     uint32_t count = 0;
-    if (scrub->outstanding != 0)
-        return false;
-    if (scrub->batch_count != 0) {
-        if (finish_batch(dp))
-            return true;
-        read_batch(dp);
-        return scrub->outstanding != 0;
-    }
-    uint64_t now = atoll_now_ns();
-    if (dp->scrub_due_ns > now || others_wait(dp)) {
-        uint64_t wait = dp->scrub_due_ns > now ? (dp->scrub_due_ns - now + 999999) / 1000000 : 5;
-        *wake_ms = *wake_ms == 0 || wait < *wake_ms ? wait : *wake_ms;
-        return false;
-    }
     store_space(dp->dedup, &space);
     for (uint32_t windows = 0; windows < WINDOWS_PER_STEP && count == 0; windows++) {
         if (scrub->position >= space.device_blocks) {
-            change(dp)->state = SCRUB_REFERRERS;
-            scrub->position = 0;
+            change(dp)->state = SCRUB_METADATA;
+            scrub->position = STORE_PAGES_BEGIN;
             return true;
         }
         enum store_want want = look(dp, found, &count);
@@ -249,13 +284,52 @@ static bool data_step(struct datapath *dp, uint64_t *wake_ms)
         if (count == 0)
             dp_set64(dp, &scrub->position, (scrub->position / WINDOW_PLACES + 1) * WINDOW_PLACES);
     }
-    if (count == 0)
-        return true;
-    atoll_save(dp->journal, scrub->batch, count * sizeof scrub->batch[0]);
-    memcpy(scrub->batch, found, count * sizeof scrub->batch[0]);
-    dp_set64(dp, &scrub->batch_count, count);
-    read_batch(dp);
+    begin_batch(dp, found, count);
     return true;
+}
+
+static bool begin_pages(struct datapath *dp)
+{
+    struct dp_scrub *scrub = &dp->arena->scrub;
+    struct store_page_copies pages[DP_SCRUB_PAGES / 2];
+    struct dp_scrub_block found[DP_SCRUB_PAGES];
+    uint64_t cursor = scrub->position;
+    uint32_t count;
+    if (store_pages(dp->dedup, &cursor, pages, DP_SCRUB_PAGES / 2, &count) == STORE_WAIT)
+        return false;
+    if (count == 0) {
+        change(dp)->state = SCRUB_REFERRERS;
+        scrub->position = 0;
+        return true;
+    }
+    for (uint32_t index = 0; index < 2 * count; index++)
+        found[index] = (struct dp_scrub_block){.pba = pages[index / 2].pba[index % 2],
+                                               .print = {.low = pages[index / 2].checksum, .high = pages[index / 2].page}};
+    dp_set64(dp, &scrub->position, cursor);
+    begin_batch(dp, found, 2 * count);
+    return true;
+}
+
+/* DATA and METADATA: one batch after another. */
+static bool read_step(struct datapath *dp, uint64_t *wake_ms)
+{
+    struct dp_scrub *scrub = &dp->arena->scrub;
+    bool data = scrub->state == SCRUB_DATA;
+    if (scrub->outstanding != 0)
+        return false;
+    if (scrub->batch_count != 0) {
+        if (decided(scrub))
+            return data ? finish_blocks(dp) : finish_pages(dp);
+        read_batch(dp);
+        return scrub->outstanding != 0;
+    }
+    uint64_t now = atoll_now_ns();
+    if (dp->scrub_due_ns > now || others_wait(dp)) {
+        uint64_t wait = dp->scrub_due_ns > now ? (dp->scrub_due_ns - now + 999999) / 1000000 : 5;
+        *wake_ms = *wake_ms == 0 || wait < *wake_ms ? wait : *wake_ms;
+        return false;
+    }
+    return data ? begin_blocks(dp) : begin_pages(dp);
 }
 
 /* --- Who refers to what is damaged ------------------------------------------------------------------------------------ */
@@ -326,7 +400,8 @@ bool scrub_step(struct datapath *dp, uint64_t *wake_ms)
     if (store_state(dp->dedup) != STORE_READY || dp->journal->count >= DP_STEP_JOURNAL)
         return false;
     switch (dp->arena->scrub.state) {
-    case SCRUB_DATA: return data_step(dp, wake_ms);
+    case SCRUB_DATA:
+    case SCRUB_METADATA: return read_step(dp, wake_ms);
     case SCRUB_REFERRERS: return !others_wait(dp) && referrers_step(dp);
     default: return false;
     }

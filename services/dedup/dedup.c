@@ -470,7 +470,8 @@ void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub)
                                   .started_s = its->started_s, .ended_s = its->ended_s, .position = its->position,
                                   .device_blocks = space.device_blocks, .stored_blocks = its->stored_blocks,
                                   .verified_blocks = its->verified_blocks, .changed_blocks = its->changed_blocks,
-                                  .damaged_count = its->damaged_count, .lost_pages = its->lost_pages};
+                                  .damaged_count = its->damaged_count, .verified_pages = its->verified_pages,
+                                  .repaired_pages = its->repaired_pages, .lost_pages = its->lost_pages};
 }
 
 _Static_assert(sizeof(((struct dedup_damage *)0)->lba) / 8 == DP_SCRUB_REFERRERS, "those that are named");

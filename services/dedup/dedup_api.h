@@ -54,7 +54,8 @@ struct dedup_figures {
 struct dedup_scrub {
     uint64_t number, state, rate_bytes_s, started_s, ended_s;
     uint64_t position, device_blocks; /* how far the phase is */
-    uint64_t stored_blocks, verified_blocks, changed_blocks, damaged_count, lost_pages;
+    uint64_t stored_blocks, verified_blocks, changed_blocks, damaged_count;
+    uint64_t verified_pages, repaired_pages, lost_pages; /* of metadata */
 };
 struct dedup_damage {
     uint64_t pba, status, referrer_count;

@@ -98,6 +98,8 @@ def scrub(state: Any) -> dict[str, Any]:
         "changed_bytes": int(its.changed_blocks) * BLOCK_BYTES,
         "damaged_count": int(its.damaged_count),
         "damaged": damaged,
+        "verified_pages": int(its.verified_pages),
+        "repaired_pages": int(its.repaired_pages),
         "lost_pages": int(its.lost_pages),
     }
 

@@ -122,6 +122,24 @@ void store_urgent(struct dedup *dedup, bool urgent);
 /* True while so many pages are held by logged entries that destage should not wait for its time. */
 bool store_pressed(struct dedup *dedup);
 
+/* --- For the scrub ------------------------------------------------------------------------------------------------- */
+/* Counts and fingerprints of these places, to look at only. */
+enum store_want store_want_look(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+struct store_page_copies { uint64_t page, checksum, pba[2]; };
+/* The next metadata pages that are on the device, from *cursor on (STORE_PAGES_BEGIN at first), which moves behind them.
+ * STORE_HAVE with *count == 0: that was all. */
+#define STORE_PAGES_BEGIN ((uint64_t)1 << 48) /* the volume table's directory */
+enum store_want store_pages(struct dedup *dedup, uint64_t *cursor, struct store_page_copies *found, uint32_t most, uint32_t *count);
+bool store_page_right(struct dedup *dedup, uint64_t page, uint64_t checksum, const void *image);
+/* One copy of a page, or both, are bad: it is written anew by a checkpoint, which comes at once. */
+enum store_repair {
+    STORE_REPAIR_DONE = 0,
+    STORE_REPAIR_WAIT = 1,
+    STORE_REPAIR_CHANGED = 2,  /* it has another content or place by now: nothing to do */
+    STORE_REPAIR_LOST = 3      /* no copy is good, and it is not in memory */
+};
+enum store_repair store_page_repair(struct dedup *dedup, uint64_t page, uint64_t checksum);
+
 /* --- Map ---------------------------------------------------------------------------------------------------------- */
 uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
 /* The 512 entries of leaf lba / 512, or NULL if it is not there: all holes, if it was asked for (store_want_map). Read only; valid

@@ -3,6 +3,7 @@
  *
  *   store.c             memory plan, attach, format, close, the step
  *   store_cache.c       frames: finding pages, reading them, letting them go
+ *   store_scrub.c       metadata pages for the scrub
  *   store_page.c        what a step needs is in memory, or asked for (store_want_*)
  *   store_slot.c        places for metadata pages; which blocks hold data
  *   store_map.c         leaves; persistent changes of entries

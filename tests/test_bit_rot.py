@@ -1,0 +1,241 @@
+"""Bytes of the device that changed by themselves: each is harmless, or named with the block it hit, and never served.
+
+Offline every byte of the small structures is flipped and a sample of the large ones, and the checker asked; then a
+server runs on such devices: it reads the second copies, says EIO where there is none, and its scrub repairs.
+`ATOLL_BITROT_FLIPS` makes the samples larger.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nbdclient import Connection, NbdError
+from powerlosskit import block_digests
+from serverkit import Server, wait_for
+
+from atoll.services.dedup.check import layout
+from atoll.services.dedup.check.audit import audit, verify_data
+from atoll.services.dedup.check.image import MemoryImage
+from atoll.services.dedup.check.reader import LogReader, Report, Store, read_supers
+
+BLOCK = 4096
+FLIPS = int(os.environ.get("ATOLL_BITROT_FLIPS", "40"))  # of each class that is sampled
+CONFIG = {"device_size": "128MiB", "volumes": [{"name": "disk", "size": "64MiB"}, {"name": "two", "size": "64MiB"}],
+          "dedup": {"metadata_log_bytes": "1MiB"}}  # fmt: skip
+BLOCKS = 1500  # that are written, from block 200 of each volume on
+
+
+def content(number: int) -> bytes:
+    return random.Random(number).randbytes(BLOCK)
+
+
+def number_of(volume: str, lba: int) -> int:
+    """Half of the blocks of the second volume are those of the first."""
+    return lba if volume == "disk" or lba % 2 else 10000 + lba
+
+
+@dataclass
+class Devices:
+    """The same store as its log tells it, and closed: all in pages."""
+
+    live: np.ndarray
+    closed: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devices]:
+    server = Server(tmp_path_factory.mktemp("r"), CONFIG).start()
+    try:
+        for volume in ("disk", "two"):
+            with Connection.open(str(server.socket), timeout_s=60) as connection:
+                connection.negotiate(volume)
+                for lba in range(200, 200 + BLOCKS, 50):
+                    connection.write(lba * BLOCK, b"".join(content(number_of(volume, lba + at)) for at in range(50)))
+                    connection.flush()
+        live = np.fromfile(server.data / "device.img", np.uint8)
+        server.stop()
+        yield Devices(live, np.fromfile(server.data / "device.img", np.uint8))
+    finally:
+        assert not server.end()
+
+
+def look(device: np.ndarray, reader: LogReader) -> tuple[Report, Store | None]:
+    report = Report()
+    store = Store.read(MemoryImage(device), report, reader)
+    if store is not None:
+        verify_data(store, report, audit(store, report))
+    return report, store
+
+
+def used_slots(store: Store) -> dict[int, str]:
+    """Block → which copy of which metadata page."""
+    found = {}
+    for (tree, level), pages in store.trees.items():
+        for copy, places in enumerate(store.places.of_slots(pages.pointers["slot"])):
+            for place, number in zip(places, pages.numbers, strict=True):
+                found[int(place)] = f"copy {copy} of the {layout.page_name(tree, level, int(number))}"
+    return found
+
+
+def flips(store: Store, choose: random.Random) -> list[tuple[str, int, int]]:
+    """(class, block, byte) of what is tried."""
+    tried = [
+        ("superblock", layout.super_block(store.root.device_blocks, place), byte)
+        for place in range(4)
+        for byte in range(512)
+    ]
+    pages = sorted(used_slots(store))
+    counts = store.counts(0, store.root.device_blocks)
+    data = [int(block) for block in np.flatnonzero(counts)]
+    kinds = [("page", pages), ("data", data)]
+    replayed = range(store.root.log_start, store.log.end)
+    kinds.append(("log", [first + at % store.root.log_blocks for first in store.places.log for at in replayed]))
+    unused = set(range(store.root.device_blocks)) - set(pages) - set(data) - {block for _, block, _ in tried}
+    kinds.append(("unused", sorted(unused - set(kinds[2][1]))))
+    for kind, blocks in kinds:
+        tried += [(kind, choose.choice(blocks), choose.randrange(BLOCK)) for _ in range(FLIPS if blocks else 0)]
+    return tried
+
+
+@pytest.mark.parametrize("which", ["live", "closed"])
+def test_every_flip_is_harmless_or_named(devices: Devices, which: str) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    choose, reader = random.Random(seed), LogReader()
+    device = getattr(devices, which).copy()
+    report, store = look(device, reader)
+    assert store is not None and not report.count
+    before = block_digests(store)
+    named = dict.fromkeys(("superblock", "page", "data", "log", "unused"), 0)
+    for kind, block, byte in flips(store, choose):
+        device[block * BLOCK + byte] ^= 1 << choose.randrange(8)
+        if kind == "superblock" and byte % 128:  # the same root, then the same of everything
+            report = Report()
+            root, _ = read_supers(MemoryImage(device), report)
+            found = store if root is not None and root.generation == store.root.generation else None
+        else:
+            report, found = look(device, reader)
+        blocks = {finding.fields.get("block") for finding in report.findings}
+        what = f"{kind} block {block} byte {byte}: {[finding.text for finding in report.findings]} {report.fatal}"
+        assert found is not None, what  # there is a second copy of everything but data
+        if kind in ("page", "data") or (kind == "superblock" and report.count):
+            assert blocks == {block}, what
+        elif kind == "superblock":  # only where there was none before
+            assert not device[block * BLOCK : block * BLOCK + byte].any(), what
+        elif kind == "log":
+            assert blocks <= {block}, what
+        else:
+            assert not report.count, what
+        named[kind] += bool(report.count)
+        if kind != "data" and found is not store:
+            assert block_digests(found) == before, what
+        device[block * BLOCK : (block + 1) * BLOCK] = getattr(devices, which)[block * BLOCK : (block + 1) * BLOCK]
+    print(named)
+    assert named["superblock"] >= 1024
+    assert named["page"] == named["data"] == FLIPS or which == "live"
+
+
+def start(make_server: Callable[..., Server], device: np.ndarray) -> Server:
+    server = make_server(config=CONFIG)
+    server.data.mkdir()
+    with open(server.data / "device.img", "wb") as file:
+        file.truncate(device.nbytes)
+        blocks = device.reshape(-1, BLOCK)
+        for number in np.flatnonzero(blocks.any(axis=1)):
+            file.seek(int(number) * BLOCK)
+            file.write(blocks[number].tobytes())
+    return server.start()
+
+
+def read_all(server: Server, volume: str) -> list[int]:
+    """LBAs that cannot be read; all others are as they should be."""
+    bad = []
+    with Connection.open(str(server.socket), timeout_s=60) as connection:
+        connection.negotiate(volume)
+        for lba in range(200, 200 + BLOCKS):
+            try:
+                assert connection.read(lba * BLOCK, BLOCK) == content(number_of(volume, lba)), f"{volume} block {lba}"
+            except NbdError as error:
+                assert error.code == 5 and f"at LBA {lba}:" in str(error)
+                bad.append(lba)
+    return bad
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+@pytest.mark.parametrize("which", ["live", "closed"])
+def test_one_copy_of_metadata_is_enough(
+    make_server: Callable[..., Server], devices: Devices, which: str, copy: int
+) -> None:
+    """Superblocks, log and pages: one copy of each is damaged somewhere. All is served; the scrub makes it whole."""
+    choose = random.Random(copy)
+    device = getattr(devices, which).copy()
+    _, store = look(device, LogReader())
+    assert store is not None
+    blocks = [block for block, name in used_slots(store).items() if name.startswith(f"copy {copy} ")]
+    blocks += [layout.super_block(store.root.device_blocks, 2 * copy + pair) for pair in (0, 1)]
+    blocks += [store.places.log[copy] + at % store.root.log_blocks for at in range(store.root.log_start, store.log.end)]
+    for block in blocks:
+        device[block * BLOCK + choose.randrange(512)] ^= 0x41
+    server = start(make_server, device)
+    assert read_all(server, "disk") == read_all(server, "two") == []
+    found = server.json("scrub", "--rate", "0")
+    assert found["damaged_count"] == found["lost_pages"] == 0
+    server.stop()
+    shutil.copy(server.data / "device.img", server.folder / "after.img")
+    after = server.json("check", "--verify-data", status=None)
+    # A superblock of the generation before is written anew with the next root.
+    assert all(finding["kind"] == "superblock" for finding in after["findings"]), after["findings"]
+    assert server.json("check", "--repair")["ok"]
+
+
+def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices: Devices) -> None:
+    """What it held cannot be read, and says so; everything else can."""
+    device = devices.closed.copy()
+    _, store = look(device, LogReader())
+    assert store is not None
+    pages = store.trees[layout.TREE_MAP, 0]
+    number = pages.numbers[0]
+    assert int(number) >> 39 == 0
+    first = (int(number) & (1 << 39) - 1) * 512
+    for places in store.places.of_slots(pages.pointers["slot"][:1]):
+        device[int(places[0]) * BLOCK + 77] ^= 1
+    report, _ = look(device, LogReader())
+    assert "is lost" in report.findings[0].text and not report.findings[0].repairable
+    server = start(make_server, device)
+    lost = [lba for lba in range(200, 200 + BLOCKS) if first <= lba < first + 512]
+    assert read_all(server, "disk") == lost
+    assert read_all(server, "two") == []
+    assert server.json("scrub", "--rate", "0", status=1)["lost_pages"] == 1
+    wait_for("it still serves", lambda: server.serves())
+
+
+def test_data_is_never_served_wrong(make_server: Callable[..., Server], devices: Devices) -> None:
+    """Twenty stored blocks are damaged: those that name them get EIO, all of them and nobody else."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    device = devices.closed.copy()
+    _, store = look(device, LogReader())
+    assert store is not None
+    counts = store.counts(0, store.root.device_blocks)
+    bad = set(choose.sample([int(block) for block in np.flatnonzero(counts)], 20))
+    for block in bad:
+        device[block * BLOCK + choose.randrange(BLOCK)] ^= 1 << choose.randrange(8)
+    expected: dict[int, list[int]] = {0: [], 1: []}
+    for keys, values in store.leaves():
+        for row, column in np.argwhere(np.isin(layout.numbers(values), np.array(sorted(bad), np.uint64))):
+            if int(values[row, column]) >> 60 == layout.KIND_PBA:
+                expected[int(keys[row]) >> 52].append((int(keys[row]) & (1 << 52) - 1) + int(column))
+    server = start(make_server, device)
+    assert read_all(server, "disk") == sorted(expected[0])
+    assert read_all(server, "two") == sorted(expected[1])
+    found = server.json("scrub", "--rate", "0", status=1)
+    assert {one["pba"] for one in found["damaged"]} == bad
+    assert Path(server.data / "device.img").exists()
