@@ -298,7 +298,8 @@ class Stage:
         return int(self.lib.dedup_volume(self.state, volume).generation)
 
     def turns_in_child(
-        self, die_after: int = 0, poison: int = 0, turns: int = 1, crashed: bool = False, count: Any = None
+        self, die_after: int = 0, poison: int = 0, turns: int = 1, crashed: bool = False, count: Any = None,
+        poison_block: int | None = None,
     ) -> int:
         """A new incarnation in a child makes `turns` turns. Returns its exit status, negative: the signal it died of.
         `count`: a shared word that receives how many stores it made."""
@@ -313,6 +314,8 @@ class Stage:
                 if poison:
                     here = self.ffi.cast("struct atoll_domain *", int(ffi.cast("uintptr_t", self.domain)))
                     self.lib.hook_poison(here, poison)
+                if poison_block is not None:
+                    self.lib.hook_poison_block(self.state, poison_block)
                 for _ in range(turns):
                     self.lib.dedup_turn(self.state)
                 if count is not None:

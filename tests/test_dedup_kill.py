@@ -232,6 +232,51 @@ def test_poison(hooked: ModuleType) -> None:
         assert stage.free_pages == set(range(stage.nic_pages)), "its pages too"
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_poison_in_destage(hooked: ModuleType, written: bool) -> None:
+    """A block that crashes dedup while it is stored, with others and then alone, is set aside: kept and readable, and
+    flushes fail until it is written again. All others are stored. `written`: the crash comes when it has its place."""
+    with Stage(extension=hooked, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        blocks = [block(seed) for seed in range(10)]
+        for number, content in enumerate(blocks):
+            stage.write(volume, number * BLOCK, content)
+        stage.run_until_idle()
+        flush = stage.flush(volume)
+        if written:
+            while not any(io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 10 * BLOCK for io in stage.ios):
+                stage.turn()
+                stage.take_ios()
+            stage.disk()
+        assert stage.turns_in_child(poison_block=4, turns=5) == -signal.SIGSEGV
+        stage.disk()
+        assert stage.turns_in_child(poison_block=4, crashed=True, turns=40) == -signal.SIGSEGV
+        stage.attach(crashed=True)
+        stage.run_until_idle()
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+        figures = stage.figures()
+        assert (figures.failed_records, figures.log_records) == (1, 1), "all others are stored"
+        seen = stage.ffi.new("struct dedup_seen *")
+        assert stage.lib.dedup_take_damage(stage.state, seen)
+        assert (seen.status, seen.volume, seen.lba) == (lib.ATOLL_EPOISON, volume, 4)
+        read = stage.read(volume, 0, 10 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == b"".join(blocks)
+        stage.check()
+        again = stage.flush(volume)
+        stage.run_until_idle()
+        assert again.status == lib.ATOLL_EUNFLUSHED
+        stage.write(volume, 4 * BLOCK, block(99))
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == OK
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
+
+
 def test_an_innocent_request_is_carried_out_at_the_second_try(hooked: ModuleType) -> None:
     with Stage(extension=hooked) as stage:
         stage.open()

@@ -47,8 +47,10 @@ void datapath_note_suspect(struct datapath *dp)
     struct atoll_suspect *table = suspects(dp), *found;
     uint64_t identity = dp->domain->self->current;
     uint32_t part = dp->arena->current_part;
-    if (identity == 0)
+    if (identity == 0) {
+        destage_blame(dp);
         return;
+    }
     found = find_suspect(dp, identity, part);
     if (found == 0) {
         found = &table[0];

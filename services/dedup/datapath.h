@@ -88,8 +88,12 @@ enum record_state {
 
 enum record_flag {
     RECORD_FAILED = 1,  /* its last write failed */
-    RECORD_CORRUPT = 2  /* page is not what was acknowledged: kept, never destaged, not in the list */
+    RECORD_CORRUPT = 2, /* page is not what was acknowledged: kept, never destaged, not in the list */
+    RECORD_SUSPECT = 4, /* dedup crashed while it was destaged with others: next time alone */
+    RECORD_POISON = 8,  /* dedup crashed while it was destaged alone: as CORRUPT, but can be read */
+    RECORD_CONDEMNED = 16 /* POISON as soon as its run, whose write is under way, has ended */
 };
+#define RECORD_ASIDE (RECORD_CORRUPT | RECORD_POISON)
 
 struct dp_record {
     uint64_t lba;
@@ -203,7 +207,7 @@ struct dp_arena {
     uint64_t nic_pages, merge_pages, cache_pages; /* sizes of the tables (cache: of which dp.cache_pages are used) */
     uint64_t next_order, next_acceptance;
     uint64_t log_records;        /* not FREE and not RETURNING */
-    uint64_t failed_records;     /* FAILED or CORRUPT */
+    uint64_t failed_records;     /* FAILED, CORRUPT or POISON */
     uint64_t pinned_records;     /* RECORD_PINNED */
     uint64_t control_number;     /* last control call that changed something */
     uint64_t adopting;           /* 1: adoption has begun and is to be begun again */
@@ -212,7 +216,9 @@ struct dp_arena {
     uint32_t pinned_count;
     uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
     uint32_t current_part;       /* with header.current: not transactional */
-    uint32_t reserved;
+    /* Records that are being destaged at this moment, for whoever finds out what crashed: not transactional. */
+    uint32_t handled_count;
+    uint32_t handled[DP_RUN_RECORDS];
     struct dp_scrub scrub;
     struct dp_run runs[DP_RUNS];
     struct dp_slot slots[ATOLL_SLOT_COUNT];
@@ -457,6 +463,9 @@ void destage_hurry(struct datapath *dp);
 bool destage_protected(const struct datapath *dp, uint32_t record);
 void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 void destage_adopt(struct datapath *dp, bool quarantine);
+/* The predecessor crashed by itself while it destaged (I8): those it had in hand are suspects, and one that it had alone in hand
+ * for this reason is set aside. Outside of transactions. */
+void destage_blame(struct datapath *dp);
 
 /* A record of a run has its persistent value; its reservation is not needed. */
 void destage_settled(struct datapath *dp, uint32_t record);

@@ -128,9 +128,9 @@ static void check_records(struct datapath *dp, struct check *check)
         const struct dp_record *r = &dp->records[record];
         bool current = r->state >= RECORD_LOGGED && r->state <= RECORD_WRITING;
         live += r->state != RECORD_FREE && r->state != RECORD_RETURNING;
-        failed += current && r->flags != 0;
+        failed += current && (r->flags & ~(RECORD_SUSPECT | RECORD_CONDEMNED)) != 0;
         pinned += r->state == RECORD_PINNED;
-        logged += r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT);
+        logged += r->state == RECORD_LOGGED && !(r->flags & RECORD_ASIDE);
         in_runs += r->state == RECORD_MATCHING || r->state == RECORD_WRITING || r->state == RECORD_DROPPED;
         check->reservations += r->state == RECORD_LOGGED || r->state == RECORD_MATCHING;
         if (named[record] != (current ? 1 : 0) &&

@@ -161,6 +161,41 @@ static int by_address(const void *a, const void *b, void *context)
     return x->lba < y->lba ? -1 : x->lba > y->lba;
 }
 
+/* --- What is in hand, for whoever comes after a crash (I8) --- */
+
+static void handle_none(struct datapath *dp)
+{
+    atoll_compiler_barrier();
+    dp->arena->handled_count = 0;
+    atoll_compiler_barrier();
+}
+
+static void handle(struct datapath *dp, uint32_t record)
+{
+    struct dp_arena *arena = dp->arena;
+    assert(arena->handled_count < DP_RUN_RECORDS);
+    arena->handled[arena->handled_count] = record;
+    atoll_compiler_barrier();
+    arena->handled_count++;
+    atoll_compiler_barrier();
+}
+
+static void handle_run(struct datapath *dp, const struct dp_run *run)
+{
+    handle_none(dp);
+    for (uint32_t index = 0; index < run->record_count; index++)
+        handle(dp, run->records[index]);
+}
+
+/* Logged, and never destaged. */
+static void set_aside(struct datapath *dp, uint32_t record)
+{
+    const struct dp_record *r = at(dp, record);
+    log_set_flag(dp, record, RECORD_POISON);
+    atoll_count(dp->domain, DEDUP_COUNTER_POISONED, 1);
+    dp_note_damage(dp, 0, ATOLL_EPOISON, r->volume, r->lba);
+}
+
 enum taken { TAKEN = 0, TAKEN_SETTLED = 1, TAKEN_WAITS = 2 };
 
 /* Takes a record off the list for the batch; zeros and blocks of volumes being deleted are settled at once, if their pages are there. */
@@ -168,6 +203,7 @@ static enum taken take(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);
     const void *page = record_page(dp, record);
+    handle(dp, record);
     bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
     bool settle = zero || dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY;
     if (settle && store_want_base(dp->dedup, r->base) == STORE_WAIT)
@@ -206,7 +242,8 @@ static bool looked_up(struct datapath *dp)
     return true;
 }
 
-/* Takes a batch off the list into `run`. A run of blocks is not cut but where it is longer than a batch: its matches would be too. */
+/* Takes a batch off the list into `run`. A run of blocks is not cut but where it is longer than a batch: its matches would be too.
+ * A suspect is a batch of its own. */
 static void collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
@@ -216,9 +253,12 @@ static void collect(struct datapath *dp, uint32_t number)
     while (dp->arena->log_head != DP_NONE && !full) {
         uint32_t oldest = dp->arena->log_head, volume = at(dp, oldest)->volume;
         uint64_t from = at(dp, oldest)->lba, first = from, end = from + 1;
-        while (first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
+        bool alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
+        if (alone && looked != 0)
+            break;
+        while (!alone && first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
             first--;
-        while (end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, end) != DP_NONE)
+        while (!alone && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, end) != DP_NONE)
             end++;
         if (end - first > ATOLL_IO_BLOCKS - looked)
             break;
@@ -313,6 +353,7 @@ static bool go_on(struct datapath *dp, uint32_t number)
     if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0 || !share_ready(dp, number) ||
         store_want_space(dp->dedup) != STORE_HAVE)
         return false;
+    handle_run(dp, run);
     match_decide(dp, number, &decision);
     uint32_t writer_count = decision.writer_count;
     uint32_t placed = writer_count == 0 ? 0 : store_allocate(dp->dedup, writer_count, &pba);
@@ -387,6 +428,9 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
     if (r->state == RECORD_DROPPED) {
         store_abandon(dp->dedup, run->pba + index, 1, false);
         store_unreserve(dp->dedup, 1); /* who overwrote it has a reservation of its own */
+    } else if (r->flags & RECORD_CONDEMNED) {
+        store_abandon(dp->dedup, run->pba + index, 1, place_lost);
+        return; /* set aside when the run ends */
     } else if (run->status != ATOLL_OK || place_lost) { /* the page of its place's fingerprint is damaged: another place */
         store_abandon(dp->dedup, run->pba + index, 1, place_lost);
         if (!place_lost)
@@ -410,6 +454,11 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
         return;
     }
     assert(r->state == RECORD_MATCHING);
+    if (r->flags & RECORD_CONDEMNED) {
+        log_requeue(dp, record);
+        set_aside(dp, record);
+        return;
+    }
     /* Placed leaders have a reference already; a leader that was overwritten is abandoned. */
     if (run->status == ATOLL_OK && store_references(dp->dedup, run->pba + leader_index) != 0 &&
         memcmp(record_page(dp, record), record_page(dp, leader), DP_BLOCK) == 0 &&
@@ -432,6 +481,8 @@ static bool finish_run(struct datapath *dp, uint32_t number)
         enum store_want place;
         if (!finish_ready(dp, record, run->pba + leader, &place))
             break;
+        handle_none(dp);
+        handle(dp, record);
         if (done < writers) {
             inflight_remove(dp, number, done);
             finish_writer(dp, run, done, place == STORE_LOST);
@@ -439,6 +490,7 @@ static bool finish_run(struct datapath *dp, uint32_t number)
             finish_follower(dp, run, record, leader);
         }
     }
+    handle_none(dp);
     bool did = done != run->done;
     if (did)
         dp_set32(dp, &run->done, done);
@@ -450,7 +502,10 @@ static bool finish_run(struct datapath *dp, uint32_t number)
             log_release(dp, run->records[index]);
         } else {
             log_requeue(dp, run->records[index]);
-            errors++;
+            if (at(dp, run->records[index])->flags & RECORD_CONDEMNED)
+                set_aside(dp, run->records[index]);
+            else
+                errors++;
         }
     }
     set_run_state(dp, number, RUN_FREE);
@@ -524,6 +579,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         } else if (!looked_up(dp)) {
             wake = 5; /* or as soon as a page has been read */
         } else {
+            handle_none(dp);
             collect(dp, number);
             if (dp->arena->runs[number].state == RUN_MATCHING) {
                 match_stored(dp, number);
@@ -536,9 +592,18 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             did = true;
         }
     }
+    handle_none(dp);
     if (wake != 0 && (*wake_ms == 0 || wake < *wake_ms))
         *wake_ms = wake;
     return did;
+}
+
+static void commit(struct datapath *dp)
+{
+    log_settle(dp);
+    give_flush(dp);
+    atoll_domain_commit(dp->domain);
+    log_committed(dp);
 }
 
 void destage_adopt(struct datapath *dp, bool quarantine)
@@ -565,9 +630,50 @@ void destage_adopt(struct datapath *dp, bool quarantine)
                 log_requeue(dp, record);
         }
         set_run_state(dp, number, RUN_FREE);
-        log_settle(dp);
-        give_flush(dp);
-        atoll_domain_commit(dp->domain);
-        log_committed(dp);
+        commit(dp);
     }
+}
+
+static bool in_hand(const struct datapath *dp, const struct dp_run *run)
+{
+    for (uint32_t index = 0; index < run->record_count; index++)
+        for (uint32_t each = 0; each < dp->arena->handled_count; each++)
+            if (run->records[index] == dp->arena->handled[each])
+                return true;
+    return false;
+}
+
+void destage_blame(struct datapath *dp)
+{
+    struct dp_arena *arena = dp->arena;
+    uint32_t count = arena->handled_count;
+    for (uint32_t number = 0; number < DP_RUNS && count != 0; number++) {
+        const struct dp_run *run = &arena->runs[number];
+        if (run->state != RUN_MATCHING || !in_hand(dp, run))
+            continue;
+        for (uint32_t index = 0; index < run->record_count; index++) { /* each is collected again, by itself */
+            uint32_t record = run->records[index];
+            if (run->link[index] < DP_UNREAD)
+                cache_unpin(dp, run->link[index]);
+            if (at(dp, record)->state == RECORD_DROPPED)
+                log_release(dp, record);
+            else
+                log_requeue(dp, record);
+        }
+        set_run_state(dp, number, RUN_FREE);
+        commit(dp);
+    }
+    for (uint32_t index = 0; index < count; index++) {
+        uint32_t record = arena->handled[index];
+        const struct dp_record *r = at(dp, record);
+        bool poison = count == 1 && (r->flags & RECORD_SUSPECT);
+        if (r->state < RECORD_LOGGED || r->state > RECORD_WRITING || (r->flags & RECORD_ASIDE))
+            continue;
+        if (poison && r->state == RECORD_LOGGED)
+            set_aside(dp, record);
+        else
+            log_set_flag(dp, record, poison ? RECORD_CONDEMNED : RECORD_SUSPECT);
+    }
+    commit(dp);
+    handle_none(dp);
 }

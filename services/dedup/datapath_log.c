@@ -75,13 +75,13 @@ uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba)
         return DP_NONE;
     uint32_t record = log_record_of(dp, value);
     const struct dp_record *r = &dp->records[record];
-    return r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT) ? record : DP_NONE;
+    return r->state == RECORD_LOGGED && !(r->flags & (RECORD_ASIDE | RECORD_SUSPECT)) ? record : DP_NONE;
 }
 
 void log_unlink(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);
-    assert(r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT));
+    assert(r->state == RECORD_LOGGED && !(r->flags & RECORD_ASIDE));
     set_next(dp, r->previous, r->next);
     set_previous(dp, r->next, r->previous);
 }
@@ -104,7 +104,8 @@ void log_requeue(struct datapath *dp, uint32_t record)
 static void set_flags(struct datapath *dp, uint32_t record, uint16_t flags)
 {
     struct dp_record *r = at(dp, record);
-    bool was = r->flags != 0, is = flags != 0;
+    const uint16_t no_failure = RECORD_SUSPECT | RECORD_CONDEMNED;
+    bool was = (r->flags & ~no_failure) != 0, is = (flags & ~no_failure) != 0;
     if (r->flags == flags)
         return;
     uint64_t *word = (uint64_t *)(void *)&r->volume; /* volume, flags and logged_ms share an aligned word */
@@ -120,7 +121,7 @@ void log_clear_flags(struct datapath *dp, uint32_t record) { set_flags(dp, recor
 void log_set_flag(struct datapath *dp, uint32_t record, uint16_t flag)
 {
     struct dp_record *r = at(dp, record);
-    if (flag == RECORD_CORRUPT && r->state == RECORD_LOGGED && !(r->flags & RECORD_CORRUPT))
+    if ((flag & RECORD_ASIDE) && r->state == RECORD_LOGGED && !(r->flags & RECORD_ASIDE))
         log_unlink(dp, record); /* it will never be destaged; it stays what the map names */
     if (flag == RECORD_CORRUPT)
         lookup_retire(dp, record); /* who reads it must be told */
@@ -267,7 +268,7 @@ static bool supersede(struct datapath *dp, uint32_t old, uint32_t heir)
         return false;
     }
     assert(r->state == RECORD_LOGGED);
-    bool listed = !(r->flags & RECORD_CORRUPT);
+    bool listed = !(r->flags & RECORD_ASIDE);
     if (listed && heir != DP_NONE) {
         at(dp, heir)->order = r->order; /* saved by log_append */
         at(dp, heir)->logged_ms = r->logged_ms;

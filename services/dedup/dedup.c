@@ -113,6 +113,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     if (crashed)
         datapath_note_suspect(dp);
     domain->self->current = 0;
+    dp->arena->handled_count = 0; /* a kill from outside is nobody's fault */
     /* An adoption that has been finished shows: something was sent to the disk, whose ring was empty when it began, or requests
      * have been served since. */
     const struct atoll_ring_producer *ring = domain->rings->tx[ATOLL_ROLE_DISK].producer;

@@ -53,13 +53,17 @@ def tell_damage(context: Context, state: Any) -> None:
     """Lines for the log: which place is damaged, and for whom it was read. What does not fit the ring is dropped."""
     seen = ffi.new("struct dedup_seen *")
     while lib.dedup_take_damage(state, seen):
-        what = "is not what was stored" if seen.status == lib.ATOLL_ECORRUPT else "cannot be read"
-        fields: dict[str, Any] = {"pba": int(seen.pba)}
+        if seen.status == lib.ATOLL_EPOISON:
+            what = "dedup crashed twice while it stored a block: kept in memory until it is written again; FLUSH fails"
+            fields: dict[str, Any] = {}
+        else:
+            fault = "is not what was stored" if seen.status == lib.ATOLL_ECORRUPT else "cannot be read"
+            what, fields = f"a block on the device {fault}", {"pba": int(seen.pba)}
         if seen.volume < lib.ATOLL_VOLUME_COUNT:
             fields |= {"volume": name_of(state, seen.volume), "lba": int(seen.lba)}
         if seen.dropped:
             fields["more"] = int(seen.dropped)
-        context.event(f"a block on the device {what}", **fields)
+        context.event(what, **fields)
     context.lib.atoll_domain_commit(context.domain)
 
 

@@ -4,8 +4,12 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include "services/dedup/datapath.h"
+
 static uint64_t stores, last_store, poison;
 static struct atoll_domain *poisoned;
+static struct dedup *poisoned_dedup;
+static uint64_t poisoned_lba;
 
 void atoll_store_hook(void);
 
@@ -23,11 +27,26 @@ void hook_poison(struct atoll_domain *domain, uint64_t identity)
     poison = identity;
 }
 
+void hook_poison_block(struct dedup *dedup, uint64_t lba)
+{
+    poisoned_dedup = dedup;
+    poisoned_lba = lba;
+}
+
+static bool destages_poison(void)
+{
+    const struct datapath *dp = poisoned_dedup->datapath;
+    for (uint32_t index = 0; index < dp->arena->handled_count; index++)
+        if (dp->records[dp->arena->handled[index]].lba == poisoned_lba)
+            return true;
+    return false;
+}
+
 void atoll_store_hook(void)
 {
     if (++stores == last_store)
         kill(getpid(), SIGKILL);
-    if (poison != 0 && poisoned->self->current == poison) {
+    if ((poison != 0 && poisoned->self->current == poison) || (poisoned_dedup != 0 && destages_poison())) {
         signal(SIGSEGV, SIG_DFL);
         kill(getpid(), SIGSEGV);
     }
