@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +39,8 @@ from atoll.ipc.roles import Role
 
 BATCHES = (1, 8, 32, 256)
 ENTRIES = 4096
-ASKER, ANSWERER = Role.NIC, Role.NBD
+ASKER, ANSWERER, BETWEEN = Role.NIC, Role.NBD, Role.DEDUP
+DEPTHS = (1, 32)  # requests on their way through a path of domains
 SAME, TWO = "same core", "two cores"
 RING, LINE, DPDK, PIPE, SOCKET, QUEUE, PYTHON = (
     "atoll ring",
@@ -58,11 +59,12 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    kind: str  # "throughput" or "round trip"
+    kind: str  # "throughput", "round trip", or "path": of domains, with requests on their way
     transport: str
     placement: str
     waiting: str  # "spinning" or "sleeping"
-    batch: int = 1
+    batch: int = 1  # of a path: its depth
+    between: int = 0  # domains in a path between the two ends
 
 
 def cases(cpu_count: int, dpdk: bool = False) -> list[Case]:
@@ -82,6 +84,7 @@ def cases(cpu_count: int, dpdk: bool = False) -> list[Case]:
         found += [
             Case("round trip", transport, placement, "sleeping") for transport in (RING, PIPE, SOCKET, QUEUE, PYTHON)
         ]
+        found += [Case("path", RING, placement, "sleeping", depth, more) for depth in DEPTHS for more in (0, 1)]
     return found
 
 
@@ -89,21 +92,25 @@ def cases(cpu_count: int, dpdk: bool = False) -> list[Case]:
 
 
 class Arenas:
-    """Kernel and two roles with a ring to each other; the same for all measurements, each a new incarnation."""
+    """Kernel and three roles with rings to each other; the same for all measurements, each a new incarnation."""
 
     def __init__(self) -> None:
         self.incarnation = 0
         self.sizes: dict[Role, int] = {}
         self.fds: dict[Role, int] = {}
+        self.eventfds: list[int] = []
         counts = ffi.new("uint32_t[16]", [ENTRIES] * 16)
-        for role, peers in ((Role.KERNEL, ()), (ASKER, (ANSWERER,)), (ANSWERER, (ASKER,))):
-            mask = sum(1 << peer for peer in peers)
+        ends = (ASKER, ANSWERER, BETWEEN)
+        for role in (Role.KERNEL, *ends):
+            mask = sum(1 << peer for peer in ends if role in ends and peer != role)
             size = lib.atoll_arena_size(mask, counts, 0, 0)
             fd = os.memfd_create(f"atoll-bench-{role.text}", os.MFD_CLOEXEC)
             os.posix_fallocate(fd, 0, size)
+            eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # all domains are woken by one
+            self.eventfds.append(eventfd)
             with mmap.mmap(fd, size) as memory, memoryview(memory) as view:
                 at = ffi.from_buffer(view)
-                lib.atoll_arena_format(at, role, 1, size, mask, counts, 0, 0, lib.ATOLL_WAKE_FUTEX, -1)
+                lib.atoll_arena_format(at, role, 1, size, mask, counts, 0, 0, lib.ATOLL_WAKE_EVENTFD, eventfd)
                 ffi.release(at)
             self.sizes[role], self.fds[role] = size, fd
 
@@ -121,7 +128,7 @@ class Arenas:
         return domain
 
     def close(self) -> None:
-        for fd in self.fds.values():
+        for fd in (*self.fds.values(), *self.eventfds):
             os.close(fd)
 
 
@@ -211,6 +218,15 @@ def ends(
     elif case.transport == RING:
         wait = lib.BENCH_SPIN if case.waiting == "spinning" else lib.BENCH_SLEEP
         arenas.incarnation += 1
+
+        if case.kind == "path":
+            far, near = (BETWEEN, BETWEEN) if case.between else (ANSWERER, ASKER)
+            yield [
+                lambda: lib.bench_path_ask(arenas.open(ASKER), far, batch, duration_ns, result),
+                lambda: lib.bench_path_reply(arenas.open(ANSWERER), near),
+                *[lambda: lib.bench_path_pass(arenas.open(BETWEEN), ASKER, ANSWERER)] * case.between,
+            ]
+            return
 
         def first(domain: Any) -> None:
             if produces:
@@ -333,7 +349,8 @@ def measure(
         pids = []
         try:
             for index, function in enumerate(functions):
-                pids.append(child(function, shared, cpus[0] if case.placement == SAME else cpus[index]))
+                cpu = cpus[0] if case.placement == SAME or index == 0 else cpus[1]
+                pids.append(child(function, shared, cpu, len(functions)))
             wait_for(pids, case, duration_s * 20 + 30)
         finally:
             for pid in pids:
@@ -343,20 +360,20 @@ def measure(
     result = shared.result
     if result.wrong or not result.count:
         raise BenchError(f"{case}: {result.count} messages, {result.wrong} of them wrong")
-    if case.kind == "throughput":
+    if case.kind in ("throughput", "path"):
         return {"messages_per_s": result.count / (result.ns / 1e9)}
     samples = sorted(ffi.unpack(result.samples_ns, int(result.sample_count)))
     return {"p50_ns": float(samples[len(samples) // 2]), "p99_ns": float(samples[len(samples) * 99 // 100])}
 
 
-def child(function: Callable[[], None], shared: Shared, cpu: int) -> int:
+def child(function: Callable[[], None], shared: Shared, cpu: int, ends: int = 2) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         os.sched_setaffinity(0, {cpu})
-        lib.bench_meet(shared.arrived)
+        lib.bench_meet(shared.arrived, ends)
         function()
         status = 0
     except BaseException:
@@ -408,6 +425,7 @@ def run(seconds: float, plot: str | None = None) -> dict[str, Any]:
         "clock_ns": round(lib.bench_clock_ns(), 1),
         "throughput": [throughput_row(case, found) for case in todo if case.kind == "throughput"],
         "round_trip": [round_trip_row(case, found) for case in todo if case.kind == "round trip"],
+        "path": [path_row(case, found) for case in todo if case.kind == "path" and case.between],
     }
     if plot is not None:
         draw(document, plot)
@@ -453,6 +471,21 @@ def round_trip_row(case: Case, found: Found) -> dict[str, Any]:
     }
 
 
+def path_row(case: Case, found: Found) -> dict[str, Any]:
+    """What one more domain between two others costs each request; median, over the rounds, of the difference."""
+    without = found[replace(case, between=0)]
+    rates = list(
+        zip((one["messages_per_s"] for one in without), (one["messages_per_s"] for one in found[case]), strict=True)
+    )
+    return {
+        **row(case),
+        "depth": case.batch,
+        "without_per_s": statistics.median(one for one, _ in rates),
+        "with_per_s": statistics.median(other for _, other in rates),
+        "added_us": statistics.median(1e6 / other - 1e6 / one for one, other in rates),
+    }
+
+
 # --- To be looked at ------------------------------------------------------------------------------------------------
 
 
@@ -487,11 +520,22 @@ def render(document: dict[str, Any]) -> RenderableType:
             "" if entry["transport"] == LINE else times(entry["ratio_to_ring"], itself),
             times(entry["ratio_to_line"], entry["transport"] == LINE),
         )
+    paths = Table(title="One more domain between two, which sleep and wake one another", title_justify="left")
+    paths.add_column("placement")
+    for name in ("depth", "thousand/s without", "with", "added µs per request"):
+        paths.add_column(name, justify="right")
+    for entry in document["path"]:
+        paths.add_row(
+            entry["placement"],
+            str(entry["depth"]),
+            *(f"{entry[key] / 1e3:,.0f}" for key in ("without_per_s", "with_per_s")),
+            f"{entry['added_us']:.2f}",
+        )
     note = (
         f"{document['rounds']} interleaved rounds on {document['cpus']} processors; a round trip includes one reading"
         f" of the clock ({document['clock_ns']} ns). A cache line going there and back is the machine's own limit."
     )
-    return Group(rates, trips, note)
+    return Group(rates, trips, paths, note)
 
 
 def times(value: float | None, itself: bool) -> str:

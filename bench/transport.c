@@ -20,10 +20,10 @@ static inline void relax(void)
 #endif
 }
 
-void bench_meet(uint32_t *arrived)
+void bench_meet(uint32_t *arrived, uint32_t ends)
 {
     __atomic_fetch_add(arrived, 1, __ATOMIC_SEQ_CST);
-    while (atoll_load_acquire(arrived) < 2)
+    while (atoll_load_acquire(arrived) < ends)
         sched_yield();
 }
 
@@ -133,6 +133,76 @@ void bench_ring_answer(struct atoll_domain *domain, uint32_t peer, int wait)
         atoll_domain_commit(domain);
     }
     atoll_domain_commit(domain);
+}
+
+/* --- A path of domains -------------------------------------------------------------------------------------------- */
+
+/* As a domain's step: at most so many messages, then a commit. */
+#define STEP 64
+
+void bench_path_ask(struct atoll_domain *domain, uint32_t peer, uint32_t depth, uint64_t duration_ns,
+                    struct bench_result *result)
+{
+    struct atoll_descriptor message;
+    uint64_t begin = atoll_now_ns(), sent = 0;
+    for (; sent < depth; sent++)
+        put(domain, peer, sent, BENCH_SLEEP);
+    atoll_domain_commit(domain);
+    for (bool more = true; result->count < sent;) {
+        uint32_t taken = 0;
+        for (; taken < STEP && atoll_domain_take(domain, peer, &message); taken++) {
+            result->wrong += message.identity != result->count++;
+            if (more)
+                put(domain, peer, sent++, BENCH_SLEEP);
+        }
+        if (taken == 0) {
+            atoll_domain_sleep(domain, 0, -1);
+            continue;
+        }
+        atoll_domain_commit(domain);
+        more = more && atoll_now_ns() - begin < duration_ns;
+    }
+    result->ns = atoll_now_ns() - begin;
+    put(domain, peer, LAST, BENCH_SLEEP);
+    atoll_domain_commit(domain);
+}
+
+void bench_path_pass(struct atoll_domain *domain, uint32_t left, uint32_t right)
+{
+    struct atoll_descriptor message;
+    for (bool last = false; !last;) {
+        uint32_t taken = 0;
+        for (; !last && taken < STEP && atoll_domain_take(domain, left, &message); taken++) {
+            last = message.identity == LAST;
+            while (!atoll_domain_put(domain, right, &message))
+                atoll_domain_commit(domain);
+        }
+        for (; taken < 2 * STEP && atoll_domain_take(domain, right, &message); taken++)
+            while (!atoll_domain_put(domain, left, &message))
+                atoll_domain_commit(domain);
+        atoll_domain_commit(domain);
+        if (taken == 0)
+            atoll_domain_sleep(domain, 0, -1);
+    }
+}
+
+void bench_path_reply(struct atoll_domain *domain, uint32_t peer)
+{
+    struct atoll_descriptor message;
+    for (;;) {
+        uint32_t taken = 0;
+        for (; taken < STEP && atoll_domain_take(domain, peer, &message); taken++) {
+            if (message.identity == LAST) {
+                atoll_domain_commit(domain);
+                return;
+            }
+            while (!atoll_domain_put(domain, peer, &message))
+                atoll_domain_commit(domain);
+        }
+        atoll_domain_commit(domain);
+        if (taken == 0)
+            atoll_domain_sleep(domain, 0, -1);
+    }
 }
 
 /* --- A bare cache line -------------------------------------------------------------------------------------------- */

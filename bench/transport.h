@@ -37,14 +37,21 @@ struct bench_lines {
     uint64_t reserved_b[15];
 };
 
-/* Both ends call it first; returns when both have. `arrived` is shared and starts at 0. */
-void bench_meet(uint32_t *arrived);
+/* All `ends` call it first; returns when all have. `arrived` is shared and starts at 0. */
+void bench_meet(uint32_t *arrived, uint32_t ends);
 
 /* One step takes or puts `batch` messages and commits. */
 void bench_ring_produce(struct atoll_domain *domain, uint32_t to, uint32_t batch, int wait, uint64_t duration_ns);
 void bench_ring_consume(struct atoll_domain *domain, uint32_t from, uint32_t batch, int wait, struct bench_result *result);
 void bench_ring_ask(struct atoll_domain *domain, uint32_t peer, int wait, uint64_t duration_ns, struct bench_result *result);
 void bench_ring_answer(struct atoll_domain *domain, uint32_t peer, int wait);
+
+/* A path of domains with `depth` requests on their way, all ends sleeping when there is nothing to do. `ask` counts answers;
+ * `pass` is a domain in between, which passes on what comes from either side; `reply` sends each request back. */
+void bench_path_ask(struct atoll_domain *domain, uint32_t peer, uint32_t depth, uint64_t duration_ns,
+                    struct bench_result *result);
+void bench_path_pass(struct atoll_domain *domain, uint32_t left, uint32_t right);
+void bench_path_reply(struct atoll_domain *domain, uint32_t peer);
 
 void bench_line_ask(struct bench_lines *lines, uint64_t duration_ns, struct bench_result *result);
 void bench_line_answer(struct bench_lines *lines);
