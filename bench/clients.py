@@ -49,6 +49,7 @@ class Load:
     contents: str = "unique"  # nbdload's writes: "unique", or half duplicates, "near" or "far" ones
     total_bytes: int = 0  # ends when so much has been read or written, instead of by time
     flush: bool = False  # the time until all of it is on the device counts
+    far_bytes: int = FAR_BYTES  # of "far" loads
 
 
 @dataclass(frozen=True)
@@ -203,33 +204,33 @@ def plan(load: Load, seconds: float, seed: int) -> NDArray[Any]:
         chosen = np.random.default_rng(seed).integers(0, places, count)
     steps["offset"] = load.offset + chosen * load.block
     if load.op == "write":
-        steps["identity"] = identities(load.contents, load.block, count, seed)
+        steps["identity"] = identities(load, count, seed)
     return steps
 
 
-def identities(contents: str, block: int, count: int, seed: int) -> duplicates.Ids:
-    if contents == "far":  # every second one is of what `fill_far` wrote, in its order
-        old = written_far(block, again=True)
+def identities(load: Load, count: int, seed: int) -> duplicates.Ids:
+    if load.contents == "far":  # every second one is of what `fill_far` wrote, in its order
+        old = written_far(load.far_bytes // load.block, again=True)
         new = np.concatenate(list(duplicates.Stream(duplicates.PROFILES["unique"], count // 2 + 1, seed=seed + 1)))
         mixed = np.empty(count, np.uint64)
         mixed[0::2] = new[: len(mixed[0::2])]
         mixed[1::2] = np.resize(old, len(mixed[1::2]))
         return mixed
-    profile = duplicates.PROFILES["half" if contents == "near" else "unique"]
+    profile = duplicates.PROFILES["half" if load.contents == "near" else "unique"]
     stream = duplicates.Stream(profile, count, distance="near", seed=seed + 1)
     return np.resize(np.concatenate(list(stream)), count)
 
 
-def written_far(block: int, again: bool) -> duplicates.Ids:
+def written_far(count: int, again: bool) -> duplicates.Ids:
     """The first copies of far duplicates, or the second ones: as many of them, each as far from the first."""
-    stream = duplicates.Stream(duplicates.PROFILES["half"], 2 * FAR_BYTES // block, distance="far", seed=0)
+    stream = duplicates.Stream(duplicates.PROFILES["half"], 2 * count, distance="far", seed=0)
     half = len(stream) // 2
     return np.concatenate([stream[window] for window in (range(half, 2 * half) if again else range(half))])
 
 
-def fill_far(uri: str, folder: Path, offset: int, block: int) -> None:
-    """Writes FAR_BYTES of contents that "far" loads repeat; they must not lie where the load writes."""
-    ids = written_far(block, again=False)
+def fill_far(uri: str, folder: Path, offset: int, block: int, far_bytes: int) -> None:
+    """Writes the contents that "far" loads repeat; they must not lie where the load writes."""
+    ids = written_far(far_bytes // block, again=False)
     steps = np.zeros(len(ids), STEP)
     steps["offset"] = offset + np.arange(len(ids), dtype=np.uint64) * block
     steps["identity"] = ids

@@ -29,7 +29,7 @@ from typing import Any
 
 import click
 
-from atoll.bench import clients, peers, report
+from atoll.bench import clients, curves, peers, report, ring, system
 from atoll.bench.clients import Sample
 from atoll.bench.peers import Atoll, BenchError, version_of
 from atoll.bench.works import INSTALLED, OTHER, SAME, Goal, Work, works
@@ -54,26 +54,35 @@ def measure(
     """Samples of "atoll" and "peer", one a round each, in turn."""
     server_cpus, client_cpus = placement(setting)
     here = folder / f"{work.name}-{setting.replace(' ', '-')}"
-    found: dict[str, list[Sample]] = {"atoll": [], "peer": []}
-    loads = {"atoll": work.load, "peer": work.peer_load or work.load}
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, here, ignore_errors=True)
         here.mkdir(parents=True)
         servers: dict[str, Any] = {"atoll": Atoll(here, server_cpus), "peer": work.peer(here, server_cpus)}
         for server in servers.values():
             stack.enter_context(server)
-            work.prepare(server, folder)
-        if work.restart:
-            servers["atoll"].restart()
-        for number in range(rounds):
-            for side, server in servers.items():
-                load = loads[side]
-                sample = clients.run(load, server, client_cpus, folder, runtime_s, seed=number)
-                found[side].append(sample)
-                if report_round is not None:
-                    report_round(work, setting, side, sample)
-                if load.op != "read" and hasattr(server, "uri"):
-                    clients.flush(server.uri, folder)
+        return measure_on(servers, work, setting, client_cpus, folder, rounds, runtime_s, report_round)
+
+
+def measure_on(
+    servers: dict[str, Any], work: Work, setting: str, client_cpus: Sequence[int] | None, folder: Path, rounds: int,
+    runtime_s: float, report_round: Any = None,
+) -> dict[str, list[Sample]]:  # fmt: skip
+    """The same on servers that run."""
+    found: dict[str, list[Sample]] = {side: [] for side in servers}
+    loads = {"atoll": work.load, "peer": work.peer_load or work.load}
+    for server in servers.values():
+        work.prepare(server, folder)
+    if work.restart:
+        servers["atoll"].restart()
+    for number in range(rounds):
+        for side, server in servers.items():
+            load = loads[side]
+            sample = clients.run(load, server, client_cpus, folder, runtime_s, seed=number)
+            found[side].append(sample)
+            if report_round is not None:
+                report_round(work, setting, side, sample)
+            if load.op != "read" and hasattr(server, "uri"):
+                clients.flush(server.uri, folder)
     return found
 
 
@@ -184,10 +193,12 @@ def chosen(kind: str, text: str, known: Sequence[str]) -> list[str]:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Writes all figures there.")
 @click.option("--plot", type=click.Path(file_okay=False), help="Draws PNG files into this folder.")
 @click.option("--folder", type=click.Path(file_okay=False), help="For device files; default: build/ or here.")
-@click.option("--check/--no-check", default=True, help="Compare fio with our own generator first.")
+@click.option("--check/--no-check", default=True, help="Compare fio with our own generator too.")
+@click.option("--system/--no-system", "with_system", default=True, help="Idle, system calls, rings.")
+@click.option("--curves/--no-curves", "with_curves", default=True, help="How cost grows; where time goes.")
 def main(
     rows: str, settings: str, rounds: int, runtime_s: float, quick: bool, niceness: int, json_file: str | None,
-    plot: str | None, folder: str | None, check: bool,
+    plot: str | None, folder: str | None, check: bool, with_system: bool, with_curves: bool,
 ) -> None:  # fmt: skip
     names = chosen("row", rows, [work.name for work in works()])
     picked = [SETTING_OF[name] for name in chosen("setting", settings, list(SETTING_OF))]
@@ -202,15 +213,24 @@ def main(
             document = run(names, picked, here, rounds, runtime_s, report.progress)
             if check:
                 document["cross_check"] = cross_check(here, min(rounds, 3), runtime_s)
-        except BenchError as error:
+            if with_system:
+                document["system"] = system.run(here, idle_s=10.0, ring_s=20.0)
+            if with_curves:
+                document["curves"] = curves.run(here, runtime_s)
+                document["breakdown"] = curves.breakdown(here, max(2.0, runtime_s))
+        except (BenchError, ring.BenchError) as error:
             click.echo(f"bench: {error}", err=True)
             sys.exit(EXIT_FAILED)
     report.show(document)
+    if with_system:
+        report.show_system(document["system"])
+    if with_curves:
+        report.show_breakdown(document["breakdown"])
     if json_file:
         Path(json_file).write_text(json.dumps(document, indent=1) + "\n")
     if plot:
         report.draw(document, Path(plot))
-    if not all(goal["met"] for goal in document["goals"]):
+    if not all(goal["met"] for goal in (*document["goals"], *document.get("system", {}).get("rows", []))):
         sys.exit(EXIT_SHORT)
 
 

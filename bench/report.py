@@ -46,26 +46,57 @@ def show(document: dict[str, Any]) -> None:
             f"{sign} {goal['goal']:g} ×",
             "[green]met[/]" if goal["met"] else "[red]short[/]",
         )
-    console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(table)
+    console().print(table)
     for side, by_client in document.get("cross_check", {}).items():
         both = ", ".join(f"{client} {figure(value, 'rate')}" for client, value in by_client.items())
-        console.print(f"same work, two clients, on {side}: {both} requests/s")
+        console().print(f"same work, two clients, on {side}: {both} requests/s")
     machine = document["machine"]
-    console.print(
+    console().print(
         f"{document['when']}: {machine['processors']} × {machine['processor']}, {machine['memory_gib']:g} GiB, "
         f"Linux {machine['kernel']}, {machine['fio']}; " + "; ".join(document["versions"].values())
     )
 
 
+def show_system(found: dict[str, Any]) -> None:
+    table = Table(title="Without a peer")
+    for name in ("what", "measured", "goal", ""):
+        table.add_column(name, overflow="fold")
+    for row in found["rows"]:
+        table.add_row(row["title"], row["text"], row["goal"], "[green]met[/]" if row["met"] else "[red]short[/]")
+    console().print(table)
+
+
+def show_breakdown(found: dict[str, Any]) -> None:
+    for kind, entry in found.items():
+        table = Table(title=f"Where a 4 KiB {kind} spends its time, depth 1: {entry['p50_us']:.1f} µs for the client")
+        table.add_column("domain")
+        table.add_column("message")
+        table.add_column("µs since the last", justify="right")
+        for hop in entry["hops"]:
+            table.add_row(hop["domain"], hop["what"], f"{hop['us']:.1f}")
+        table.add_row("", "client, socket, nic's receiving and sending", f"{entry['outside_us']:.1f}")
+        used = ", ".join(f"{role} {us:.2f}" for role, us in entry["cpu_us"].items() if us >= 0.005)
+        console().print(table, f"processor time per {kind} at depth 32, µs: {used}")
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
 def draw(document: dict[str, Any], folder: Path) -> None:
-    """`compare.png`: every ratio beside its goal, as times in Atoll's favour."""
+    """`compare.png`: every ratio beside its goal, as times in Atoll's favour; a picture for each curve."""
     import matplotlib
 
     matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_goals(document, folder)
+    for name, points in document.get("curves", {}).items():
+        draw_curve(name, points, folder)
+
+
+def draw_goals(document: dict[str, Any], folder: Path) -> None:
     from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
     goals = document["goals"][::-1]
     if not goals:
         return
@@ -80,4 +111,41 @@ def draw(document: dict[str, Any], folder: Path) -> None:
     axes.tick_params(axis="y", labelsize=7)
     axes.legend(loc="lower right")
     image.savefig(folder / "compare.png", dpi=90)
+    pyplot.close(image)
+
+
+AXES = {
+    "depth": "requests in flight, one connection",
+    "connections": "connections, depth 4 each",
+    "volume": "size of the volume, GiB",
+    "stored": "stored data beside, GiB",
+}
+
+
+def draw_curve(name: str, points: list[dict[str, Any]], folder: Path) -> None:
+    """Requests per second, p99 and server processor time per request over the curve's x."""
+    from matplotlib import pyplot
+
+    image, panels = pyplot.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    servers = [server for server in ("atoll", "nbdkit") if server in points[0]]
+    for server in servers:
+        for kind in points[0][server]:
+            xs = [point["x"] for point in points]
+            for panel, figure_name in zip(panels, ("rate", "p99_us", "cpu_us"), strict=True):
+                panel.plot(
+                    xs, [point[server][kind][figure_name] for point in points], marker="o", markersize=3,
+                    linestyle="-" if server == "atoll" else "--", label=f"{server}, {kind}",
+                )  # fmt: skip
+    for panel, title in zip(
+        panels, ("requests per second", "p99, µs", "server processor time, µs per request"), strict=True
+    ):
+        panel.set(title=title, xlabel=AXES[name])
+        if name != "stored":
+            panel.set_xscale("log", base=2)
+            panel.set_xticks([point["x"] for point in points], [f"{point['x']:,}" for point in points])
+        panel.set_ylim(bottom=0)
+        panel.tick_params(labelsize=7)
+    panels[1].set_yscale("log")
+    panels[0].legend(fontsize=7)
+    image.savefig(folder / f"{name}.png", dpi=80)
     pyplot.close(image)
