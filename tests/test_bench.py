@@ -1,4 +1,4 @@
-"""`make bench` with small numbers, so that it does not rot: each row once, measured and judged; no speed is asserted."""
+"""`make bench` with small numbers, so that it does not rot: each row once, measured and judged; no speed asserted."""
 
 import io
 import json
@@ -111,10 +111,10 @@ def test_contents_differ_where_identities_do(servers: dict[str, Any], folder: Pa
 
 
 def read_back(uri: str, size: int) -> bytes:
-    program = (
-        "import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); sys.stdout.buffer.write(h.pread(%d, 0))" % size
+    program = "import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); sys.stdout.buffer.write(h.pread(int(sys.argv[2]), 0))"
+    done = subprocess.run(
+        ["/usr/bin/python3", "-c", program, uri, str(size)], capture_output=True, check=True, timeout=60
     )
-    done = subprocess.run(["/usr/bin/python3", "-c", program, uri], capture_output=True, check=True, timeout=60)
     return done.stdout
 
 
