@@ -288,14 +288,14 @@ enum atoll_lookup_kind {
     ATOLL_LOOKUP_PENDING = 3  /* dedup's own: to be put there after the commit */
 };
 
-/* Pages are numbered through: nic's, dedup's merge pages, the driver's. */
+/* Pages are numbered through: nic's, dedup's merge pages, disk's, llrrm's. */
 struct atoll_lookup {
     uint64_t entries_address; /* of set_count sets of ATOLL_LOOKUP_WAYS entries: one cache line each; 0: none */
     uint64_t set_count;
     uint64_t generations_address; /* uint32_t per page */
     uint64_t page_count;
-    uint64_t first[3];        /* page number from which on pages lie at address[], in sequence */
-    uint64_t address[3];
+    uint64_t first[4];        /* page number from which on pages lie at address[], in sequence */
+    uint64_t address[4];
     uint64_t zeros_address;
     uint64_t zeros_bytes;
 };

@@ -149,7 +149,7 @@ def _kill_by_plan(
     options: Options, killer: Killer, kills: list[Kill], shared: Shared, began: int, jobs: list[Job],
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    order = choose(options.target, options.signals, options.seed)
+    order = choose(options.target, options.signals, options.seed, killer.roles)
     until = began + int(options.duration_s * 1e9)
     next_kill = began + int(max(WARM_UP_S, options.interval_s) * 1e9)
     next_word, last = began + int(1e9), shared.totals()

@@ -2,6 +2,7 @@
 
 - `Killer(client, data)`         reads the arenas' headers (read-only) to see successors to the nanosecond
 - `Killer.kill(roles, signal)`   one role, or several at the same moment -> one `Kill` each
+- `roles_of(client)`             the roles that there are to be killed
 - `choose(...)`                  the plan: which role, which signal, when
 
 The kernel measures when it noticed the death of a domain; for kernel, and for several at once, nobody does, and only
@@ -26,6 +27,7 @@ from atoll.kernel.client import Client, ControlError
 
 SERVING_S = 30.0
 DOMAINS = ("nic", "nbd", "dedup", "disk")
+FAST = "llrrm"  # only where a fast device is configured
 ROLES = (*DOMAINS, "kernel")
 
 
@@ -46,6 +48,11 @@ class Kill:
         return plain
 
 
+def roles_of(client: Client) -> tuple[str, ...]:
+    present = {row["role"] for row in client.call("ps")["domains"]}
+    return tuple(role for role in (*DOMAINS, FAST, "kernel") if role in present)
+
+
 class Killer:
     """Owns read-only maps of the headers until `close`."""
 
@@ -53,7 +60,8 @@ class Killer:
         self.client, self.data = client, data
         instance = int(client.call("status")["instance"], 16)
         self.views: dict[str, Elsewhere] = {}
-        for role in ROLES:
+        self.roles = roles_of(client)
+        for role in self.roles:
             fd = objects.open_read_only(objects.arena_name(instance, role))
             try:
                 self.views[role] = Elsewhere(fd, 8192)
@@ -104,7 +112,7 @@ class Killer:
 
 
 def choose(
-    target: str, signals: Sequence[signal.Signals], seed: int
+    target: str, signals: Sequence[signal.Signals], seed: int, among: Sequence[str] = ROLES
 ) -> Iterator[tuple[tuple[str, ...], signal.Signals]]:
     """Who dies next and of what, for ever. `target`: a role, "any" (each as often) or "pairs" (two at once)."""
     chance = random.Random(seed)
@@ -112,9 +120,9 @@ def choose(
     while True:
         if not bag:
             if target == "any":
-                bag = [(role,) for role in ROLES]
+                bag = [(role,) for role in among]
             elif target == "pairs":
-                bag = [(first, second) for first in ROLES for second in ROLES if first != second]
+                bag = [(first, second) for first in among for second in among if first != second]
             else:
                 bag = [(target,)]
             chance.shuffle(bag)

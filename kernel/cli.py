@@ -140,6 +140,10 @@ def serve_options(command: F) -> F:
             ),
             click.option("--device-size", metavar="SIZE", help="Size of a device file to be made.  [default: 8GiB]"),
             click.option(
+                "--fast-device", metavar="PATH", help="File or block device for the fast tier.  [default: none]"
+            ),
+            click.option("--fast-device-size", metavar="SIZE", help="Size of a fast device file to be made."),
+            click.option(
                 "--sparse", is_flag=True, default=None, help="Do not preallocate the device file; for trials."
             ),
             click.option("--config", "file", metavar="FILE", help="TOML file that says all of this and more."),

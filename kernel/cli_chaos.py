@@ -10,7 +10,7 @@ import click
 
 from atoll.kernel import config as configuration
 
-ROLES = ("nic", "nbd", "dedup", "disk", "kernel")
+ROLES = ("nic", "nbd", "dedup", "disk", "llrrm", "kernel")
 
 
 def _signals(context: click.Context, parameter: click.Parameter, text: str) -> tuple[signal.Signals, ...]:

@@ -15,8 +15,10 @@ A file may say (all of it is optional):
     device = "/dev/nvme1n1"            # file or block device; default DATA/device.img
     device_size = "8GiB"               # of a file that is to be made
     sparse = false                     # true: not preallocated, for trials
+    fast_device = "/dev/nvme2n1"       # file or block device for the fast tier; default: none
+    fast_device_size = "16GiB"         # of a file that is to be made
     volumes = [{name = "disk", size = "8GiB", read_only = false, threshold = 1, tier_threshold = 8}]
-    [nic] [nbd] [dedup] [disk] [kernel] [testing]   # see the classes below
+    [nic] [nbd] [dedup] [disk] [llrrm] [kernel] [testing]   # see the classes below
 """
 
 import difflib
@@ -49,6 +51,8 @@ TIER_THRESHOLD_MAX = 1_000_000
 
 # A device must hold superblocks, the metadata log twice, metadata and some data.
 DEVICE_BYTES_MIN = 128 * MIB
+# A fast device must hold its superblock, its table and some blocks.
+FAST_DEVICE_BYTES_MIN = 1 * MIB
 # A year: no timeout makes sense beyond, and it fits every clock.
 CPU_MAX = 8191  # as far as Linux counts
 TIME_S_MAX = 365 * 86400
@@ -90,11 +94,19 @@ class Dedup(Struct, forbid_unknown_fields=True, kw_only=True):
     destage_delay_ms: Annotated[int, Meta(ge=0, le=60000)] = 100
     metadata_log_bytes: Size = Size(16 * MIB)
     metadata_cache_bytes: Size = Size(64 * MIB)  # pages of map, counts and fingerprints in memory
+    tier_entries: Annotated[int, Meta(ge=64, le=1 << 28)] = 1048576  # blocks on the fast device at most; 41 bytes each
     track_bytes: Size = Size(0)  # what the main device reads without a seek; 0: as the device says
 
 
 class Disk(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_bytes: Size = Size(64 * MIB)
+    engine: Literal["auto", "io_uring", "threads"] = "auto"
+
+
+class Llrrm(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The driver of the fast device; only where there is one."""
+
+    cache_bytes: Size = Size(16 * MIB)
     engine: Literal["auto", "io_uring", "threads"] = "auto"
 
 
@@ -136,11 +148,14 @@ class Config(Struct, forbid_unknown_fields=True, kw_only=True):
     device: str | None = None
     device_size: Size | None = None
     sparse: bool = False
+    fast_device: str | None = None
+    fast_device_size: Size | None = None
     volumes: list[Volume] | None = None
     nic: Nic = field(default_factory=Nic)
     nbd: Nbd = field(default_factory=Nbd)
     dedup: Dedup = field(default_factory=Dedup)
     disk: Disk = field(default_factory=Disk)
+    llrrm: Llrrm = field(default_factory=Llrrm)
     kernel: Kernel = field(default_factory=Kernel)
     testing: Testing = field(default_factory=Testing)
 
@@ -166,9 +181,11 @@ class Config(Struct, forbid_unknown_fields=True, kw_only=True):
             "device_bytes": 8 * GIB if self.device_size is None else int(self.device_size),
             "device_size_given": self.device_size is not None,
             "sparse": self.sparse,
+            "fast_device": self.fast_device or "",
+            "fast_device_bytes": int(self.fast_device_size or 0),
             "volumes": volumes,
         }
-        for section in ("nic", "nbd", "dedup", "disk", "kernel", "testing"):
+        for section in ("nic", "nbd", "dedup", "disk", "llrrm", "kernel", "testing"):
             plain[section] = {
                 key: int(value) if isinstance(value, Size) else value
                 for key, value in msgspec.structs.asdict(getattr(self, section)).items()
@@ -376,6 +393,8 @@ def _absolute(config: Config, base: Path) -> None:
         config.data = str(base / config.data)
     if config.device:
         config.device = str(base / config.device)
+    if config.fast_device:
+        config.fast_device = str(base / config.fast_device)
     if config.unix is not None:
         config.unix = [str(base / path) for path in config.unix]
 
@@ -426,20 +445,31 @@ def _check(config: Config, source: str) -> None:
     if device_bytes % 4096:
         refuse("device_size", f"a multiple of 4096, got {device_bytes}")
 
-    for path, size, least in (
+    if config.fast_device is not None and config.fast_device == config.device:
+        refuse("fast_device", f"{config.fast_device!r} is the device itself")
+    if config.fast_device_size is not None:
+        fast = int(config.fast_device_size)
+        if config.fast_device is None:
+            refuse("fast_device_size", "without a fast_device it means nothing")
+        if fast < FAST_DEVICE_BYTES_MIN or fast % 4096:
+            least = format_size(FAST_DEVICE_BYTES_MIN)
+            refuse("fast_device_size", f"a multiple of 4096, at least {least}, got {format_size(fast)}")
+
+    for path, size, smallest in (
         ("nic.buffer_bytes", config.nic.buffer_bytes, 16 * PART_BYTES),
         ("dedup.merge_buffer_bytes", config.dedup.merge_buffer_bytes, 1 * MIB),
         ("dedup.metadata_log_bytes", config.dedup.metadata_log_bytes, 1 * MIB),
         ("disk.cache_bytes", config.disk.cache_bytes, 4 * MIB),
+        ("llrrm.cache_bytes", config.llrrm.cache_bytes, 1 * MIB),
     ):
-        if size < least:
-            refuse(path, f"at least {format_size(least)}, got {format_size(size)}")
+        if size < smallest:
+            refuse(path, f"at least {format_size(smallest)}, got {format_size(size)}")
         if size % 4096:
             refuse(path, f"a multiple of 4096, got {size}")
     track = int(config.dedup.track_bytes)
     if track and not (TRACK_BYTES_MIN <= track <= TRACK_BYTES_MAX and track % 4096 == 0):
-        smallest, largest = format_size(TRACK_BYTES_MIN), format_size(TRACK_BYTES_MAX)
-        refuse("dedup.track_bytes", f"0, or a multiple of 4096 from {smallest} to {largest}, got {format_size(track)}")
+        bounds = f"{format_size(TRACK_BYTES_MIN)} to {format_size(TRACK_BYTES_MAX)}"
+        refuse("dedup.track_bytes", f"0, or a multiple of 4096 from {bounds}, got {format_size(track)}")
     log = int(config.dedup.metadata_log_bytes)
     if config.device_size is not None and 2 * log > device_bytes // 4:
         refuse(

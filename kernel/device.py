@@ -1,6 +1,7 @@
-"""The storage device: a file (made where it is missing) or a block device.
+"""The storage devices: a file (made where it is missing) or a block device each.
 
 - `open_device(config)` -> `Device`   opened read-write, direct where it can be; fills in config["device_bytes"]
+- `open_fast_device(config)`          likewise that of the fast tier
 - `track_bytes(device)`               what it prefers to read and write in one go
 - `wait_until_idle(device)`           after an unclean end: no I/O of a dead process is under way any more
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atoll.kernel.config import DEVICE_BYTES_MIN, TRACK_BYTES_MAX, TRACK_BYTES_MIN, format_size
+from atoll.kernel.config import DEVICE_BYTES_MIN, FAST_DEVICE_BYTES_MIN, TRACK_BYTES_MAX, TRACK_BYTES_MIN, format_size
 from atoll.kernel.instance import EXIT_CONFIG, BootError
 
 _BLKGETSIZE64 = 0x80081272
@@ -40,8 +41,30 @@ class Device:
 
 
 def open_device(config: dict[str, Any]) -> Device:
-    path = config["device"]
-    _make(config)
+    """The main device."""
+    made = _made(config["device"], config["device_bytes"], config["device_size_given"], config["sparse"])
+    if made.size_bytes < DEVICE_BYTES_MIN:
+        least = format_size(DEVICE_BYTES_MIN)
+        raise BootError(f"device {made.path}: {format_size(made.size_bytes)}, too small: at least {least} are needed")
+    config["device_bytes"] = made.size_bytes
+    return made
+
+
+def open_fast_device(config: dict[str, Any]) -> Device:
+    """The device of the fast tier; fills in config["fast_device_bytes"]."""
+    path, wanted = config["fast_device"], config["fast_device_bytes"]
+    if not wanted and not (Path(path).is_block_device() or (Path(path).is_file() and Path(path).stat().st_size)):
+        raise BootError(f"device {path}: not there, or empty; to make a file, say its size (fast_device_size)")
+    made = _made(path, wanted, wanted != 0, config["sparse"])
+    if made.size_bytes < FAST_DEVICE_BYTES_MIN:
+        least = format_size(FAST_DEVICE_BYTES_MIN)
+        raise BootError(f"device {path}: {format_size(made.size_bytes)}, too small: at least {least} are needed")
+    config["fast_device_bytes"] = made.size_bytes
+    return made
+
+
+def _made(path: str, wanted: int, size_given: bool, sparse: bool) -> Device:
+    _make(path, wanted, size_given, sparse)
     descriptor, direct = _open(path)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -49,14 +72,9 @@ def open_device(config: dict[str, Any]) -> Device:
     elif stat.S_ISBLK(mode):
         size = struct.unpack("=Q", fcntl.ioctl(descriptor, _BLKGETSIZE64, bytes(8)))[0]
     else:
+        os.close(descriptor)
         raise BootError(f"device {path}: neither a file nor a block device", EXIT_CONFIG)
-    size -= size % BLOCK_BYTES
-    if size < DEVICE_BYTES_MIN:
-        raise BootError(
-            f"device {path}: {format_size(size)}, too small: at least {format_size(DEVICE_BYTES_MIN)} are needed"
-        )
-    config["device_bytes"] = size
-    return Device(descriptor, path, size, direct, stat.S_ISBLK(mode))
+    return Device(descriptor, path, size - size % BLOCK_BYTES, direct, stat.S_ISBLK(mode))
 
 
 def track_bytes(device: Device) -> int:
@@ -80,9 +98,8 @@ def _number(path: Path) -> int:
         return 0
 
 
-def _make(config: dict[str, Any]) -> None:
+def _make(path: str, wanted: int, size_given: bool, sparse: bool) -> None:
     """Makes the file if there is none. One that exists is never shortened, lengthened only if asked for."""
-    path, wanted = config["device"], config["device_bytes"]
     try:
         found = Path(path).stat()
     except FileNotFoundError:
@@ -91,7 +108,7 @@ def _make(config: dict[str, Any]) -> None:
         raise BootError(f"device {path}: {error.strerror}") from None
     if found is not None and not stat.S_ISREG(found.st_mode):
         return
-    if found is not None and found.st_size > 0 and (not config["device_size_given"] or found.st_size >= wanted):
+    if found is not None and found.st_size > 0 and (not size_given or found.st_size >= wanted):
         return
     if found is None and Path(path).is_relative_to("/dev"):
         raise BootError(f"device {path}: no such device")
@@ -100,7 +117,7 @@ def _make(config: dict[str, Any]) -> None:
     except OSError as error:
         raise BootError(f"device {path}: {error.strerror}") from None
     try:
-        if config["sparse"]:
+        if sparse:
             os.ftruncate(descriptor, wanted)
         else:
             os.posix_fallocate(descriptor, 0, wanted)

@@ -29,7 +29,7 @@ from atoll.kernel.world import World
 log = logging.getLogger("atoll.kernel")
 
 # Roles that hold nothing of their own that must reach the device: they are ended if they do not end by then.
-STOP_BOUND_NS = {"nic": 5 * SECOND, "nbd": 5 * SECOND, "disk": 5 * SECOND}
+STOP_BOUND_NS = {"nic": 5 * SECOND, "nbd": 5 * SECOND, "disk": 5 * SECOND, "llrrm": 5 * SECOND}
 # From a role's answer to its end.
 EXIT_BOUND_NS = 2 * SECOND
 SAY_EVERY_NS = 10 * SECOND
@@ -103,7 +103,7 @@ class Service:
         if life.role.name == "nic" and not self.volumes_ready:
             return False
         lives = self.supervisor.lives.values()
-        return all(other.served for other in lives if other.role.boot < life.role.boot)
+        return all(other.served or other.role.optional for other in lives if other.role.boot < life.role.boot)
 
     def on_serving(self, life: Life) -> None:
         for waiting in life.waiting_kills:
@@ -118,7 +118,7 @@ class Service:
 
     def on_died(self, life: Life, failed: bool) -> None:
         """While the service starts, a role that cannot is reason enough to end; later it is tried again and again."""
-        if self.booted or self.stopping:
+        if self.booted or self.stopping or life.role.optional:
             return
         if failed or (not life.served and life.crashes >= BOOT_CRASHES):
             self._give_up(f"{life.role.name}: {life.reason}")
@@ -131,11 +131,12 @@ class Service:
 
     def _boot_step(self) -> None:
         lives = self.supervisor.lives
-        before_nic = [life for life in lives.values() if life.role.name != "nic"]
+        needed = [life for life in lives.values() if not life.role.optional]
+        before_nic = [life for life in needed if life.role.name != "nic"]
         if not self.volumes_ready and not self._making_volumes and all(life.served for life in before_nic):
             self._making_volumes = True
             self._make_volumes(list(self.world.config["volumes"]))
-        if all(life.served for life in lives.values()) and self.volumes_ready:
+        if all(life.served for life in needed) and self.volumes_ready:
             self.tell_init({"booted": self.greeting()})  # told twice over a death here; init listens once
             self.set(ServiceWord.BOOTED, 1)
             return
@@ -257,8 +258,8 @@ class Service:
                 name, {"call": "stop"}, lambda answer: self._stop_answered(life, incarnation, answer), timeout_s=1e9
             )
         elif life.phase is Phase.EMPTY:
-            if not life.served:
-                self._set_stopped(life)  # never started: nothing to stop
+            if not life.served or life.role.optional:
+                self._set_stopped(life)  # never started, or not needed: nothing to stop
             elif life.crashes >= BOOT_CRASHES:
                 self._force(life, f"{name} does not stay alive ({life.last_end})")
             else:

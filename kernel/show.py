@@ -77,7 +77,7 @@ def status(document: Mapping[str, Any]) -> None:
             f"{size(dedup.get('logical_bytes'))} of data in {size(dedup.get('stored_bytes'))}, "
             f"{size(dedup.get('shared_bytes'))} shared, ratio {'-' if ratio is None else format(ratio, '.2f')}",
         )
-    for name in ("space", "log", "cache"):
+    for name in ("space", "log", "cache", "tier"):
         if isinstance(document.get(name), Mapping):
             facts.add_row(name, text(", ".join(f"{key} {amount(key, v)}" for key, v in document[name].items())))
     if isinstance(document.get("scrub"), Mapping):

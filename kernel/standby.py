@@ -82,8 +82,9 @@ def _rights(world: World, role: table.Role) -> set[int]:
     held |= set(world.eventfds.values())  # to wake its peers
     if table.LISTENERS in role.rights:
         held |= {listener.fd for listener in world.listeners}
-    if table.DEVICE in role.rights and world.device is not None:
-        held.add(world.device.fd)
+    device = world.device_of(role.name)
+    if table.DEVICE in role.rights and device is not None:
+        held.add(device.fd)
     if table.URING in role.rights and role.name in world.urings:
         held.add(world.urings[role.name].fd)
     return held
@@ -113,6 +114,7 @@ def _wait(channel: Any) -> tuple[dict[str, Any], list[int]]:
 
 def _prepared(world: World, role: table.Role) -> Context:
     """All that is known beforehand: what a forked process touches first it copies, and then a client waits."""
+    device = world.device_of(role.name)
     return Context(
         role=role.name,
         incarnation=0,
@@ -122,7 +124,7 @@ def _prepared(world: World, role: table.Role) -> Context:
         config=world.config,
         arena_bytes=world.arena_bytes(),
         listeners=world.listeners if table.LISTENERS in role.rights else [],
-        device_fd=world.device.fd if table.DEVICE in role.rights and world.device is not None else -1,
+        device_fd=device.fd if table.DEVICE in role.rights and device is not None else -1,
         uring=world.urings.get(role.name),
     )
 

@@ -1,6 +1,7 @@
 """THE table: what each role is, whom it sends to, what it may hold, in which order all start.
 
-- `ROLES`             every role of the service, kernel included, by name
+- `ROLES`             every role of the service, kernel included, by name; llrrm only where a fast device is configured:
+- `select(fast)`      says so; init does, once, before it makes anything
 - `DOMAINS`           those that are domains with a standby, in boot order
 - `module_of(role, config)`, `threaded(role, config)`, `plan_of(...)`
 
@@ -38,13 +39,14 @@ class Role:
     threaded_engine: str = ""  # with this engine the process has threads: its lock alone does not tell that it is dead
     uring_entries: int = 0
     uring_files: int = 0  # entries of the io_uring's own file table
+    optional: bool = False  # the service starts, goes on and stops without it
     backoff: bool = field(default=True)  # wait longer and longer where it dies by itself again and again
 
 
 KERNEL = Role(
     "kernel",
     lib.ATOLL_ROLE_KERNEL,
-    {"nic": CONTROL, "nbd": CONTROL, "dedup": CONTROL, "disk": CONTROL},
+    {"nic": CONTROL, "nbd": CONTROL, "dedup": CONTROL, "disk": CONTROL, "llrrm": CONTROL},
     wake="eventfd",
 )
 
@@ -62,9 +64,21 @@ _ROWS = (
         uring_entries=STORAGE,
     ),
     Role(
+        "llrrm",
+        lib.ATOLL_ROLE_LLRRM,
+        {"kernel": CONTROL, "dedup": STORAGE},
+        wake="eventfd",
+        module="atoll.drivers.disk",
+        boot=1,
+        rights=frozenset({DEVICE, URING}),
+        threaded_engine="threads",
+        uring_entries=STORAGE,
+        optional=True,
+    ),
+    Role(
         "dedup",
         lib.ATOLL_ROLE_DEDUP,
-        {"kernel": CONTROL, "nbd": DATA, "nic": DATA, "disk": STORAGE},
+        {"kernel": CONTROL, "nbd": DATA, "nic": DATA, "disk": STORAGE, "llrrm": STORAGE},
         wake="eventfd",
         module="atoll.services.dedup",
         boot=2,
@@ -90,14 +104,26 @@ _ROWS = (
     ),
 )
 
-ROLES: dict[str, Role] = {role.name: role for role in _ROWS}
-DOMAINS: tuple[Role, ...] = tuple(sorted((role for role in _ROWS if role.module), key=lambda role: role.boot))
-# Clients first, so that nobody's request is left in the middle; then what serves them; the device last.
-STOP_ORDER: tuple[Role, ...] = tuple(reversed(DOMAINS))
+ROLES: dict[str, Role] = {}
+DOMAINS: tuple[Role, ...] = ()
+# Clients first, so that nobody's request is left in the middle; then what serves them; the devices last.
+STOP_ORDER: tuple[Role, ...] = ()
+NAMES: dict[int, str] = {}
 # Arenas whose contents outlive everybody: acknowledged writes and all that refers to them.
 KEPT = ("nic", "dedup")
 
-NAMES: dict[int, str] = {role.number: role.name for role in _ROWS}
+
+def select(fast: bool) -> None:
+    """Which roles there are. Every other process of the instance inherits it."""
+    global ROLES, DOMAINS, STOP_ORDER, NAMES
+    rows = [role for role in _ROWS if fast or role.name != "llrrm"]
+    ROLES = {role.name: role for role in rows}
+    DOMAINS = tuple(sorted((role for role in rows if role.module), key=lambda role: role.boot))
+    STOP_ORDER = tuple(reversed(DOMAINS))
+    NAMES = {role.number: role.name for role in rows}
+
+
+select(fast=False)
 
 
 def module_name(role: Role, config: Mapping[str, Any]) -> str:
@@ -115,12 +141,13 @@ def threaded(role: Role, config: Mapping[str, Any]) -> bool:
 
 
 def rings_mask(role: Role) -> int:
-    return sum(1 << ROLES[peer].number for peer in role.rings_to)
+    return sum(1 << ROLES[peer].number for peer in role.rings_to if peer in ROLES)
 
 
 def ring_entries(role: Role) -> list[int]:
     """Entries by role number, 16 of them, as atoll_arena_format takes them."""
     entries = [0] * int(lib.ATOLL_ROLE_COUNT)
     for peer, count in role.rings_to.items():
-        entries[ROLES[peer].number] = count
+        if peer in ROLES:
+            entries[ROLES[peer].number] = count
     return entries

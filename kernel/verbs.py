@@ -80,6 +80,10 @@ class Verbs:
                 reply(self._status_of(answers))
 
         for role in table.DOMAINS:
+            life = self.supervisor.lives[role.name]
+            if role.optional and life.phase is not Phase.SERVING:
+                done(role.name, {"ok": False, "error": life.reason or f"{role.name} does not serve ({life.last_end})"})
+                continue
             # A domain that is being replaced has its own timeout; the others do not wait for it in turn.
             self.calls.call(role.name, {"call": "status"}, partial(done, role.name), 5.0)
 
@@ -88,6 +92,8 @@ class Verbs:
         counted = views.counters(world)
         dedup = answers["dedup"]
         warnings = [f"{role}: {answer.get('error')}" for role, answer in answers.items() if not answer.get("ok")]
+        if world.fast_error:
+            warnings.append(world.fast_error)
         if world.engines.get("nic") == "sockets":
             warnings.append("without io_uring a kill of nic drops its connections")
         document = {
@@ -106,6 +112,13 @@ class Verbs:
             "device": None
             if world.device is None
             else {"path": world.device.path, "bytes": world.config["device_bytes"], "direct": world.device.direct},
+            "fast_device": None
+            if world.fast_device is None
+            else {
+                "path": world.fast_device.path,
+                "bytes": world.config["fast_device_bytes"],
+                "direct": world.fast_device.direct,
+            },
             "engines": world.engines,
             "counters": counted,
             "warnings": warnings,
@@ -114,7 +127,7 @@ class Verbs:
                 for role, answer in answers.items()
             },
         }
-        for name in ("space", "log", "cache", "scrub"):
+        for name in ("space", "log", "cache", "scrub", "tier"):
             if isinstance(dedup.get(name), dict):
                 document[name] = dedup[name]
         return document

@@ -65,9 +65,14 @@ class World:
     promotion: dict[str, tuple[socket.socket, socket.socket]] = field(default_factory=dict)  # kernel's end, standby's
     listeners: list[Listener] = field(default_factory=list)
     device: devices.Device | None = None
+    fast_device: devices.Device | None = None
+    fast_error: str = ""  # why there is no fast device although one is configured
     zygote_channel: tuple[socket.socket, socket.socket] | None = None  # kernel's end, zygote's
     init_channel: tuple[socket.socket, socket.socket] | None = None  # init's end, kernel's
     control: socket.socket | None = None
+
+    def device_of(self, role: str) -> devices.Device | None:
+        return {"disk": self.device, "llrrm": self.fast_device}.get(role)
 
     def arena_bytes(self) -> dict[int, int]:
         return {table.ROLES[name].number: arena.arena_bytes for name, arena in self.arenas.items()}
@@ -100,6 +105,8 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         _remove_stale(last, keep=table.KEPT if adoptable else ())
     if adoptable and last is not None:
         _keep_to(last, device, config)
+    fast, fast_error = _fast_device(config, last if adoptable else None)
+    table.select(fast=fast is not None or (adoptable and last is not None and "llrrm" in last.arenas))
     config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
     config["grow"] = not adoptable and directory.grow_wanted
 
@@ -143,6 +150,8 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         engines=engines,
         listeners=listeners,
         device=device,
+        fast_device=fast,
+        fast_error=fast_error,
     )
     try:
         record.write(directory.path)  # before the first object exists: the next start finds all of them by it
@@ -163,6 +172,25 @@ def build(config: dict[str, Any], directory: Directory) -> World:
             "the last run ended without a stop: its write log and tables are taken over, nothing acknowledged is lost"
         )
     return world
+
+
+def _fast_device(config: dict[str, Any], adopted: Record | None) -> tuple[devices.Device | None, str]:
+    """The fast device, or why there is none: the service does without. Roles and rings are as in the adopted run."""
+    present = None if adopted is None else "llrrm" in adopted.arenas
+    device, why = None, ""
+    configured = bool(config.get("fast_device"))
+    if configured and present is not False:
+        try:
+            device = devices.open_fast_device(config)
+        except BootError as error:
+            why = f"no fast tier until the next start: {error}"
+    elif configured:
+        why = "no fast tier until the next orderly stop and start: the last run, which is taken over, had none"
+    if device is None:
+        config["fast_device_bytes"] = 0
+    if why:
+        log.warning("%s", why)
+    return device, why
 
 
 # --- The last run ---------------------------------------------------------------------------------------------------
@@ -250,10 +278,11 @@ def _engines(config: dict[str, Any]) -> tuple[dict[str, str], dict[str, uring.Ur
     """Which engine each driver uses, and the io_urings of those that use one. Fills the engines into `config`."""
     engines: dict[str, str] = {}
     handles: dict[str, uring.UringHandle] = {}
-    fallbacks = {"nic": "sockets", "disk": "threads"}
+    fallbacks = {"nic": "sockets", "disk": "threads", "llrrm": "threads"}
     meaning = {
         "nic": "a kill of nic drops its connections",
         "disk": "reads and writes go through threads",
+        "llrrm": "its reads and writes go through threads",
     }
     for name, role in table.ROLES.items():
         if table.URING not in role.rights:
@@ -278,7 +307,9 @@ def _plan(role: table.Role, config: dict[str, Any]) -> Arena:
         role_bytes, buffer_bytes = records.AREA_BYTES, 0
     else:
         try:
-            role_bytes, buffer_bytes = table.module_of(role, config).plan(config)
+            module = table.module_of(role, config)
+            of_device = (role.name,) if table.DEVICE in role.rights else ()
+            role_bytes, buffer_bytes = module.plan(config, *of_device)
         except ValueError as error:
             raise BootError(str(error), EXIT_CONFIG) from None
     arena_bytes = lib.atoll_arena_size(table.rings_mask(role), table.ring_entries(role), role_bytes, buffer_bytes)

@@ -38,12 +38,13 @@ from atoll.ipc import objects, physmap
 from atoll.ipc._ipc import ffi, lib
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL, NIC, NBD, DEDUP, DISK = (
+KERNEL, NIC, NBD, DEDUP, DISK, LLRRM = (
     lib.ATOLL_ROLE_KERNEL,
     lib.ATOLL_ROLE_NIC,
     lib.ATOLL_ROLE_NBD,
     lib.ATOLL_ROLE_DEDUP,
     lib.ATOLL_ROLE_DISK,
+    lib.ATOLL_ROLE_LLRRM,
 )
 RINGS: dict[int, dict[int, int]] = {
     KERNEL: {DEDUP: 64},
@@ -52,6 +53,7 @@ RINGS: dict[int, dict[int, int]] = {
     DEDUP: {KERNEL: 64, NBD: 4096, NIC: 64, DISK: 1024},
     DISK: {DEDUP: 1024},
 }
+FAST_RINGS = RINGS | {DEDUP: RINGS[DEDUP] | {LLRRM: 1024}, LLRRM: {DEDUP: 1024}}
 BLOCK = 4096
 LIST_BYTES = 2048  # per slot: segments of a payload, in nic's arena
 FUA, NO_HOLE, ONE = lib.ATOLL_FLAG_FUA, lib.ATOLL_FLAG_NO_HOLE, lib.ATOLL_FLAG_ONE
@@ -117,6 +119,7 @@ class Io:
     offset: int
     length: int
     segments: list[tuple[int, int]]
+    role: int = DISK
 
 
 def _inherit(role: int, size: int) -> None:
@@ -138,6 +141,9 @@ class Stage:
         log_blocks: int = 0,
         track_blocks: int = 64,
         frames: int = 1024,
+        fast_blocks: int = 0,
+        fast_pages: int = 64,
+        tier_entries: int = 1 << 20,
     ) -> None:
         if extension is None:
             extension = importlib.import_module("atoll.services.dedup._dedup")
@@ -149,6 +155,10 @@ class Stage:
         self.config.device_blocks, self.config.fingerprint_slots = device_blocks, 4096
         self.config.metadata_frames, self.config.log_blocks = frames, log_blocks
         self.config.destage_delay_ms, self.config.track_blocks = destage_delay_ms, track_blocks
+        self.fast_blocks, self.rings = fast_blocks, FAST_RINGS if fast_blocks else RINGS
+        if fast_blocks:
+            self.config.tier_places = self.lib.dedup_tier_places(fast_blocks, tier_entries)
+            self.config.tier_pages = fast_pages
         self.instance = secrets.randbits(64)
         self.sizes: dict[int, int] = {}
         lists = 8192 + lib.ATOLL_SLOT_COUNT * LIST_BYTES
@@ -159,9 +169,13 @@ class Stage:
             DEDUP: (self.lib.dedup_role_bytes(self.config), self.lib.dedup_buffer_bytes(self.config)),
             DISK: (4096, cache_pages * BLOCK),
         }
+        if fast_blocks:
+            self.shapes[LLRRM] = (4096, fast_pages * BLOCK)
         for role, (role_bytes, buffer_bytes) in self.shapes.items():
             self._make(role, role_bytes, buffer_bytes)
-        self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NIC, NBD, DISK)}
+        self.drivers = (DISK, LLRRM) if fast_blocks else (DISK,)
+        self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NIC, NBD, *self.drivers)}
+        self.fast = mmap.mmap(-1, max(fast_blocks, 1) * BLOCK)
         self.device = mmap.mmap(-1, device_blocks * BLOCK)
         self.incarnation = 0
         self.state: Any = None
@@ -186,7 +200,7 @@ class Stage:
     def _make(self, role: int, role_bytes: int, buffer_bytes: int) -> None:
         entries = ffi.new("uint32_t[16]")
         mask = 0
-        for peer, count in RINGS[role].items():
+        for peer, count in self.rings[role].items():
             entries[peer] = count
             mask |= 1 << peer
         size = self.sizes[role] = lib.atoll_arena_size(mask, entries, role_bytes, buffer_bytes)
@@ -218,9 +232,10 @@ class Stage:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for role in RINGS:
+        for role in self.rings:
             physmap.unmap_arena(role)
         self.device.close()
+        self.fast.close()
 
     # --- Incarnations -----------------------------------------------------------------------------------------------
 
@@ -250,19 +265,19 @@ class Stage:
     def everybody_dies(self) -> None:
         """All processes of the server are gone and a new run of init adopts the arenas of dedup and nic."""
         entries = ffi.new("uint32_t[16]")
-        for role in (KERNEL, NBD, DISK):
+        for role in (KERNEL, NBD, *self.drivers):
             physmap.unmap_arena(role)
             self._make(role, *self.shapes[role])
         for role in (DEDUP, NIC):
             mask = 0
-            for peer, count in RINGS[role].items():
+            for peer, count in self.rings[role].items():
                 entries[peer] = count
                 mask |= 1 << peer
             role_bytes, buffer_bytes = self.shapes[role]
             size, futex = self.sizes[role], lib.ATOLL_WAKE_FUTEX
             found = lib.atoll_arena_adopt(role, self.instance, size, mask, entries, role_bytes, buffer_bytes, futex, -1)
             assert found == 0
-        self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NBD, DISK)}
+        self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NBD, *self.drivers)}
         self.ios.clear()
         self.requests.clear()
         self.unsent.clear()
@@ -489,17 +504,22 @@ class Stage:
     # --- disk -------------------------------------------------------------------------------------------------------
 
     def take_ios(self) -> None:
+        for role in self.drivers:
+            self._take_ios(role)
+
+    def _take_ios(self, role: int) -> None:
         message = ffi.new("struct atoll_descriptor *")
-        while lib.atoll_domain_take(self.domains[DISK], DEDUP, message):
+        while lib.atoll_domain_take(self.domains[role], DEDUP, message):
             if message.segment_count:
                 table = ffi.cast("struct atoll_segment *", int(message.address))
                 segments = [(int(table[i].address), int(table[i].length)) for i in range(message.segment_count)]
             else:
                 segments = [(int(message.address), int(message.length))] if message.length else []
             io = Io(int(message.opcode), int(message.identity), int(message.words[0]), int(message.length), segments)
+            io.role = role
             assert all(other.identity != io.identity for other in self.ios), "an I/O slot used twice"
             self.ios.append(io)
-        lib.atoll_domain_commit(self.domains[DISK])
+        lib.atoll_domain_commit(self.domains[role])
 
     def complete(self, io: Io, status: int | None = None) -> None:
         """Does an I/O and answers it."""
@@ -512,19 +532,20 @@ class Stage:
         message = self.message
         ffi.memmove(message, bytes(64), 64)
         message.opcode, message.identity, message.status = lib.ATOLL_OP_IO_DONE, io.identity, status
-        assert lib.atoll_domain_put(self.domains[DISK], DEDUP, message)
-        lib.atoll_domain_commit(self.domains[DISK])
+        assert lib.atoll_domain_put(self.domains[io.role], DEDUP, message)
+        lib.atoll_domain_commit(self.domains[io.role])
 
     def _do(self, io: Io) -> None:
-        at = io.offset
+        at, device = io.offset, self.device if io.role == DISK else self.fast
         for address, size in io.segments:
             memory = ffi.buffer(ffi.cast("char *", address), size)
             if io.opcode == lib.ATOLL_OP_IO_READ:
-                base = physmap.address(DISK) + int(physmap.header(DISK).buffer_offset)
-                assert base <= address and address + size <= base + int(physmap.header(DISK).buffer_bytes)
-                memory[:] = self.device[at : at + size]
+                header = physmap.header(io.role)
+                base = physmap.address(io.role) + int(header.buffer_offset)
+                assert base <= address and address + size <= base + int(header.buffer_bytes)
+                memory[:] = device[at : at + size]
             elif io.opcode == lib.ATOLL_OP_IO_WRITE:
-                self.device[at : at + size] = memory[:]
+                device[at : at + size] = memory[:]
             at += size
 
     def disk(self, shuffle: bool = False) -> int:

@@ -21,7 +21,7 @@ NEXT, PREVIOUS = {"nic": "nbd", "nbd": "dedup", "dedup": "disk"}, {"nbd": "nic",
 WINDOW = 16
 
 
-def plan(config: dict[str, Any]) -> tuple[int, int]:
+def plan(config: dict[str, Any], role: str = "") -> tuple[int, int]:
     return 1 << 20, 1 << 20
 
 

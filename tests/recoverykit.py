@@ -39,6 +39,7 @@ from atoll.kernel.client import Client, ControlError
 
 ROLES = ("nic", "nbd", "dedup", "disk", "kernel")
 DOMAINS = ROLES[:4]
+FAST = "llrrm"  # only where a fast device is configured
 LONG = int(os.environ.get("ATOLL_LONG", "1"))
 MIB = 1 << 20
 HEADER_BYTES = 8192
@@ -53,7 +54,8 @@ class Eyes:
         self.server = server
         instance = int(json.loads((server.data / "instance.json").read_text())["instance"], 16)
         self.views: dict[str, Elsewhere] = {}
-        for role in ROLES:
+        present = {row["role"] for row in patiently(server, "ps")["domains"]}
+        for role in [*ROLES, *({FAST} & present)]:
             descriptor = objects.open_read_only(objects.arena_name(instance, role))
             try:
                 self.views[role] = Elsewhere(descriptor, HEADER_BYTES)

@@ -27,6 +27,8 @@ COUNTERS: tuple[str, ...] = (
     *("destaged_blocks", "shared_blocks", "zero_blocks", "superseded_blocks", "runs", "destage_errors"),
     *("compare_mismatches", "match_skipped", "given_back_pages", "io_submitted", "io_errors", "steps", "sweeps"),
     *("flush_failures", "threshold_blocks", "held_back_blocks"),
+    *("tier_read_blocks", "tier_copied_blocks", "tier_shared_blocks", "tier_evictions", "tier_kept_out"),
+    *("tier_skipped", "tier_mismatches", "tier_read_errors", "tier_aways"),
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
     *("leaves_made", "fingerprint_evictions"),
@@ -71,6 +73,10 @@ def _sizes(config: dict[str, Any]) -> Any:
     sizes.fingerprint_slots = dedup["fingerprint_entries"]
     sizes.log_blocks = dedup.get("metadata_log_bytes", 0) // BLOCK_BYTES
     sizes.destage_delay_ms = dedup["destage_delay_ms"]
+    if config.get("fast_device_bytes"):
+        fast_blocks = config["fast_device_bytes"] // BLOCK_BYTES
+        sizes.tier_places = lib.dedup_tier_places(fast_blocks, dedup["tier_entries"])
+        sizes.tier_pages = config["llrrm"]["cache_bytes"] // BLOCK_BYTES
     sizes.track_blocks = dedup["track_bytes"] // BLOCK_BYTES
     if sizes.track_blocks < lib.ATOLL_THRESHOLD_MAX:
         raise ValueError(f"dedup.track_bytes is {dedup['track_bytes']}, at least 256 KiB are needed")

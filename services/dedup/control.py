@@ -32,6 +32,7 @@ from atoll.services.dedup._dedup import ffi, lib
 BLOCK_BYTES = 4096
 TEXT_BYTES = 65536
 MAP_BLOCKS = 8192  # 64 KiB, a quarter of what an answer may have
+TIER_STATES = ("off", "starting", "formatting", "loading", "online", "away", "refused")  # enum tier_state
 STATES = {0: "free", 1: "ready", 2: "deleting"}  # enum atoll_volume_state
 MAP_S = 5.0
 FLUSH_S = 30.0
@@ -101,11 +102,27 @@ class Control:
                 "held_bytes": int(figures.metadata_cache_held) * BLOCK_BYTES,
                 "dirty_bytes": int(figures.metadata_cache_dirty) * BLOCK_BYTES,
             },
+            "tier": self._tier(figures),
             "requests": {
                 "accepted": int(figures.accepted),
                 "waiting": int(figures.waiting),
                 "flushing": int(figures.flushing),
             },
+        }
+
+    def _tier(self, figures: Any) -> dict[str, Any] | None:
+        if not figures.tier_places:
+            return None
+        return {
+            "state": TIER_STATES[figures.tier_state],
+            "reason": ffi.string(lib.dedup_tier_reason(self._state)).decode(errors="replace"),
+            "capacity_bytes": int(figures.tier_places) * BLOCK_BYTES,
+            "used_bytes": int(figures.tier_used) * BLOCK_BYTES,
+            "queued_blocks": int(figures.tier_queued),
+            "copying_blocks": int(figures.tier_copies),
+            "in_flight": int(figures.tier_in_flight),
+            "table_pages_loaded": int(figures.tier_loaded),
+            "table_pages": int(figures.tier_table_blocks),
         }
 
     def volume_list(self, call: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,16 @@ enum dedup_counter {
     DEDUP_COUNTER_FLUSH_FAILURES = 35,
     DEDUP_COUNTER_THRESHOLD_BLOCKS = 36,   /* written although an equal block was stored: their runs were too short */
     DEDUP_COUNTER_HELD_BACK_BLOCKS = 37,   /* left to the next batch: with what follows, their run may be long enough; or an equal block was stored meanwhile */
-    DEDUP_COUNTER_DATAPATH_COUNT = 38
+    DEDUP_COUNTER_TIER_READ_BLOCKS = 38,   /* read from the fast device */
+    DEDUP_COUNTER_TIER_COPIED_BLOCKS = 39, /* moved there */
+    DEDUP_COUNTER_TIER_SHARED_BLOCKS = 40, /* shared in runs shorter than the threshold, because they lie there */
+    DEDUP_COUNTER_TIER_EVICTIONS = 41,
+    DEDUP_COUNTER_TIER_KEPT_OUT = 42,      /* newcomers less useful than all that the clock's hand passed */
+    DEDUP_COUNTER_TIER_SKIPPED = 43,       /* not queued: the queue was full */
+    DEDUP_COUNTER_TIER_MISMATCHES = 44,    /* read there, and not what it should be: read from the main device instead */
+    DEDUP_COUNTER_TIER_READ_ERRORS = 45,   /* likewise: the fast device failed */
+    DEDUP_COUNTER_TIER_AWAYS = 46,         /* times that the fast device was given up for a while */
+    DEDUP_COUNTER_DATAPATH_COUNT = 47
 };
 /* cffi:end */
 

@@ -246,7 +246,7 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
                 dp->page_waiters[page] = (uint16_t)number;
                 return;
             }
-            stale = stale || dp->pages[page].state == PAGE_STALE;
+            stale = stale || dp->pages[page].state == PAGE_STALE || dp->pages[page].state == PAGE_ABANDONED;
             if (dp->pages[page].state == PAGE_FAILED && failed == DP_NONE) {
                 failed = page;
                 failed_bytes = bytes + (address > slot->segments[index].address ? address - slot->segments[index].address : 0);
@@ -577,6 +577,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     if (dp->flush_count != 0)
         did |= run_flushes(dp);
     did |= destage_step(dp, &wake);
+    did |= tier_step(dp, &wake);
     did |= scrub_step(dp, &wake);
     if (!did || dp->sweep_age % 16 == 0)
         did |= du_step(dp);
@@ -598,6 +599,8 @@ void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t 
         cache_io_done(dedup->datapath, slot, status);
     else if (slot->kind == IO_SCRUB)
         scrub_io_done(dedup->datapath, slot, status);
+    else if (slot->kind == IO_TIER)
+        tier_io_done(dedup->datapath, slot, status);
     else
         destage_io_done(dedup->datapath, slot, status);
 }

@@ -4,10 +4,11 @@
  *
  *   role area:    struct dp_arena          lists, counts, runs, request slots
  *                 struct dp_record[]       write log; record i is page i of nic's buffers, then of dedup's merge pages
- *                 struct dp_page[]         read cache; page i of the disk driver's buffers
+ *                 struct dp_page[]         read cache: pages of the disk driver's buffers, then of llrrm's
  *                 uint8_t held[]           published: which of nic's pages the log refers to
  *                 look-up table            published: what nbd answers by itself (datapath_lookup.c)
- *   buffer area:  merge pages, then 64 KiB of zeros (what holes are read from)
+ *                 the fast tier            datapath_tier.h
+ *   buffer area:  merge pages, then 64 KiB of zeros (what holes are read from), then the tier's staging pages
  *
  * Life of a logged block:
  *
@@ -35,6 +36,7 @@
 
 #include "services/dedup/counters.h"
 #include "services/dedup/dedup.h"
+#include "services/dedup/datapath_tier.h"
 #include "services/dedup/dedup_api.h"
 #include "services/dedup/runs.h"
 
@@ -129,7 +131,8 @@ enum page_state {
     PAGE_LOADING = 1,
     PAGE_VALID = 2,
     PAGE_FAILED = 3,  /* could not be read, `status` says why; free when the last waiter has seen it */
-    PAGE_STALE = 4    /* its place was rewritten while it was read: who waits executes again */
+    PAGE_STALE = 4,   /* its place was rewritten while it was read, or the fast tier failed: who waits executes again */
+    PAGE_ABANDONED = 5 /* being read by a driver that does not answer: nobody waits for it, and it is not used for anything else */
 };
 
 struct dp_page {
@@ -139,6 +142,17 @@ struct dp_page {
     uint32_t pins;
     uint32_t attached;          /* 1: found by pba */
     uint32_t status;
+};
+
+/* Pages of one driver: [first, first + count) of the table. */
+enum { POOL_DISK = 0, POOL_TIER = 1, DP_POOLS = 2 };
+struct dp_pool {
+    uint64_t buffer;            /* address of the first page */
+    uint32_t first, count;
+    uint32_t *free;             /* stack */
+    uint32_t *limbo;            /* free but for readers that dedup does not know: see cache_settle */
+    uint32_t free_count, limbo_count;
+    uint32_t hand;              /* of the clock */
 };
 
 enum slot_state { SLOT_FREE = 0, SLOT_ACCEPTED = 1, SLOT_DONE = 2 };
@@ -204,7 +218,8 @@ struct dp_scrub {
 };
 
 struct dp_arena {
-    uint64_t nic_pages, merge_pages, cache_pages; /* sizes of the tables (cache: of which dp.cache_pages are used) */
+    uint64_t nic_pages, merge_pages, cache_pages, tier_pages; /* sizes of the tables (the last two: of which the pools' are used) */
+    uint64_t tier_places;
     uint64_t next_order, next_acceptance;
     uint64_t log_records;        /* not FREE and not RETURNING */
     uint64_t failed_records;     /* FAILED, CORRUPT or POISON */
@@ -257,8 +272,9 @@ struct datapath {
     struct dp_page *pages;
     uint8_t *held;
     uint64_t record_count;
-    uint64_t cache_pages;
-    uint64_t nic_buffer, merge_buffer, zero_buffer, cache_buffer, scrub_buffer; /* addresses */
+    uint64_t nic_buffer, merge_buffer, zero_buffer, scrub_buffer; /* addresses */
+    struct dp_pool pools[DP_POOLS];
+    struct tier tier;
     const uint32_t *nic_done;   /* atoll_nic_public.done */
     uint64_t destage_delay_ms;
     uint64_t track_blocks;      /* a run that is shared stands on one track of so many */
@@ -281,11 +297,6 @@ struct datapath {
 
     uint32_t *cache_heads, *cache_next;  /* hash of attached pages by pba */
     uint32_t cache_mask;
-    uint32_t *cache_free;
-    uint32_t cache_free_count;
-    uint32_t *cache_limbo;      /* free but for readers that dedup does not know: see cache_settle */
-    uint32_t cache_limbo_count;
-    uint32_t clock_hand;
     uint8_t *page_used;
     uint8_t *page_touched;      /* as nbd had it when last looked at */
 
@@ -344,9 +355,11 @@ static inline const void *record_page(const struct datapath *dp, uint32_t record
 {
     return (const void *)(uintptr_t)record_address(dp, record);
 }
+static inline bool page_in_tier(const struct datapath *dp, uint32_t page) { return page >= dp->pools[POOL_TIER].first; }
 static inline uint64_t page_address(const struct datapath *dp, uint32_t page)
 {
-    return dp->cache_buffer + (uint64_t)page * DP_BLOCK;
+    const struct dp_pool *pool = &dp->pools[page_in_tier(dp, page) ? POOL_TIER : POOL_DISK];
+    return pool->buffer + (uint64_t)(page - pool->first) * DP_BLOCK;
 }
 static inline const void *page_memory(const struct datapath *dp, uint32_t page)
 {
@@ -410,6 +423,8 @@ void cache_unpin(struct datapath *dp, uint32_t page);
  * no stored block (*failed = its PBA, else 0). `who`: IO_FILL for a client's read, IO_DESTAGE to match (io_room). */
 bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
 void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about to be rewritten */
+/* The fast device does not answer: who waits for it executes again. */
+void cache_abandon_tier(struct datapath *dp);
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NONE */
 
@@ -503,7 +518,7 @@ bool du_step(struct datapath *dp);
 void du_state(struct datapath *dp, struct du_state *state);
 
 /* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
-struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages; };
+struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages, tier_pages, tier_places; };
 uint64_t datapath_arena_bytes(const struct dp_geometry *geometry);
 uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry);
 /* Returns NULL with a reason in `error` (256 bytes). Outside of transactions. */

@@ -1,5 +1,6 @@
 /*
- * The read cache: an index over the disk driver's buffers, minus the store's bounce pages at their end.
+ * The read cache: an index over the storage drivers' buffers. Two pools of pages, since what a driver reads lands in its own
+ * arena: disk's, minus the store's bounce pages at their end; and llrrm's, minus the tier's, for blocks read from the fast tier.
  *
  *   cache_load           find or begin to read blocks, all or none; pages come back pinned
  *   cache_unpin          a page without pins may be used for another block
@@ -51,21 +52,30 @@ uint32_t cache_find(const struct datapath *dp, uint64_t pba)
 
 uint32_t cache_page_of(const struct datapath *dp, uint64_t address)
 {
-    uint64_t offset = address - dp->cache_buffer;
-    return address >= dp->cache_buffer && offset < dp->cache_pages * DP_BLOCK ? (uint32_t)(offset / DP_BLOCK) : DP_NONE;
+    for (uint32_t number = 0; number < DP_POOLS; number++) {
+        const struct dp_pool *pool = &dp->pools[number];
+        uint64_t offset = address - pool->buffer;
+        if (address >= pool->buffer && offset < (uint64_t)pool->count * DP_BLOCK)
+            return pool->first + (uint32_t)(offset / DP_BLOCK);
+    }
+    return DP_NONE;
 }
+
+static struct dp_pool *pool_of(struct datapath *dp, uint32_t page) { return &dp->pools[page_in_tier(dp, page) ? POOL_TIER : POOL_DISK]; }
 
 void cache_attach(struct datapath *dp)
 {
-    uint32_t count = (uint32_t)dp->cache_pages;
     for (uint32_t bucket = 0; bucket <= dp->cache_mask; bucket++)
         dp->cache_heads[bucket] = DP_NONE;
-    dp->cache_free_count = dp->cache_limbo_count = 0;
-    for (uint32_t page = count; page-- > 0;) {
-        if (dp->pages[page].state == PAGE_FREE)
-            dp->cache_limbo[dp->cache_limbo_count++] = page;
-        else if (dp->pages[page].attached)
-            hash_insert(dp, page);
+    for (uint32_t number = 0; number < DP_POOLS; number++) {
+        struct dp_pool *pool = &dp->pools[number];
+        pool->free_count = pool->limbo_count = 0;
+        for (uint32_t page = pool->first + pool->count; page-- > pool->first;) {
+            if (dp->pages[page].state == PAGE_FREE)
+                pool->limbo[pool->limbo_count++] = page;
+            else if (dp->pages[page].attached)
+                hash_insert(dp, page);
+        }
     }
 }
 
@@ -84,8 +94,9 @@ static void detach(struct datapath *dp, uint32_t page)
 static void into_limbo(struct datapath *dp, uint32_t page)
 {
     lookup_retire(dp, (uint32_t)dp->record_count + page);
+    struct dp_pool *pool = pool_of(dp, page);
     dp_set32(dp, &dp->pages[page].state, PAGE_FREE);
-    dp->cache_limbo[dp->cache_limbo_count++] = page;
+    pool->limbo[pool->limbo_count++] = page;
 }
 
 static void free_page(struct datapath *dp, uint32_t page)
@@ -95,28 +106,31 @@ static void free_page(struct datapath *dp, uint32_t page)
 }
 
 /* Pages in limbo that nobody uses are free. */
-static void cache_settle(struct datapath *dp)
+static void cache_settle(struct datapath *dp, struct dp_pool *pool)
 {
     uint32_t kept = 0;
-    if (dp->cache_limbo_count == 0)
+    if (pool->limbo_count == 0)
         return;
     lookup_uses(dp);
-    for (uint32_t index = 0; index < dp->cache_limbo_count; index++) {
-        uint32_t page = dp->cache_limbo[index];
+    for (uint32_t index = 0; index < pool->limbo_count; index++) {
+        uint32_t page = pool->limbo[index];
         if (lookup_in_use(dp, (uint32_t)dp->record_count + page))
-            dp->cache_limbo[kept++] = page;
+            pool->limbo[kept++] = page;
         else
-            dp->cache_free[dp->cache_free_count++] = page;
+            pool->free[pool->free_count++] = page;
     }
-    dp->cache_limbo_count = kept;
+    pool->limbo_count = kept;
 }
+
+/* Its driver may still write to it. */
+static bool is_loading(const struct dp_page *p) { return p->state == PAGE_LOADING || p->state == PAGE_ABANDONED; }
 
 void cache_unpin(struct datapath *dp, uint32_t page)
 {
     struct dp_page *p = &dp->pages[page];
     assert(p->pins != 0);
     dp_set32(dp, &p->pins, p->pins - 1);
-    if (p->pins == 0 && p->state != PAGE_LOADING) {
+    if (p->pins == 0 && !is_loading(p)) {
         dp->retry = dp->retry || dp->blocked != 0;
         if (!p->attached)
             free_page(dp, page);
@@ -129,18 +143,18 @@ void cache_drop(struct datapath *dp, uint64_t pba)
     if (page == DP_NONE)
         return;
     detach(dp, page);
-    if (dp->pages[page].pins == 0 && dp->pages[page].state != PAGE_LOADING)
+    if (dp->pages[page].pins == 0 && !is_loading(&dp->pages[page]))
         free_page(dp, page);
 }
 
 /* Makes up to DP_EVICTIONS pages free, in limbo: two turns of the clock find those that were not used lately. */
-static void evict(struct datapath *dp)
+static void evict(struct datapath *dp, struct dp_pool *pool)
 {
-    uint32_t count = (uint32_t)dp->cache_pages, evicted = 0;
-    for (uint32_t turn = 0; turn < 2 * count && evicted < DP_EVICTIONS; turn++) {
-        uint32_t page = dp->clock_hand;
+    uint32_t evicted = 0;
+    for (uint32_t turn = 0; turn < 2 * pool->count && evicted < DP_EVICTIONS; turn++) {
+        uint32_t page = pool->first + pool->hand;
         struct dp_page *p = &dp->pages[page];
-        dp->clock_hand = page + 1 == count ? 0 : page + 1;
+        pool->hand = pool->hand + 1 == pool->count ? 0 : pool->hand + 1;
         if (p->pins != 0 || p->state != PAGE_VALID)
             continue;
         if (lookup_was_touched(dp, page) || dp->page_used[page]) {
@@ -156,19 +170,24 @@ static void evict(struct datapath *dp)
 }
 
 /* A page for a new block, not attached, or DP_NONE: all are pinned or used by readers. */
-static uint32_t take_page(struct datapath *dp)
+static uint32_t take_page(struct datapath *dp, struct dp_pool *pool)
 {
-    if (dp->cache_free_count == 0)
-        cache_settle(dp);
-    if (dp->cache_free_count == 0) {
-        evict(dp);
-        cache_settle(dp);
+    if (pool->free_count == 0)
+        cache_settle(dp, pool);
+    if (pool->free_count == 0) {
+        evict(dp, pool);
+        cache_settle(dp, pool);
     }
-    return dp->cache_free_count == 0 ? DP_NONE : dp->cache_free[--dp->cache_free_count];
+    return pool->free_count == 0 ? DP_NONE : pool->free[--pool->free_count];
 }
 
+/* Where a block is read from: the block number on its device, and which device. */
+struct source { uint64_t block; bool tier; };
+
+static bool in_sequence(struct source a, struct source b) { return a.tier == b.tier && a.block + 1 == b.block; }
+
 /* Sends the reads of pages[from..to), whose blocks stand in sequence. */
-static void submit(struct datapath *dp, const uint64_t *pbas, const uint32_t *pages, uint32_t from, uint32_t to)
+static void submit(struct datapath *dp, const struct source *sources, const uint32_t *pages, uint32_t from, uint32_t to)
 {
     struct atoll_segment segments[ATOLL_IO_BLOCKS];
     uint32_t count = 0;
@@ -180,17 +199,24 @@ static void submit(struct datapath *dp, const uint64_t *pbas, const uint32_t *pa
             segments[count++] = (struct atoll_segment){.address = address, .length = DP_BLOCK};
     }
     ATOLL_CRASH_POINT(dp->domain, "dedup.fill.submit");
-    int slot = io_submit(dp->dedup, IO_FILL, pbas[from], ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, pbas[from] * DP_BLOCK, segments, count);
-    assert(slot >= 0); /* cache_load counted the room */
+    uint64_t block = sources[from].block;
+    bool sent = sources[from].tier
+                    ? tier_submit(dp, IO_FILL, block, ATOLL_OP_IO_READ, block, segments, count)
+                    : io_submit(dp->dedup, IO_FILL, block, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, block * DP_BLOCK, segments, count) >= 0;
+    assert(sent); /* load counted the room */
 }
 
-bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed)
+/* What cache_load says. With `tier` blocks that have a copy on the fast device are read there; *tiered: some would be. */
+static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, bool tier,
+                 bool *tiered, uint64_t *failed)
 {
     bool missing[ATOLL_IO_BLOCKS];
-    uint32_t missing_count = 0, reads = 0, done;
+    struct source sources[ATOLL_IO_BLOCKS];
+    uint32_t places[ATOLL_IO_BLOCKS], missing_count = 0, reads = 0, tier_reads = 0, done;
     struct fingerprint print;
     assert(count <= ATOLL_IO_BLOCKS);
     *failed = 0;
+    *tiered = false;
 
     /* Look first: nothing is changed until it is known that all can be had. */
     for (uint32_t index = 0; index < count; index++) {
@@ -205,11 +231,18 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
             *failed = pbas[index];
             return false;
         }
+        places[index] = tier ? tier_readable(dp, pbas[index]) : TIER_NONE;
+        sources[index] = places[index] == TIER_NONE
+                             ? (struct source){.block = pbas[index]}
+                             : (struct source){.block = tier_block(&dp->tier, places[index]), .tier = true};
+        *tiered = *tiered || sources[index].tier;
         missing_count++;
-        if (index == 0 || !missing[index - 1] || pbas[index - 1] + 1 != pbas[index])
+        if (index == 0 || !missing[index - 1] || !in_sequence(sources[index - 1], sources[index])) {
             reads++;
+            tier_reads += sources[index].tier;
+        }
     }
-    if (reads > io_room(dp->dedup, who))
+    if (reads > io_room(dp->dedup, who) || tier_reads > tier_room(dp))
         return false;
 
     /* Pages that are there must not be evicted for the missing ones. */
@@ -219,7 +252,7 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
     for (done = 0; done < count; done++) {
         if (!missing[done])
             continue;
-        pages[done] = take_page(dp);
+        pages[done] = take_page(dp, &dp->pools[sources[done].tier ? POOL_TIER : POOL_DISK]);
         if (pages[done] == DP_NONE)
             break;
         cache_pin(dp, pages[done]); /* keeps the clock away */
@@ -231,8 +264,9 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
             if (missing[index]) {
                 if (index >= done)
                     continue;
+                struct dp_pool *pool = pool_of(dp, pages[index]);
                 dp_set32(dp, &dp->pages[pages[index]].pins, 0);
-                dp->cache_free[dp->cache_free_count++] = pages[index];
+                pool->free[pool->free_count++] = pages[index];
             } else {
                 cache_unpin(dp, pages[index]);
             }
@@ -256,14 +290,18 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
         p->attached = 1;
         p->status = ATOLL_OK;
         hash_insert(dp, pages[index]);
+        if (sources[index].tier) {
+            tier_served(dp, places[index]);
+            atoll_count(dp->domain, DEDUP_COUNTER_TIER_READ_BLOCKS, 1);
+        }
     }
     for (uint32_t from = 0, to; from < count; from = to) {
         to = from + 1;
         if (!missing[from])
             continue;
-        while (to < count && missing[to] && pbas[to] == pbas[to - 1] + 1)
+        while (to < count && missing[to] && in_sequence(sources[to - 1], sources[to]))
             to++;
-        submit(dp, pbas, pages, from, to);
+        submit(dp, sources, pages, from, to);
     }
     atoll_count(dp->domain, DEDUP_COUNTER_CACHE_HITS, count - missing_count);
     atoll_count(dp->domain, DEDUP_COUNTER_CACHE_MISSES, missing_count);
@@ -271,32 +309,17 @@ bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uin
 }
 _Static_assert(sizeof(struct dp_page) % 8 == 0, "saved by words");
 
-static void loaded(struct datapath *dp, uint32_t page, uint32_t status)
+bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed)
 {
-    struct dp_page *p = &dp->pages[page];
-    if (p->state != PAGE_LOADING) { /* only a driver that answers for pages it was not asked for gets here */
-        atoll_count(dp->domain, DEDUP_COUNTER_BAD_COMPLETIONS, 1);
-        return;
-    }
-    uint32_t state = PAGE_VALID;
-    if (status != ATOLL_OK) {
-        state = PAGE_FAILED;
-    } else if (!print_equal(dp_fingerprint(page_memory(dp, page)), p->print)) {
-        /* Was the place rewritten meanwhile? Then this was read too late and says nothing about the device. */
-        state = p->attached ? PAGE_FAILED : PAGE_STALE;
-        status = ATOLL_ECORRUPT;
-        if (p->attached)
-            atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
-    }
-    dp_set32(dp, &p->status, status);
-    dp_set32(dp, &p->state, state);
-    if (state != PAGE_VALID && p->attached)
-        detach(dp, page);
-    if (state == PAGE_FAILED && dp->page_waiters[page] == DP_NO_SLOT)
-        dp_note_damage(dp, p->pba, status, ATOLL_VOLUME_COUNT, 0);
-    if (p->pins == 0 && !p->attached)
-        free_page(dp, page);
+    bool tiered;
+    if (load(dp, who, pbas, count, pages, true, &tiered, failed))
+        return true;
+    /* The fast device's pages or slots may be what is short. */
+    return *failed == 0 && tiered && load(dp, who, pbas, count, pages, false, &tiered, failed);
+}
 
+static void wake_readers(struct datapath *dp, uint32_t page)
+{
     uint16_t waiter = dp->page_waiters[page];
     dp->page_waiters[page] = DP_NO_SLOT;
     while (waiter != DP_NO_SLOT) {
@@ -307,14 +330,74 @@ static void loaded(struct datapath *dp, uint32_t page, uint32_t status)
     }
 }
 
+void cache_abandon_tier(struct datapath *dp)
+{
+    const struct dp_pool *pool = &dp->pools[POOL_TIER];
+    for (uint32_t page = pool->first; page < pool->first + pool->count; page++) {
+        if (dp->pages[page].state != PAGE_LOADING)
+            continue;
+        if (dp->pages[page].attached)
+            detach(dp, page);
+        dp_set32(dp, &dp->pages[page].state, PAGE_ABANDONED);
+        wake_readers(dp, page);
+    }
+    dp->loaded = dp->retry = true;
+}
+
+/* `block`: where on its device it was read. */
+static void loaded(struct datapath *dp, uint32_t page, uint64_t block, uint32_t status)
+{
+    struct dp_page *p = &dp->pages[page];
+    bool tier = page_in_tier(dp, page);
+    if (p->state == PAGE_ABANDONED) { /* its readers have gone elsewhere; now its memory is free, too */
+        dp_set32(dp, &p->state, PAGE_STALE);
+        if (p->pins == 0)
+            free_page(dp, page);
+        return;
+    }
+    if (p->state != PAGE_LOADING) { /* only a driver that answers for pages it was not asked for gets here */
+        atoll_count(dp->domain, DEDUP_COUNTER_BAD_COMPLETIONS, 1);
+        return;
+    }
+    uint32_t state = PAGE_VALID;
+    if (status == ATOLL_OK && !print_equal(dp_fingerprint(page_memory(dp, page)), p->print))
+        status = ATOLL_ECORRUPT;
+    if (status != ATOLL_OK && tier) {
+        /* The main device has it: who waits executes again and finds it there. */
+        state = PAGE_STALE;
+        tier_read_failed(dp, p->pba, block, status);
+    } else if (status == ATOLL_ECORRUPT) {
+        /* Was the place rewritten meanwhile? Then this was read too late and says nothing about the device. */
+        state = p->attached ? PAGE_FAILED : PAGE_STALE;
+        if (p->attached)
+            atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
+    } else if (status != ATOLL_OK) {
+        state = PAGE_FAILED;
+    }
+    dp_set32(dp, &p->status, status);
+    dp_set32(dp, &p->state, state);
+    if (state != PAGE_VALID && p->attached)
+        detach(dp, page);
+    if (state == PAGE_FAILED && dp->page_waiters[page] == DP_NO_SLOT)
+        dp_note_damage(dp, p->pba, status, ATOLL_VOLUME_COUNT, 0);
+    if (p->pins == 0 && !p->attached)
+        free_page(dp, page);
+
+    wake_readers(dp, page);
+}
+
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status)
 {
+    uint64_t block = slot->offset_bytes / DP_BLOCK;
     ATOLL_CRASH_POINT(dp->domain, "dedup.fill.done");
+    if (slot->device == ATOLL_ROLE_LLRRM)
+        tier_answered(dp, status, false);
     for (uint32_t index = 0; index < slot->segment_count; index++) {
         uint32_t page = cache_page_of(dp, slot->segments[index].address);
         uint32_t count = slot->segments[index].length / DP_BLOCK;
         for (uint32_t each = 0; page != DP_NONE && each < count; each++)
-            loaded(dp, page + each, status);
+            loaded(dp, page + each, block + each, status);
+        block += count;
     }
     dp->loaded = true;
     dp->retry = true;

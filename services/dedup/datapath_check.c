@@ -97,7 +97,10 @@ static bool check_maps(struct datapath *dp, struct check *check)
         uint64_t leaves = (volume->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK);
         while (volume->state != ATOLL_VOLUME_FREE && check->leaf < leaves) {
             dp->domain->self->progress++; /* not hung */
-            enum store_want want = store_next_leaf(dp->dedup, check->volume, check->leaf, leaves, &check->leaf);
+            uint64_t next;
+            enum store_want want = store_next_leaf(dp->dedup, check->volume, check->leaf, leaves, &next);
+            if (want != STORE_WAIT)
+                check->leaf = next;
             if (want == STORE_HAVE && check->leaf >= leaves)
                 break;
             if (want == STORE_HAVE)
@@ -178,7 +181,8 @@ static void check_records(struct datapath *dp, struct check *check)
 static void check_pins(struct datapath *dp, struct findings *findings)
 {
     const struct dp_arena *arena = dp->arena;
-    uint32_t *records = calloc(dp->record_count, sizeof *records), *pages = calloc(dp->cache_pages, sizeof *pages);
+    uint64_t page_count = arena->cache_pages + arena->tier_pages;
+    uint32_t *records = calloc(dp->record_count, sizeof *records), *pages = calloc(page_count, sizeof *pages);
     uint64_t slots_with_pins = 0;
     if (records == 0 || pages == 0) {
         found(findings, "out of memory");
@@ -220,10 +224,13 @@ static void check_pins(struct datapath *dp, struct findings *findings)
     for (uint64_t record = 0; record < dp->record_count; record++)
         if (records[record] != dp->records[record].pins)
             found(findings, "log record %llu: %u pins, slots have %u", U(record), dp->records[record].pins, records[record]);
-    for (uint64_t page = 0; page < dp->cache_pages; page++) {
+    for (uint32_t copy = 0; copy < TIER_COPIES; copy++)
+        if (dp->tier.area->copies[copy].state != COPY_FREE)
+            pages[dp->tier.area->copies[copy].page]++;
+    for (uint64_t page = 0; page < page_count; page++) {
         const struct dp_page *p = &dp->pages[page];
         if (pages[page] != p->pins)
-            found(findings, "cache page %llu: %u pins, slots and runs have %u", U(page), p->pins, pages[page]);
+            found(findings, "cache page %llu: %u pins, slots, runs and copies have %u", U(page), p->pins, pages[page]);
         if (p->attached != (p->state != PAGE_FREE && cache_find(dp, p->pba) == page))
             found(findings, "cache page %llu: state %u, attached %u, place %llu is found at %u", U(page), p->state, p->attached,
                   U(p->pba), cache_find(dp, p->pba));
@@ -238,7 +245,7 @@ static void check_pins(struct datapath *dp, struct findings *findings)
 /* What nbd has given to readers by itself is not used for anything else; what was let go is not lost. */
 static void check_uses(struct datapath *dp, struct findings *findings)
 {
-    uint8_t *limbo = calloc(dp->record_count + dp->cache_pages, 1);
+    uint8_t *limbo = calloc(dp->lookup.page_count, 1);
     uint64_t without_pins = 0;
     uint32_t slot = 0, index = 0, page;
     if (limbo == 0) {
@@ -247,8 +254,9 @@ static void check_uses(struct datapath *dp, struct findings *findings)
     }
     for (uint32_t each = 0; each < dp->log_limbo_count; each++)
         limbo[dp->log_limbo[each]] = 1;
-    for (uint32_t each = 0; each < dp->cache_limbo_count; each++)
-        limbo[dp->record_count + dp->cache_limbo[each]] = 1;
+    for (uint32_t number = 0; number < DP_POOLS; number++)
+        for (uint32_t each = 0; each < dp->pools[number].limbo_count; each++)
+            limbo[dp->record_count + dp->pools[number].limbo[each]] = 1;
     for (uint64_t record = 0; record < dp->record_count; record++) {
         const struct dp_record *r = &dp->records[record];
         bool let_go = r->state == RECORD_PINNED && r->pins == 0;
@@ -262,9 +270,9 @@ static void check_uses(struct datapath *dp, struct findings *findings)
         if (page < dp->record_count) {
             if (dp->records[page].state == RECORD_FREE || dp->records[page].state == RECORD_RETURNING)
                 found(findings, "slot %u: nbd uses log record %u, whose state is %u", slot, page, dp->records[page].state);
-        } else if (page - dp->record_count < dp->cache_pages) {
+        } else if (page < dp->lookup.page_count) {
             uint32_t state = dp->pages[page - dp->record_count].state;
-            if (state == PAGE_LOADING || (state == PAGE_FREE && !limbo[page]))
+            if (state == PAGE_LOADING || state == PAGE_ABANDONED || (state == PAGE_FREE && !limbo[page]))
                 found(findings, "slot %u: nbd uses cache page %llu, whose state is %u", slot, U(page - dp->record_count), state);
         } else {
             found(findings, "slot %u: nbd uses page %u, there is none", slot, page);
@@ -349,6 +357,27 @@ static bool begin_window(struct check *check, uint64_t from)
     return check->references != 0;
 }
 
+static void check_tier(struct datapath *dp, struct findings *findings)
+{
+    const struct tier *tier = &dp->tier;
+    uint64_t used = 0, copying = 0, writing = 0;
+    for (uint32_t copy = 0; copy < TIER_COPIES; copy++)
+        writing += tier->area->copies[copy].state == COPY_WRITING;
+    for (uint64_t place = 0; place < tier->area->places; place++) {
+        const struct tier_entry *entry = &tier->entries[place];
+        bool found_there = entry->pba != 0 && tier_find(dp, entry->pba) == place;
+        used += entry->state != TIER_FREE;
+        copying += entry->state == TIER_COPYING || entry->state == TIER_LEAVING;
+        if (found_there != (entry->state == TIER_COPYING || entry->state == TIER_VALID) ||
+            (tier->taken[place / 64] >> place % 64 & 1) != (entry->state != TIER_FREE))
+            found(findings, "fast place %llu: state %u, place %llu is found at %u", U(place), entry->state, U(entry->pba),
+                  entry->pba == 0 ? TIER_NONE : tier_find(dp, entry->pba));
+    }
+    if (used != tier->area->used || copying != writing)
+        found(findings, "fast tier: %llu places are used, its count says %llu; %llu are being written, %llu copies are", U(used),
+              U(tier->area->used), U(copying), U(writing));
+}
+
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
 {
     struct check *check = dp->check;
@@ -379,6 +408,7 @@ uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
                 check_records(dp, check);
                 check_pins(dp, &check->findings);
                 check_uses(dp, &check->findings);
+                check_tier(dp, &check->findings);
             }
         }
         if (!check_counts(dp, check))

@@ -327,7 +327,7 @@ static bool share_ready(struct datapath *dp, uint32_t number)
     struct dp_run *run = &dp->arena->runs[number];
     bool waits = false;
     for (uint32_t index = 0; index < run->record_count; index++) {
-        if (run->link[index] >= DP_REJECTED)
+        if (run->link[index] >= DP_UNREAD)
             continue;
         uint64_t pba = dp->pages[run->link[index]].pba;
         enum store_want want = store_want_blocks(dp->dedup, &pba, 1), base = store_want_base(dp->dedup, at(dp, run->records[index])->base);
@@ -380,6 +380,7 @@ static bool go_on(struct datapath *dp, uint32_t number)
         if (index < placed) {
             dp_set32(dp, &at(dp, record)->state, RECORD_WRITING);
             cache_drop(dp, pba + index);
+            tier_drop(dp, pba + index); /* freed places have left; a table read from the device may have named this one */
         }
     }
     run->state = RUN_WRITING;
@@ -439,6 +440,7 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         return; /* it goes back to the list when the run ends */
     } else {
         store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
+        tier_consider(dp, r->volume, run->pba + index);
         dp_set32(dp, &r->state, RECORD_DROPPED);
     }
     atoll_count(dp->domain, DEDUP_COUNTER_DESTAGED_BLOCKS, 1);
@@ -463,6 +465,7 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
     if (run->status == ATOLL_OK && store_references(dp->dedup, run->pba + leader_index) != 0 &&
         memcmp(record_page(dp, record), record_page(dp, leader), DP_BLOCK) == 0 &&
         store_share(dp->dedup, r->volume, r->lba, r->base, run->pba + leader_index)) {
+        tier_consider(dp, r->volume, run->pba + leader_index);
         destage_settled(dp, record);
         atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
         return;

@@ -11,22 +11,28 @@
 
 static uint64_t align(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
 
-struct parts { uint64_t records, pages, held, lookup, end; };
+struct parts { uint64_t records, pages, held, lookup, tier, end; };
 
 static struct parts parts_of(const struct dp_geometry *geometry)
 {
     struct parts parts;
     parts.records = align(sizeof(struct dp_arena), ATOLL_PAGE_BYTES);
     parts.pages = parts.records + (geometry->nic_pages + geometry->merge_pages) * sizeof(struct dp_record);
-    parts.held = align(parts.pages + geometry->cache_pages * sizeof(struct dp_page), 64);
+    uint64_t cached = geometry->cache_pages + geometry->tier_pages;
+    parts.held = align(parts.pages + cached * sizeof(struct dp_page), 64);
     parts.lookup = align(parts.held + geometry->nic_pages, ATOLL_PAGE_BYTES);
-    parts.end = parts.lookup + lookup_arena_bytes(geometry->nic_pages + geometry->merge_pages + geometry->cache_pages);
+    parts.tier = parts.lookup + lookup_arena_bytes(geometry->nic_pages + geometry->merge_pages + cached);
+    parts.end = align(parts.tier + tier_arena_bytes(geometry->tier_places), ATOLL_PAGE_BYTES);
     return parts;
 }
 
 uint64_t datapath_arena_bytes(const struct dp_geometry *geometry) { return parts_of(geometry).end; }
 
-uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry) { return geometry->merge_pages * DP_BLOCK + DP_ZERO_BYTES; }
+uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry) 
+{
+    uint64_t staging = geometry->tier_places != 0 ? TIER_STAGING_PAGES * DP_BLOCK : 0;
+    return geometry->merge_pages * DP_BLOCK + DP_ZERO_BYTES + staging;
+}
 
 /* The buffer area of a peer as its header says, checked against the size that the kernel told. */
 static bool buffer_of(const struct atoll_domain *domain, uint32_t role, uint64_t *address, uint64_t *pages)
@@ -51,18 +57,21 @@ static void *need(uint64_t count, uint64_t size)
 
 static void attach_private(struct datapath *dp)
 {
+    uint64_t pages = dp->arena->cache_pages + dp->arena->tier_pages;
     uint32_t buckets = 1;
-    while (buckets < dp->cache_pages)
+    while (buckets < pages)
         buckets <<= 1;
     dp->cache_mask = buckets - 1;
     dp->cache_heads = need(buckets, sizeof *dp->cache_heads);
-    dp->cache_next = need(dp->cache_pages, sizeof *dp->cache_next);
-    dp->cache_free = need(dp->cache_pages, sizeof *dp->cache_free);
-    dp->cache_limbo = need(dp->cache_pages, sizeof *dp->cache_limbo);
-    dp->page_used = need(dp->cache_pages, 1);
-    dp->page_touched = need(dp->cache_pages, 1);
-    dp->page_waiters = need(dp->cache_pages, sizeof *dp->page_waiters);
-    memset(dp->page_waiters, 0xff, dp->cache_pages * sizeof *dp->page_waiters);
+    dp->cache_next = need(pages, sizeof *dp->cache_next);
+    for (uint32_t number = 0; number < DP_POOLS; number++) {
+        dp->pools[number].free = need(dp->pools[number].count, sizeof *dp->pools[number].free);
+        dp->pools[number].limbo = need(dp->pools[number].count, sizeof *dp->pools[number].limbo);
+    }
+    dp->page_used = need(pages, 1);
+    dp->page_touched = need(pages, 1);
+    dp->page_waiters = need(pages, sizeof *dp->page_waiters);
+    memset(dp->page_waiters, 0xff, pages * sizeof *dp->page_waiters);
     dp->merge_free = need(dp->arena->merge_pages, sizeof *dp->merge_free);
     dp->merge_freed = need(dp->arena->merge_pages, sizeof *dp->merge_freed);
     dp->log_limbo = need(dp->record_count, sizeof *dp->log_limbo);
@@ -77,8 +86,10 @@ static void release_private(struct datapath *dp)
 {
     free(dp->cache_heads);
     free(dp->cache_next);
-    free(dp->cache_free);
-    free(dp->cache_limbo);
+    for (uint32_t number = 0; number < DP_POOLS; number++) {
+        free(dp->pools[number].free);
+        free(dp->pools[number].limbo);
+    }
     free(dp->page_used);
     free(dp->page_touched);
     free(dp->page_waiters);
@@ -86,6 +97,29 @@ static void release_private(struct datapath *dp)
     free(dp->merge_freed);
     free(dp->log_limbo);
     free(dp->inflight_heads);
+}
+
+/* The fast tier's part of memory; without a driver for it there is none to read from. */
+static void attach_tier(struct datapath *dp, void *memory, bool fresh)
+{
+    struct dp_pool *pool = &dp->pools[POOL_TIER];
+    uint64_t buffer = 0, pages = 0;
+    pool->first = (uint32_t)dp->arena->cache_pages;
+    tier_attach(dp, memory, dp->arena->tier_places, fresh);
+    if (dp->arena->tier_places == 0)
+        return;
+    dp->tier.staging = dp->zero_buffer + DP_ZERO_BYTES;
+    if (!buffer_of(dp->domain, ATOLL_ROLE_LLRRM, &buffer, &pages) || pages <= TIER_BOUNCE_PAGES ||
+        dp->domain->rings->tx[ATOLL_ROLE_LLRRM].producer == 0) {
+        dp->tier.area->state = TIER_OFF; /* outside of transactions; nobody has looked yet */
+        return;
+    }
+    pages -= TIER_BOUNCE_PAGES;
+    dp->tier.bounce = buffer + pages * DP_BLOCK;
+    pool->buffer = buffer;
+    pool->count = (uint32_t)(pages < dp->arena->tier_pages ? pages : dp->arena->tier_pages);
+    if (dp->tier.area->state == TIER_OFF)
+        dp->tier.area->state = TIER_NEW;
 }
 
 struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct dp_geometry *geometry, bool fresh, char *error)
@@ -97,12 +131,14 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
         arena->nic_pages = geometry->nic_pages;
         arena->merge_pages = geometry->merge_pages;
         arena->cache_pages = geometry->cache_pages;
+        arena->tier_pages = geometry->tier_pages;
+        arena->tier_places = geometry->tier_places;
         arena->next_order = arena->next_acceptance = 1;
         arena->log_head = arena->log_tail = arena->returning = DP_NONE;
         for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++)
             arena->slots[number].pinned_place = DP_NONE;
     }
-    struct dp_geometry kept = {arena->nic_pages, arena->merge_pages, arena->cache_pages};
+    struct dp_geometry kept = {arena->nic_pages, arena->merge_pages, arena->cache_pages, arena->tier_pages, arena->tier_places};
     struct parts parts = parts_of(&kept);
     struct datapath *dp = need(1, sizeof *dp);
     dp->dedup = dedup;
@@ -123,7 +159,7 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
     else if (!buffer_of(domain, ATOLL_ROLE_NIC, &dp->nic_buffer, &nic_pages) || nic_pages < arena->nic_pages)
         snprintf(error, 256, "arena of nic has %llu pages, dedup was made for %llu", (unsigned long long)nic_pages,
                  (unsigned long long)arena->nic_pages);
-    else if (!buffer_of(domain, ATOLL_ROLE_DISK, &dp->cache_buffer, &cache_pages) ||
+    else if (!buffer_of(domain, ATOLL_ROLE_DISK, &dp->pools[POOL_DISK].buffer, &cache_pages) ||
              cache_pages < DP_CACHE_MINIMUM + DP_SCRUB_PAGES + STORE_BOUNCE_PAGES)
         snprintf(error, 256, "arena of disk has %llu pages, dedup needs %u", (unsigned long long)cache_pages,
                  DP_CACHE_MINIMUM + DP_SCRUB_PAGES + STORE_BOUNCE_PAGES);
@@ -131,8 +167,8 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
         error[0] = 0;
     /* After the death of all the driver's arena is a new one, and perhaps smaller; the cache is empty then. */
     cache_pages -= STORE_BOUNCE_PAGES + DP_SCRUB_PAGES;
-    dp->cache_pages = cache_pages < arena->cache_pages ? cache_pages : arena->cache_pages;
-    dp->scrub_buffer = dp->cache_buffer + cache_pages * DP_BLOCK;
+    dp->pools[POOL_DISK].count = (uint32_t)(cache_pages < arena->cache_pages ? cache_pages : arena->cache_pages);
+    dp->scrub_buffer = dp->pools[POOL_DISK].buffer + cache_pages * DP_BLOCK;
     const struct atoll_arena_header *nic = domain->peers[ATOLL_ROLE_NIC];
     if (error[0] == 0 && (nic->role_offset % 8 != 0 ||
                           !atoll_reference_in(domain, ATOLL_ROLE_NIC, atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset,
@@ -145,6 +181,7 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
     dp->nic_done = ((const struct atoll_nic_public *)(uintptr_t)(atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset))->done;
     dp->now_ms = atoll_now_ns() / 1000000;
     dedup->datapath = dp;
+    attach_tier(dp, (char *)memory + parts.tier, fresh);
     if (!lookup_attach(dp, (char *)memory + parts.lookup)) {
         snprintf(error, 256, "arena of nbd has no room for what it must publish");
         lookup_release(dp);
@@ -193,13 +230,14 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
     }
     lookup_adopt(dp);
     dp_set32(dp, &arena->pinned_count, 0);
-    for (uint64_t page = 0; page < arena->cache_pages; page++) {
+    for (uint64_t page = 0; page < arena->cache_pages + arena->tier_pages; page++) {
         atoll_save(dp->journal, &dp->pages[page], sizeof dp->pages[page]);
         dp->pages[page] = (struct dp_page){0};
         if (page % 1024 == 1023)
             atoll_domain_commit(dp->domain);
     }
     atoll_domain_commit(dp->domain);
+    tier_adopt(dp);
     release_private(dp);
     attach_private(dp);
     for (uint64_t record = 0; record < dp->record_count; record++) {

@@ -48,7 +48,7 @@ bool lookup_attach(struct datapath *dp, void *memory)
 {
     struct dp_lookup *lookup = &dp->lookup;
     struct atoll_lookup *public = &dp->dedup->public->lookup;
-    uint64_t page_count = dp->record_count + dp->arena->cache_pages;
+    uint64_t page_count = dp->record_count + dp->arena->cache_pages + dp->arena->tier_pages;
     lookup->entries = memory;
     lookup->set_count = sets_of(page_count);
     lookup->generations = (void *)(lookup->entries + lookup->set_count * ATOLL_LOOKUP_WAYS);
@@ -69,7 +69,9 @@ bool lookup_attach(struct datapath *dp, void *memory)
     public->first[2] = dp->record_count;
     public->address[0] = dp->nic_buffer;
     public->address[1] = dp->merge_buffer;
-    public->address[2] = dp->cache_buffer;
+    public->address[2] = dp->pools[POOL_DISK].buffer;
+    public->first[3] = dp->record_count + dp->pools[POOL_TIER].first;
+    public->address[3] = dp->pools[POOL_TIER].buffer;
     public->zeros_address = dp->zero_buffer;
     public->zeros_bytes = DP_ZERO_BYTES;
     atoll_store_release(&public->entries_address, (uint64_t)(uintptr_t)lookup->entries);

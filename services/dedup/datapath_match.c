@@ -135,14 +135,17 @@ static bool add_place(struct runs_block *block, uint64_t place, bool free)
     return true;
 }
 
-/* The same content again where it was costs nothing. */
-static bool free_of_rule(const struct dp_record *r, uint64_t place) { return r->base == MAP_VALUE(MAP_PBA, place); }
+/* The same content again where it was costs nothing; nor does a read of it from the fast tier. */
+static bool free_of_rule(const struct datapath *dp, const struct dp_record *r, uint64_t place)
+{
+    return r->base == MAP_VALUE(MAP_PBA, place) || tier_readable(dp, place) != TIER_NONE;
+}
 
 static void add_if_equal(struct datapath *dp, const struct dp_record *r, struct runs_block *block, uint64_t place)
 {
     struct fingerprint stored;
     if (place != 0 && store_fingerprint(dp->dedup, place, &stored) && print_equal(stored, r->print))
-        add_place(block, place, free_of_rule(r, place));
+        add_place(block, place, free_of_rule(dp, r, place));
 }
 
 static void candidates(struct datapath *dp, const uint32_t *records, uint32_t count, struct runs_block *blocks)
@@ -164,7 +167,7 @@ static void candidates(struct datapath *dp, const uint32_t *records, uint32_t co
             add_if_equal(dp, r, block, MAP_NUMBER(r->base));
         uint32_t found = store_candidates(dp->dedup, r->print, cached, CANDIDATES);
         for (uint32_t each = 0; each < found; each++)
-            add_place(block, cached[each], free_of_rule(r, cached[each]));
+            add_place(block, cached[each], free_of_rule(dp, r, cached[each]));
     }
     for (uint32_t index = count; index-- > 0;) {
         const struct dp_record *r = at(dp, records[index]);
@@ -254,6 +257,7 @@ static bool share(struct datapath *dp, uint32_t record, uint64_t pba)
     const struct dp_record *r = at(dp, record);
     if (!store_share(dp->dedup, r->volume, r->lba, r->base, pba))
         return false;
+    tier_consider(dp, r->volume, pba);
     destage_settled(dp, record);
     atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
     return true;
@@ -296,7 +300,7 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
         struct runs_block *block = &blocks[index];
         *block = (struct runs_block){0};
         if (places[index] != 0) {
-            add_place(block, places[index], free_of_rule(r, places[index]));
+            add_place(block, places[index], free_of_rule(dp, r, places[index]));
             nodes[index][0] = DP_NONE;
             continue;
         }
@@ -308,8 +312,18 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
     }
     rule_of(dp, records, count, blocks, &rule);
     runs_match(blocks, count, &rule, choice);
-    uint32_t keep = count - held_back(dp, records, count, runs_open_tail(blocks, count, &rule, choice));
+    uint32_t keep = count - held_back(dp, records, count, runs_open_tail(blocks, count, &rule, choice)), piece_end = 0;
+    bool recovered = false; /* the piece is too short, and shared all the same */
     for (uint32_t index = 0; index < count; index++) {
+        if (index >= piece_end && choice[index] != RUNS_NONE) {
+            uint64_t place = blocks[index].places[choice[index]];
+            piece_end = index + 1;
+            while (piece_end < count && choice[piece_end] != RUNS_NONE &&
+                   blocks[piece_end].places[choice[piece_end]] == place + (piece_end - index))
+                piece_end++;
+            recovered = piece_end - index < rule.threshold && tier_readable(dp, place) != TIER_NONE;
+        }
+        atoll_count(dp->domain, DEDUP_COUNTER_TIER_SHARED_BLOCKS, choice[index] != RUNS_NONE && recovered);
         uint32_t record = records[index], node = choice[index] == RUNS_NONE ? DP_NONE : nodes[index][choice[index]];
         if (index >= keep || (blocks[index].count == 0 && came_late(dp, at(dp, record), link[index]))) {
             log_requeue(dp, record);

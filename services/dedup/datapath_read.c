@@ -108,6 +108,8 @@ enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct ato
         } else if (MAP_KIND(values[index]) == MAP_PBA) {
             uint32_t page = pages[pba_count++];
             loading = loading || dp->pages[page].state != PAGE_VALID;
+            if (dp->pages[page].state == PAGE_LOADING && !page_in_tier(dp, page))
+                tier_consider(dp, request->halves[4], MAP_NUMBER(values[index]));
             add_segment(segments, &segment_count, page_address(dp, page) + start, bytes, ATOLL_SEGMENT_DATA);
             if (dp->pages[page].state == PAGE_VALID && dp->pages[page].attached)
                 lookup_note(dp, request->halves[4], first + index, (uint32_t)dp->record_count + page);

@@ -33,7 +33,9 @@ static struct dp_geometry datapath_geometry(const struct dedup_config *config)
 {
     return (struct dp_geometry){.nic_pages = config->nic_pages,
                                 .merge_pages = config->merge_pages,
-                                .cache_pages = config->cache_pages - STORE_BOUNCE_PAGES - DP_SCRUB_PAGES};
+                                .cache_pages = config->cache_pages - STORE_BOUNCE_PAGES - DP_SCRUB_PAGES,
+                                .tier_pages = config->tier_places != 0 ? config->tier_pages - TIER_BOUNCE_PAGES : 0,
+                                .tier_places = config->tier_places};
 }
 
 static struct store_geometry store_geometry(const struct dedup_config *config)
@@ -152,6 +154,12 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         io_complete(dedup, ATOLL_ROLE_DISK, &message);
         did = true;
     }
+    for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
+        if (!atoll_domain_take(domain, ATOLL_ROLE_LLRRM, &message))
+            break;
+        io_complete(dedup, ATOLL_ROLE_LLRRM, &message);
+        did = true;
+    }
     if (serve) {
         for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
             if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
@@ -241,11 +249,19 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
             return DEDUP_REASON_UNFLUSHED;
         if (goal->kind != DEDUP_GOAL_CLOSE)
             return DEDUP_REASON_REACHED;
+        if (!tier_quiet(dp))
+            return 0;
         store_close(dedup);
         atoll_domain_commit(dedup->domain);
         goal->phase = 2;
     }
     return store_closed(dedup) ? DEDUP_REASON_REACHED : 0;
+}
+
+static void at_ease(struct dedup *dedup)
+{
+    dedup->datapath->drain = false;
+    dedup->datapath->tier.closing = false;
 }
 
 static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
@@ -260,7 +276,7 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
         uint64_t wake_ms = 0, now = 0;
         int reason = look_at_goal(dedup, goal);
         if (reason != 0) {
-            dedup->datapath->drain = false;
+            at_ease(dedup);
             return reason;
         }
         if (turn(dedup, serve, &wake_ms))
@@ -268,13 +284,13 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
         if (kind != DEDUP_GOAL_SERVE && (wake_ms == 0 || wake_ms > 100))
             wake_ms = 100; /* messages are ignored: show that this is no hang */
         if (kind != DEDUP_GOAL_SERVE && (reason = look_at_goal(dedup, goal)) != 0) {
-            dedup->datapath->drain = false;
+            at_ease(dedup);
             return reason;
         }
         if (deadline_ns != 0) {
             now = atoll_now_ns();
             if (now >= deadline_ns) {
-                dedup->datapath->drain = false;
+                at_ease(dedup);
                 return DEDUP_REASON_TIMEOUT;
             }
         }
@@ -383,12 +399,23 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
     }
     figures->nic_pages = dp->arena->nic_pages;
     figures->merge_pages = dp->arena->merge_pages;
-    figures->cache_pages = dp->cache_pages;
+    figures->cache_pages = dp->pools[POOL_DISK].count;
+    figures->tier_pages = dp->pools[POOL_TIER].count;
+    const struct tier_area *tier = dp->tier.area;
+    figures->tier_state = tier->state;
+    figures->tier_places = tier->places;
+    figures->tier_used = tier->used;
+    figures->tier_queued = tier->queue_tail - tier->queue_head;
+    figures->tier_in_flight = dp->tier.in_flight;
+    figures->tier_table_blocks = tier->table_blocks;
+    figures->tier_loaded = tier->loaded;
+    for (uint32_t copy = 0; copy < TIER_COPIES; copy++)
+        figures->tier_copies += tier->copies[copy].state != COPY_FREE;
     figures->log_records = dp->arena->log_records;
     figures->failed_records = dp->arena->failed_records;
     figures->pinned_records = dp->arena->pinned_records;
     figures->merge_free = dp->merge_free_count + dp->merge_freed_count;
-    for (uint64_t page = 0; page < dp->cache_pages; page++) {
+    for (uint64_t page = 0; page < dp->arena->cache_pages + dp->arena->tier_pages; page++) {
         figures->cache_valid += dp->pages[page].state == PAGE_VALID;
         figures->cache_loading += dp->pages[page].state == PAGE_LOADING;
         figures->cache_pinned += dp->pages[page].pins != 0;
@@ -406,6 +433,10 @@ int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t cou
     struct goal goal = {.kind = DEDUP_GOAL_MAP, .volume = volume, .lba = first, .end = first + count, .values = values};
     return run(dedup, &goal, deadline_ns);
 }
+
+uint64_t dedup_tier_places(uint64_t device_blocks, uint64_t most) { return format_tier_places(device_blocks, most); }
+
+const char *dedup_tier_reason(struct dedup *dedup) { return dedup->datapath->tier.area->reason; }
 
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes)
 {

@@ -18,6 +18,8 @@ struct dedup_config {
     uint64_t fingerprint_slots; /* a power of two */
     uint64_t log_blocks;
     uint64_t destage_delay_ms;
+    uint64_t tier_pages;        /* of the fast device's driver, all of them */
+    uint64_t tier_places;       /* blocks on the fast device; 0: there is none */
     uint64_t track_blocks;      /* of the main device; at least ATOLL_THRESHOLD_MAX */
 };
 
@@ -48,6 +50,7 @@ struct dedup_figures {
     uint64_t cache_valid, cache_loading, cache_pinned;
     uint64_t waiting, flushing, accepted, active_runs;
     uint64_t sync_failures;
+    uint64_t tier_state, tier_places, tier_used, tier_queued, tier_copies, tier_pages, tier_in_flight, tier_table_blocks, tier_loaded;
 };
 
 /* The scrub: enum scrub_state of datapath.h, in the order of its phases. */
@@ -113,6 +116,10 @@ void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub);
 bool dedup_scrub_damage(struct dedup *dedup, uint32_t index, struct dedup_damage *damage);
 int dedup_du_start(struct dedup *dedup, uint64_t *number);
 void dedup_du(struct dedup *dedup, struct du_state *state);
+/* Why the fast tier is away or refused; "" otherwise, 127 bytes at most. */
+const char *dedup_tier_reason(struct dedup *dedup);
+/* Places for a fast device of so many blocks, at most `most`. */
+uint64_t dedup_tier_places(uint64_t device_blocks, uint64_t most);
 /* Recounts and compares everything (between steps); lines of text, number of inconsistencies. DEDUP_CHECK_WAITS: to be called again,
  * with the same `text`, after dedup_check_turn. */
 #define DEDUP_CHECK_WAITS 0xffffffff

@@ -46,7 +46,7 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
     struct atoll_journal *journal = dedup->domain->journal;
     struct io_table *table = dedup->io;
     assert(segment_count <= ATOLL_IO_BLOCKS);
-    if (io_room(dedup, kind == IO_FILL ? IO_DESTAGE : kind) == 0) /* for whom IO_FILL is, its caller has looked */
+    if (io_room(dedup, kind == IO_FILL || kind == IO_TIER ? IO_DESTAGE : kind) == 0) /* for whom IO_FILL is, its caller has looked */
         return -1;
     uint32_t number = table->free[table->free_count - 1];
     struct io_slot *slot = &table->slots[number];

@@ -22,6 +22,7 @@ enum io_kind {
     IO_DESTAGE = 1,    /* datapath: argument = run index */
     IO_FILL = 2,       /* datapath: read into cache pages; argument as datapath wants */
     IO_STORE = 3,      /* store: argument as store wants */
+    IO_TIER = 4,       /* fast tier: argument as datapath_tier.h says */
     IO_SCRUB = 8       /* scrub: argument = number of the scrub << 8 | first block of the batch */
 };
 

@@ -362,3 +362,9 @@ bool store_closed(struct dedup *dedup)
     const struct store_area *area = dedup->store->area;
     return area->closed || area->state == STORE_BLANK || area->state == STORE_FAILED || area->state == STORE_NEW;
 }
+
+void store_uuid(struct dedup *dedup, uint64_t *low, uint64_t *high)
+{
+    *low = dedup->store->area->uuid_low;
+    *high = dedup->store->area->uuid_high;
+}

@@ -191,6 +191,11 @@ uint32_t store_candidates(struct dedup *dedup, struct fingerprint print, uint64_
 /* True if pba is a data block of this device (checks values that came from elsewhere). */
 bool store_pba_valid(struct dedup *dedup, uint64_t pba);
 
+/* The last reference to a place is gone: it will be used for something else. Provided by the datapath. */
+void datapath_freed(struct dedup *dedup, uint64_t pba);
+/* Identity of the store, once it is READY. */
+void store_uuid(struct dedup *dedup, uint64_t *low, uint64_t *high);
+
 /* --- Durability ----------------------------------------------------------------------------------------------------
  * store_sync asks that all changes made so far become durable: data writes completed so far -> device flush -> metadata log
  * blocks -> device flush. Returns a ticket; it is reached when store_synced() >= ticket. Requests join: one sync runs at a

@@ -83,6 +83,7 @@ void store_set_ref(struct store *store, uint64_t pba, uint32_t count)
     store_mark_dirty(store, frame);
     if (count == 0) {
         store_forget_print(store, pba);
+        datapath_freed(store->dedup, pba);
         make_pending(store, pba, frame, word);
         return;
     }

@@ -51,7 +51,7 @@ void nbd_lookup_attach(struct nbd *nbd)
 static uint64_t page_address(const struct nbd_lookup *lookup, uint32_t page)
 {
     const struct atoll_lookup *table = &lookup->table;
-    uint32_t area = page >= table->first[2] ? 2 : page >= table->first[1] ? 1 : 0;
+    uint32_t area = page >= table->first[3] ? 3 : page >= table->first[2] ? 2 : page >= table->first[1] ? 1 : 0;
     if (page >= table->page_count || page < table->first[area])
         return 0;
     return table->address[area] + (page - table->first[area]) * ATOLL_BLOCK_BYTES;

@@ -340,6 +340,12 @@ static bool run_io(void)
 
 void datapath_io_done(struct dedup *unused, const struct io_slot *slot, uint32_t status) { (void)unused, (void)slot, (void)status; }
 
+void datapath_freed(struct dedup *unused, uint64_t pba)
+{
+    (void)unused;
+    (void)pba;
+}
+
 uint64_t datapath_record_base(struct dedup *unused, uint64_t number)
 {
     (void)unused;
