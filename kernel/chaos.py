@@ -27,6 +27,7 @@ from atoll.kernel.chaos_model import BLOCK, PER_BLOCK, SECTOR
 from atoll.kernel.client import Client, ControlError, Refused
 
 WARM_UP_S = 0.5
+WORD_NS = 1_000_000_000  # from one word about the progress to the next
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _kill_by_plan(
     order = choose(options.target, options.signals, options.seed, killer.roles)
     until = began + int(options.duration_s * 1e9)
     next_kill = began + int(max(WARM_UP_S, options.interval_s) * 1e9)
-    next_word, last = began + int(1e9), shared.totals()
+    said, last = began, shared.totals()
     while (now := time.monotonic_ns()) < until and all(process.is_alive() for process, _ in jobs):
         if now >= next_kill and now + int(0.2e9) < until:
             roles, number = next(order)
@@ -160,17 +161,18 @@ def _kill_by_plan(
             # On the plan's beat; a beat that was missed while a successor was awaited is left out.
             beat = int(options.interval_s * 1e9)
             next_kill += beat * max(1, -(-(time.monotonic_ns() - next_kill) // beat))
-        elif now >= next_word:
+        elif now >= said + WORD_NS:
             totals = shared.totals()
-            say(_word(totals, last, kills, now - began))
-            next_word, last = next_word + int(1e9), totals
+            say(_word(totals, last, kills, now - began, now - said))
+            said, last = now, totals
         else:
-            time.sleep(max(0.0, min(next_kill, next_word, until) - now) / 1e9)
+            time.sleep(max(0.0, min(next_kill, said + WORD_NS, until) - now) / 1e9)
 
 
-def _word(totals: dict[str, int], last: dict[str, int], kills: list[Kill], since_ns: int) -> str:
-    replies, size = totals["replies"] - last["replies"], totals["bytes"] - last["bytes"]
-    text = f"{since_ns / 1e9:6.1f} s  {replies:6d} replies/s  {size / 1e6:7.1f} MB/s  {len(kills):5d} kills"
+def _word(totals: dict[str, int], last: dict[str, int], kills: list[Kill], since_ns: int, over_ns: int) -> str:
+    """`over_ns`: how long it has been since `last`; while a successor is awaited that may be seconds."""
+    replies, size = ((totals[name] - last[name]) * 1e9 / over_ns for name in ("replies", "bytes"))
+    text = f"{since_ns / 1e9:6.1f} s  {replies:6.0f} replies/s  {size / 1e6:7.1f} MB/s  {len(kills):5d} kills"
     if kills:
         kill = kills[-1]
         text += f"  last {kill.role} {kill.signal}: " + (

@@ -200,7 +200,7 @@ class Verbs:
     def _kill(self, arguments: dict[str, Any], reply: Reply) -> None:
         if arguments.get("role") in ("kernel", "zygote", "init"):
             raise Refused(f"kill {arguments['role']} by its pid: it stands in ps")
-        life = self._life(arguments)
+        life = self._life(arguments, "kernel", "zygote")  # as seen from the command line
         name = arguments.get("signal", "KILL")
         try:
             number = signal.Signals["SIG" + str(name).upper().removeprefix("SIG")]
@@ -300,11 +300,12 @@ class Verbs:
             header.crash_point = armed
         reply({"sequence": int(header.crash_sequence)})
 
-    def _life(self, arguments: dict[str, Any]) -> Life:
+    def _life(self, arguments: dict[str, Any], *others: str) -> Life:
+        """Of the domain named; a refusal names the `others` too."""
         name = arguments.get("role")
         life = self.supervisor.lives.get(name) if isinstance(name, str) else None
         if life is None:
-            raise Refused(f"no role {name!r}; there are {', '.join(self.supervisor.lives)}")
+            raise Refused(f"no role {name!r}; there are {', '.join([*self.supervisor.lives, *others])}")
         return life
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.kernel import chaos_report
+from atoll.kernel import chaos, chaos_report
 from atoll.kernel.chaos import Options
 from atoll.kernel.chaos_kill import ROLES, Kill, choose
 from atoll.kernel.chaos_load import Plan, Shared, Target, Worker, churn
@@ -137,6 +137,12 @@ def test_the_plan_is_fair_and_repeatable():
     assert len(pairs) == 20 and all(a != b for a, b in pairs)
     signals = choose("kernel", [signal.SIGSTOP, signal.SIGKILL], 1)
     assert {number for _, (_, number) in zip(range(20), signals, strict=False)} == {signal.SIGSTOP, signal.SIGKILL}
+
+
+def test_the_rate_shown_is_per_second_however_long_a_kill_took():
+    before = dict.fromkeys(("replies", "bytes", "drops", "errors", "wrong_sectors", "lost_sectors"), 0)
+    word = chaos._word(before | {"replies": 300, "bytes": 6_000_000}, before, [], 5_000_000_000, 3_000_000_000)
+    assert word.split() == ["5.0", "s", "100", "replies/s", "2.0", "MB/s", "0", "kills"]
 
 
 def test_throughput_lost_is_what_was_taken_out():
