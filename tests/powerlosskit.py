@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,17 +128,41 @@ class _Operation:
     covers: list[tuple[Block, int]] | None = None  # of a flush
 
 
+def volumes_found(server: Server, history: History) -> list[Volume]:
+    """Volumes and contents as a server has them that was started on what power loss left: another history begins."""
+    there = {volume["name"] for volume in server.json("status")["volumes"]}
+    found = []
+    for volume in history.volumes:
+        if volume.name not in there:
+            continue
+        again = Volume(volume.name, 0, 0)
+        with Connection.open(str(server.socket), timeout_s=60) as connection:
+            connection.negotiate(volume.name)
+            for lba in volume.blocks:
+                content = connection.read(lba * BLOCK, BLOCK)
+                again.blocks[lba] = Block(digests=[digest(content)], latest=content)
+        found.append(again)
+    return found
+
+
 class Load:
-    def __init__(self, server: Server, record: Path, seed: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        record: Path,
+        seed: int,
+        made: Sequence[str] = ("disk", "two"),
+        found: Sequence[Volume] | None = None,
+    ) -> None:
+        """`made`: volumes that the configuration made at this start. `found`: those that were there before."""
         self.server, self.record = server, record
         self.choose = random.Random(seed)
         self.calm = True
-        self.history = History(ready=self.position())
+        self.history = History(ready=0 if found else self.position())
         self.contents = [self.choose.randbytes(BLOCK) for _ in range(CONTENTS)] + [ZEROS] * 3
         self.connections: list[tuple[Volume, Connection]] = []
         self.outstanding: list[_Operation] = []
-        for name in ("disk", "two"):  # of the configuration
-            volume = Volume(name, 0, self.history.ready)
+        for volume in [*(found or ()), *(Volume(name, 0, self.history.ready) for name in made)]:
             self.history.volumes.append(volume)
             for _ in range(CONNECTIONS):
                 self.connect(volume)
@@ -242,7 +267,7 @@ class Load:
     def create(self) -> None:
         if len(self.connections) >= 12:
             return
-        volume = Volume(f"v{len(self.history.volumes)}", self.position(), 0)
+        volume = Volume(f"v{self.choose.getrandbits(32):08x}", self.position(), 0)
         with Client(self.server.data, timeout_s=60) as client:
             client.call("volume-create", name=volume.name, size_bytes=VOLUME_BYTES)
         volume.create_done = self.position()

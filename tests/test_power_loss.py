@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from nbdclient import Connection
-from powerlosskit import BLOCK, History, Load, configuration, digest
+from powerlosskit import BLOCK, History, Load, configuration, digest, volumes_found
 from serverkit import Server
 
 from atoll.drivers.fault.powerloss import LossyDevice
@@ -60,19 +60,40 @@ def test_power_loss_at_any_moment(make_server: Callable[..., Server], tmp_path: 
     print(f"seed {SEED} (ATOLL_POWERLOSS_SEED)")
     server, events, history = recorded(make_server, tmp_path)
     size = (server.data / "device.img").stat().st_size
-    device = LossyDevice(np.zeros(size, np.uint8))
     chance = random.Random(SEED + 1)
-    reader = LogReader()
+    print(f"{history.operations} operations, {history.flushes} flushes")
+    image = lose_power(make_server, events, history, np.zeros(size, np.uint8), STATES, SERVERS, chance)
+
+    # And once more on what it left: the start, the replay of the log, the checkpoint after it, a load.
+    record = tmp_path / "again"
+    again = on_device(make_server, image, record)
+    load = Load(again, record, SEED + 2, made=(), found=volumes_found(again, history))
+    load.run(OPERATIONS // 5)
+    again.stop()
+    lose_power(make_server, read_record(record), load.history, image, STATES // 4, SERVERS // 4, chance)
+
+
+def lose_power(
+    make_server: Callable[..., Server],
+    events: list[Event],
+    history: History,
+    base: np.ndarray,
+    states: int,
+    servers: int,
+    chance: random.Random,
+) -> np.ndarray:
+    """Judges `states` devices, of any moment, and has some served. Returns one of them."""
+    device, reader = LossyDevice(base.copy()), LogReader()
     # Where little is volatile there are few devices to tell apart.
-    counter = LossyDevice(np.zeros(size, np.uint8))
+    counter = LossyDevice(base.copy())
     weights = []
     for event in events:
         counter.feed(event)
         weights.append(1 + min(counter.volatile_blocks, 8))
-    share = STATES / sum(weights)
-    with_server = set(chance.sample(range(len(events)), min(SERVERS, len(events))))
-    position, states, volatile = 0, 0, 0
-    print(f"{len(events)} events, {history.operations} operations, {history.flushes} flushes")
+    share = states / sum(weights)
+    with_server = set(chance.sample(range(len(events)), min(servers, len(events))))
+    chosen, kept = chance.randrange(len(events) // 2, len(events)), None
+    position, judged, volatile = 0, 0, 0
     for index, event in enumerate(events):
         device.feed(event)
         position += 40 + len(event.data)
@@ -82,18 +103,22 @@ def test_power_loss_at_any_moment(make_server: Callable[..., Server], tmp_path: 
             with device.lost(random.Random(seeded)) as how:
                 wrong = judge(device.image.reshape(-1), history, position, reader)
             assert not wrong, f"event {index}, state {seeded}, {how}:\n" + "\n".join(wrong[:20])
-            states += 1
+            judged += 1
             volatile += device.volatile_blocks
         if index in with_server and position >= history.ready:
             with device.lost(chance) as how:
                 serve(make_server, device.image, history, position, f"event {index}, {how}")
-    print(f"{states} devices, {volatile / max(1, states):.1f} volatile blocks in the mean")
-    assert states > STATES * 0.8
+        if index == chosen:
+            with device.lost(chance):
+                kept = device.image.reshape(-1).copy()
+    print(f"{judged} devices of {len(events)} moments, {volatile / max(1, judged):.1f} volatile blocks in the mean")
+    assert judged > states * 0.8 and kept is not None
+    return kept
 
 
-def serve(make_server: Callable[..., Server], image: np.ndarray, history: History, position: int, what: str) -> None:
-    """The whole server on that device: it starts, its own check finds nothing, reads return what is allowed."""
-    server = make_server(config={**configuration(Path()), "testing": {}})
+def on_device(make_server: Callable[..., Server], image: np.ndarray, record: Path | None = None) -> Server:
+    """A server on a device with that content; with `record` its disk records."""
+    server = make_server(config=configuration(record) if record else {**configuration(Path()), "testing": {}})
     server.data.mkdir()
     with open(server.data / "device.img", "wb") as file:
         file.truncate(image.nbytes)
@@ -101,7 +126,12 @@ def serve(make_server: Callable[..., Server], image: np.ndarray, history: Histor
         for number in np.flatnonzero(blocks.any(axis=1)):
             file.seek(int(number) * BLOCK)
             file.write(blocks[number].tobytes())
-    server.start()
+    return server.start()
+
+
+def serve(make_server: Callable[..., Server], image: np.ndarray, history: History, position: int, what: str) -> None:
+    """The whole server on that device: it starts, its own check finds nothing, reads return what is allowed."""
+    server = on_device(make_server, image)
     assert server.json("check", "--live")["ok"], what
     there = {volume["name"] for volume in server.json("status")["volumes"]}
     for volume in history.volumes:

@@ -271,6 +271,9 @@ static bool begin_blocks(struct datapath *dp)
     uint32_t count = 0;
     store_space(dp->dedup, &space);
     for (uint32_t windows = 0; windows < WINDOWS_PER_STEP && count == 0; windows++) {
+        uint64_t from = store_stored_from(dp->dedup, scrub->position);
+        if (from != scrub->position)
+            dp_set64(dp, &scrub->position, from);
         if (scrub->position >= space.device_blocks) {
             change(dp)->state = SCRUB_METADATA;
             scrub->position = STORE_PAGES_BEGIN;

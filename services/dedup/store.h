@@ -125,6 +125,8 @@ bool store_pressed(struct dedup *dedup);
 /* --- For the scrub ------------------------------------------------------------------------------------------------- */
 /* Counts and fingerprints of these places, to look at only. */
 enum store_want store_want_look(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+/* The first place from `pba` on that may hold a stored block: groups without one are passed over. device_blocks if there is none. */
+uint64_t store_stored_from(struct dedup *dedup, uint64_t pba);
 struct store_page_copies { uint64_t page, checksum, pba[2]; };
 /* The next metadata pages that are on the device, from *cursor on (STORE_PAGES_BEGIN at first), which moves behind them.
  * STORE_HAVE with *count == 0: that was all. */

@@ -4,6 +4,7 @@
  *   store_pages         the next pages that the newest root has on the device, tree by tree, directories first
  *   store_page_right    is an image what is expected there?
  *   store_page_repair   a page with a bad copy is written anew: from memory, or from its good copy
+ *   store_stored_from   passes over groups of blocks that hold nothing
  *   store_want_look     counts and fingerprints, to look at only: nothing is made
  *
  * After a crash: nothing of its own.
@@ -150,4 +151,15 @@ enum store_want store_want_look(struct dedup *dedup, const uint64_t *pbas, uint3
         worst = prints > worst ? prints : worst;
     }
     return worst;
+}
+
+uint64_t store_stored_from(struct dedup *dedup, uint64_t pba)
+{
+    const struct store *store = dedup->store;
+    uint64_t blocks = store->area->device_blocks, group = pba / STORE_GROUP_BLOCKS;
+    if (pba >= blocks || GROUP_STORED(store->groups[group]) != 0)
+        return pba;
+    while (group * STORE_GROUP_BLOCKS < blocks && GROUP_STORED(store->groups[group]) == 0)
+        group++;
+    return group * STORE_GROUP_BLOCKS < blocks ? group * STORE_GROUP_BLOCKS : blocks;
 }

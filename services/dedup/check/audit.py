@@ -84,7 +84,8 @@ def audit(store: Store, report: Report, progress: Progress = silent, window: int
                 check_values(store, report, totals, keys, values)
             places = layout.numbers(values[layout.kinds(values) == layout.KIND_PBA])
             places = places[(places >= first) & (places < end)]
-            found += np.bincount((places - np.uint64(first)).astype(np.int64), minlength=end - first).astype(np.uint32)
+            named, times = np.unique(places - np.uint64(first), return_counts=True)
+            found[named.astype(np.int64)] += times.astype(np.uint32)
         compare_counts(store, report, totals, first, end, found)
     compare_sums(store, report, totals)
     return totals
@@ -197,8 +198,7 @@ def compare_counts(store: Store, report: Report, totals: Totals, first: int, end
     totals.references += int(counts.sum(dtype=np.uint64))
     if store.lost:
         return  # with pages gone nothing can be recounted
-    places = np.arange(first, end, dtype=np.uint64)
-    data = store.places.hold_data(places)
+    data = store.places.data_mask(first, end)
     for index in np.flatnonzero(counts != found):
         block, has, says = int(first + index), int(found[index]), int(counts[index])
         if not data[index]:

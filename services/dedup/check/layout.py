@@ -238,6 +238,13 @@ class Places:
             good &= (places < first) | (places >= end)
         return good
 
+    def data_mask(self, first: int, end: int) -> np.ndarray:
+        """Which of the blocks [first, end) hold data, if anything."""
+        mask = np.ones(end - first, bool)
+        for begin, behind in self.reserved:
+            mask[max(begin - first, 0) : max(behind - first, 0)] = False
+        return mask
+
     def of_slots(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """PBAs of both copies; of a slot that is none: of no block."""
         slots = slots.astype(np.int64)

@@ -389,7 +389,7 @@ class Store:
 
     def counts(self, first: int, end: int) -> np.ndarray:
         """Reference counts (u32) of the blocks [first, end)."""
-        found = self.table(layout.TREE_REFS, layout.REFS_PER_PAGE, "<u4", first, end).copy()
+        found = self.table(layout.TREE_REFS, layout.REFS_PER_PAGE, "<u4", first, end)
         logged = slice_of(self.log.counts, first, end)
         found[(logged[:, 0] - np.uint64(first)).astype(np.int64)] = logged[:, 1].astype(np.uint32)
         return found
