@@ -111,7 +111,10 @@ def test_contents_differ_where_identities_do(servers: dict[str, Any], folder: Pa
 
 
 def read_back(uri: str, size: int) -> bytes:
-    program = "import nbd, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); sys.stdout.buffer.write(h.pread(int(sys.argv[2]), 0))"
+    program = (
+        "import nbd, sys; handle = nbd.NBD(); handle.connect_uri(sys.argv[1])\n"
+        "sys.stdout.buffer.write(handle.pread(int(sys.argv[2]), 0))"
+    )
     done = subprocess.run(
         ["/usr/bin/python3", "-c", program, uri, str(size)], capture_output=True, check=True, timeout=60
     )
