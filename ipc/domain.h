@@ -116,7 +116,6 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
     if (atoll_ring_available(ring) == 0)
         return false;
     *message = *atoll_ring_entry(ring, 0);
-    atoll_ring_prefetch(ring);
     atoll_ring_pop(ring, 1);
     if (atoll_trace_armed(domain))
         atoll_trace_hop(domain, role, 0, message);
@@ -129,7 +128,7 @@ static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, 
     struct atoll_descriptor *entry = atoll_ring_reserve(ring);
     if (entry == 0)
         return false;
-    atoll_ring_fill(entry, message, domain->incarnation);
+    atoll_ring_fill(ring, entry, message, domain->incarnation);
     atoll_ring_push(ring);
     if (atoll_trace_armed(domain))
         atoll_trace_hop(domain, role, 1, entry);

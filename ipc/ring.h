@@ -23,8 +23,8 @@
 #include "ipc/layout.h"
 #include "ipc/transaction.h"
 
-/* Entries whose lines are brought near ahead of their use: as many as cross between two cores while one is worked on. */
-#define ATOLL_RING_AHEAD 8
+/* Entries ahead of the one being filled whose lines are asked for: a step's worth. */
+#define ATOLL_RING_AHEAD 32
 
 /* Private to the process. */
 struct atoll_tx_ring {
@@ -75,12 +75,18 @@ typedef uint64_t atoll_pair __attribute__((vector_size(16)));
  * It is read member by member, as it was written: a wider load of what was just stored in parts waits until those stores
  * have left the processor, behind stores to earlier entries whose lines the consumer's core still has, so that the lines
  * would cross one at a time. (volatile: the compiler would put the loads together.) It is written in pairs of words, so
- * that few stores stand in line. */
-static inline void atoll_ring_fill(struct atoll_descriptor *entry, const struct atoll_descriptor *message,
-                                   uint32_t incarnation)
+ * that few stores stand in line. And the line of an entry to come, which the consumer has long read, is asked for. */
+static inline void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atoll_descriptor *entry,
+                                   const struct atoll_descriptor *message, uint32_t incarnation)
 {
     const volatile struct atoll_descriptor *from = message;
     atoll_pair *pairs = (atoll_pair *)entry;
+    struct atoll_descriptor *ahead = &ring->entries[(ring->tail + ATOLL_RING_AHEAD) & ring->mask];
+#ifdef __x86_64__
+    __asm__ __volatile__("prefetchw %0" : : "m"(*ahead)); /* __builtin_prefetch would only ask for a copy to read */
+#else
+    __builtin_prefetch(ahead, 1);
+#endif
     uint64_t first = from->opcode | (uint64_t)from->flags << 8 | (uint64_t)from->segment_count << 16 |
                      (uint64_t)incarnation << 32;
     uint64_t fourth = from->length | (uint64_t)from->status << 32 | (uint64_t)from->part << 48;
@@ -127,14 +133,6 @@ static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
 static inline const struct atoll_descriptor *atoll_ring_entry(const struct atoll_rx_ring *ring, uint32_t index)
 {
     return &ring->entries[(ring->head + index) & ring->mask];
-}
-
-/* Brings the line of an entry near that will be taken soon, if it is complete: the producer has left it. */
-static inline void atoll_ring_prefetch(const struct atoll_rx_ring *ring)
-{
-    uint32_t ahead = ring->head + ATOLL_RING_AHEAD;
-    if ((int32_t)(ring->cached_tail - ahead) > 0)
-        __builtin_prefetch(&ring->entries[ahead & ring->mask]);
 }
 
 static inline void atoll_ring_pop(struct atoll_rx_ring *ring, uint32_t count) { ring->head += count; }
