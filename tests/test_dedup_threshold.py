@@ -250,6 +250,23 @@ def test_an_overwritten_block_is_no_candidate(bench: Bench) -> None:
     assert bench.stage.counters()["compare_mismatches"] == 0
 
 
+def test_a_small_cache_costs_no_savings() -> None:
+    """Batches that read what they compare with do not begin before there are pages for it."""
+    with Stage(nic_pages=2048, cache_pages=456, track_blocks=WHOLE, device_blocks=16384) as stage:
+        stage.open()
+        bench = Bench(stage)
+        source, copy = stage.create_volume("source", 8 * MIB), stage.create_volume("copy", 8 * MIB)
+        stored = blocks(14, 1500)
+        bench.write(source, 0, stored)
+        before = bench.stored()
+        bench.write(copy, 0, stored, drain=False)
+        for _ in range(40):
+            stage.turn()  # all that can begin has begun before the device answers
+        stage.drain()
+        assert bench.stored() == before
+        assert stage.counters()["match_skipped"] == 0
+
+
 def test_thresholds_are_kept_and_shown(make_server: Callable[..., Server]) -> None:
     """From the configuration, from the command line, over a restart; a wrong one is named."""
     server = make_server(config={"volumes": [{"name": "disk", "size": "64MiB", "threshold": 4}]}).start()

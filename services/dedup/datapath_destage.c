@@ -530,6 +530,18 @@ static uint32_t free_run(const struct datapath *dp)
     return DP_RUNS;
 }
 
+/* True if one more batch finds pages for its candidates in the half of the cache that batches may pin, or is the only one. */
+static bool pages_left(const struct datapath *dp)
+{
+    uint32_t pinned = 0;
+    for (uint32_t number = 0; number < DP_RUNS; number++) {
+        const struct dp_run *run = &dp->arena->runs[number];
+        for (uint32_t index = 0; run->state == RUN_MATCHING && index < run->record_count; index++)
+            pinned += run->link[index] < DP_UNREAD;
+    }
+    return pinned == 0 || 2 * (pinned + ATOLL_IO_BLOCKS) <= dp->pools[POOL_DISK].count;
+}
+
 bool destage_step(struct datapath *dp, uint64_t *wake_ms)
 {
     bool did = false, matching = dp->loaded, urgent = false;
@@ -577,8 +589,9 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
     uint64_t wake = 0;
     uint32_t number = dp->arena->log_head == DP_NONE ? DP_RUNS : free_run(dp);
     if (number != DP_RUNS && dp->journal->count < DP_STEP_JOURNAL && wanted(dp, atoll_now_ns(), &wake)) {
-        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS) {
-            wake = 5; /* without I/O slots to read candidates, equal blocks would be stored again */
+        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS ||
+            !pages_left(dp)) {
+            wake = 5; /* without I/O slots and pages to read candidates, equal blocks would be stored again; readers need some, too */
         } else if (!looked_up(dp)) {
             wake = 5; /* or as soon as a page has been read */
         } else {
