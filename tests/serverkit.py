@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from atoll.bench.server import toml
 from atoll.kernel.client import Client, ControlError
 
@@ -211,6 +213,16 @@ class Server:
     def socket(self) -> Path:
         """The Unix socket for clients."""
         return self.data / "nbd.sock"
+
+
+def write_device(path: Path, image: np.ndarray) -> None:
+    """A sparse device file with that content."""
+    with open(path, "wb") as file:
+        file.truncate(image.nbytes)
+        blocks = image.reshape(-1, 4096)
+        for number in np.flatnonzero(blocks.any(axis=1)):
+            file.seek(int(number) * 4096)
+            file.write(blocks[number].tobytes())
 
 
 def run(*command: str | os.PathLike[str], status: int | None = 0, timeout_s: float = 120.0, **more: Any) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from nbdclient import Connection, NbdError
 from powerlosskit import block_digests
-from serverkit import Server, wait_for
+from serverkit import Server, wait_for, write_device
 
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.audit import audit, verify_data
@@ -145,12 +145,7 @@ def test_every_flip_is_harmless_or_named(devices: Devices, which: str) -> None:
 def start(make_server: Callable[..., Server], device: np.ndarray) -> Server:
     server = make_server(config=CONFIG)
     server.data.mkdir()
-    with open(server.data / "device.img", "wb") as file:
-        file.truncate(device.nbytes)
-        blocks = device.reshape(-1, BLOCK)
-        for number in np.flatnonzero(blocks.any(axis=1)):
-            file.seek(int(number) * BLOCK)
-            file.write(blocks[number].tobytes())
+    write_device(server.data / "device.img", device)
     return server.start()
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from nbdclient import Connection
 from powerlosskit import BLOCK, History, Load, configuration, digest, volumes_found
-from serverkit import Server
+from serverkit import Server, write_device
 
 from atoll.drivers.fault.powerloss import LossyDevice
 from atoll.drivers.fault.record import Event, read_record
@@ -120,12 +120,7 @@ def on_device(make_server: Callable[..., Server], image: np.ndarray, record: Pat
     """A server on a device with that content; with `record` its disk records."""
     server = make_server(config=configuration(record) if record else {**configuration(Path()), "testing": {}})
     server.data.mkdir()
-    with open(server.data / "device.img", "wb") as file:
-        file.truncate(image.nbytes)
-        blocks = image.reshape(-1, BLOCK)
-        for number in np.flatnonzero(blocks.any(axis=1)):
-            file.seek(int(number) * BLOCK)
-            file.write(blocks[number].tobytes())
+    write_device(server.data / "device.img", image)
     return server.start()
 
 
