@@ -52,16 +52,16 @@ def size_of(context: click.Context, parameter: click.Parameter, text: str) -> in
 
 
 @contextmanager
-def offline(folder: Path | None, device: Path | None) -> Iterator[Any]:
-    """The store of a server that does not run; ends the program with its status if it cannot be had."""
+def offline(folder: Path | None, device: Path | None, hint: str) -> Iterator[Any]:
+    """The store of a server that does not run; ends the program with its status if it cannot be had. `hint`: what to do
+    if one runs."""
     from atoll.kernel.instance import BootError
     from atoll.kernel.offline import open_store
 
     try:
         opened = open_store(folder or Path(configuration.DEFAULT_DATA), device, folder is not None)
     except BootError as error:
-        hint = " (stop it, or look at it as it runs: atoll check --live)" if error.status == EXIT_SERVER else ""
-        fail(f"{error}{hint}", error.status)
+        fail(f"{error} ({hint})" if error.status == EXIT_SERVER else str(error), error.status)
         return
     try:
         yield opened
@@ -121,7 +121,7 @@ def check(
                                    " or --repair (the device of a running server: atoll scrub)")  # fmt: skip
         check_live(folder or Path(configuration.DEFAULT_DATA), as_json, timeout_s)
         return
-    with offline(folder, device) as store:
+    with offline(folder, device, "stop it, or look at it as it runs: atoll check --live, atoll scrub") as store:
         if repair and store.unflushed:
             fail(f"{store.unflushed}; then check and repair", EXIT_USAGE)
         with progress_bar(not as_json) as progress:
@@ -188,7 +188,7 @@ def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int
     folder = data or Path(configuration.DEFAULT_DATA)
     if size == 0 or size % 4096:
         raise click.UsageError(f"SIZE is {size} bytes, no multiple of 4096")
-    with offline(folder, device) as store:
+    with offline(folder, device, "atoll stop, atoll device grow, atoll serve") as store:
         with progress_bar(not as_json) as progress:
             document = call_checker(store.device, progress=progress)
         if document["fatal"] or not document["ok"]:
@@ -281,7 +281,7 @@ def du(data: Path | None, as_json: bool, device: Path | None) -> None:
     try:
         document = du_online(folder, as_json)
     except NoServer:
-        with offline(data, device) as store, progress_bar(not as_json) as progress:
+        with offline(data, device, "it is starting or stopping") as store, progress_bar(not as_json) as progress:
             checked = call_checker(store.device, volumes=True, progress=progress)
         if not checked["ok"]:
             fail(f"{store.device}: {checked['fatal'] or 'not consistent'} (atoll check)", EXIT_NEGATIVE)

@@ -5,6 +5,7 @@
     DATA/instance.json   what init made, and whether it came to a clean end (struct `Record`)
     DATA/control.sock    control socket (kernel/control.py)
     DATA/device.img      the device, unless the configuration names another
+    DATA/scrub.json      what the last scrub found, for the status
     DATA/grow            the next start enlarges the store to its device (kernel/offline.py)
 
 - `Directory.open(path)`   checks and locks it; ends the survivors of a dead init first
@@ -134,6 +135,22 @@ class Directory:
             (self.path / "grow").touch()
         else:
             (self.path / "grow").unlink(missing_ok=True)
+
+    def keep_scrub(self, found: dict[str, Any]) -> None:
+        fresh = self.path / "scrub.json.new"
+        try:
+            fresh.write_text(json.dumps(found))
+            fresh.replace(self.path / "scrub.json")
+        except OSError as error:
+            log.warning("%s: %s: the scrub's result is not kept", fresh, error.strerror)
+
+    def last_scrub(self) -> dict[str, Any] | None:
+        """Of this run or an earlier one, without the list of what is damaged."""
+        try:
+            found = json.loads((self.path / "scrub.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("state"), str) else None
 
     @staticmethod
     def _take(folder: Path, lock_fd: int) -> None:

@@ -62,7 +62,7 @@ def run(world: World) -> NoReturn:
         loop.at(now + 500_000_000 if due is None else max(due, now + 100_000_000), expire_calls)
 
     loop = Loop(domain, world.eventfds["kernel"], on_wake, from_init)
-    calls = Calls(CallClient(domain), lambda role, message: _event(role, message))
+    calls = Calls(CallClient(domain), lambda role, message: _event(world, role, message))
     supervisor = Supervisor(loop, world, domain, rows, calls)
     service = Service(world, supervisor, calls, rows, tell_init)
     verbs = Verbs(world, domain, supervisor, calls, service)
@@ -107,7 +107,10 @@ def _become_kernel(world: World) -> Any:
     return domain
 
 
-def _event(role: str, message: dict[str, Any]) -> None:
-    """What a domain wants known: a line in the log."""
+def _event(world: World, role: str, message: dict[str, Any]) -> None:
+    """What a domain wants known: a line in the log; the result of a scrub is kept beyond the run."""
     name = message.pop("event", "?")
+    if name == "scrub-ended":
+        world.directory.keep_scrub(message)
+        return
     log.warning("%s: %s%s", role, name, "".join(f", {key} {value}" for key, value in message.items()))

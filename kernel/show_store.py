@@ -74,7 +74,7 @@ def scrub(document: Mapping[str, Any]) -> None:
 def scrub_line(document: Mapping[str, Any]) -> str:
     """One line, for `atoll status` too."""
     if document["state"] == "never":
-        return "never since the server was started"
+        return "never"
     seen = f"{size(document['verified_bytes'])} of {size(document['stored_bytes'])} are right"
     bad = f"[red]{document['damaged_count']} blocks are damaged[/]" if document["damaged_count"] else "none is damaged"
     if document["repaired_pages"]:

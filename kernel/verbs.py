@@ -130,6 +130,9 @@ class Verbs:
         for name in ("space", "log", "cache", "scrub", "tier"):
             if isinstance(dedup.get(name), dict):
                 document[name] = dedup[name]
+        scrub = dedup.get("scrub")
+        if isinstance(scrub, dict) and scrub.get("state") == "never":
+            document["scrub"] = scrub | (world.directory.last_scrub() or {})
         return document
 
     def _ps(self, arguments: dict[str, Any], reply: Reply) -> None:

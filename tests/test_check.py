@@ -57,6 +57,7 @@ def test_a_running_server_is_left_alone(make_server: Callable[..., Server]) -> N
     server = make_server(config=SMALL).start()
     for arguments in (("check",), ("check", "--repair"), ("device", "grow", "256MiB")):
         assert "already running" in server.cli(*arguments, status=3).stderr
+    assert "atoll stop, atoll device grow, atoll serve" in server.cli("device", "grow", "256MiB", status=3).stderr
     said = run(ATOLL, "check", "--device", server.data / "device.img", status=3)
     assert "in use by process" in said
 

@@ -63,6 +63,12 @@ def test_a_scrub_reads_every_stored_block(make_server: Callable[..., Server]) ->
     status = server.json("status")
     assert status["scrub"]["number"] == 2 and status["scrub"]["state"] == "done"
     assert "4.69 MiB of 4.69 MiB are right" in server.cli("status").stdout
+    wait_for("the result is kept", lambda: (server.data / "scrub.json").exists())
+    server.stop()
+    server.start()
+    again = server.json("status")["scrub"]
+    assert again["state"] == "done" and again["ended_s"] == status["scrub"]["ended_s"]
+    assert again["verified_bytes"] == 1200 * BLOCK
 
 
 def test_a_damaged_block_is_named_and_never_served(make_server: Callable[..., Server]) -> None:

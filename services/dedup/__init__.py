@@ -57,8 +57,8 @@ def main(context: Context) -> None:
         reason = lib.dedup_run(state, lib.DEDUP_GOAL_SERVE, 0)
         if reason == lib.ATOLL_REASON_CONTROL:
             context.serve_control(control.handlers)
-        elif reason == lib.DEDUP_REASON_DAMAGE:
-            jobs.tell_damage(context, state)
+        elif reason == lib.DEDUP_REASON_TELL:
+            jobs.tell(context, state)
 
 
 def _sizes(config: dict[str, Any]) -> Any:

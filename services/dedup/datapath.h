@@ -328,6 +328,7 @@ struct datapath {
     struct du *du;              /* what `atoll du` counts; NULL before the first time */
     struct dp_damage damage[DP_DAMAGE_NOTES]; /* seen and not told to the log yet */
     uint32_t damage_count, damage_dropped;
+    uint64_t scrub_told;        /* number of the last scrub whose end was told to the kernel, by this process */
     uint64_t scrub_due_ns;      /* its rate: no read before */
 };
 
@@ -510,6 +511,8 @@ void scrub_cancel(struct datapath *dp);
 /* A bounded step; true if it did something. *wake_ms: when to look again at the latest, unless it is sooner already. */
 bool scrub_step(struct datapath *dp, uint64_t *wake_ms);
 void scrub_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
+/* It has ended, and this process has not told so. */
+bool scrub_untold(const struct datapath *dp);
 void scrub_adopt(struct datapath *dp); /* no read is under way any more */
 
 /* --- datapath_du.c ------------------------------------------------------------------------------------------------------ */

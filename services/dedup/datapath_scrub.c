@@ -37,6 +37,12 @@ static struct dp_scrub *change(struct datapath *dp)
     return &dp->arena->scrub;
 }
 
+bool scrub_untold(const struct datapath *dp)
+{
+    const struct dp_scrub *scrub = &dp->arena->scrub;
+    return scrub->ended_s != 0 && scrub->number != dp->scrub_told;
+}
+
 void scrub_start(struct datapath *dp, uint64_t rate_bytes_s)
 {
     struct store_space space;

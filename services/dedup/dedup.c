@@ -220,8 +220,8 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
 {
     struct datapath *dp = dedup->datapath;
     uint32_t status;
-    if (goal->kind == DEDUP_GOAL_SERVE && dp->damage_count != 0)
-        return DEDUP_REASON_DAMAGE;
+    if (goal->kind == DEDUP_GOAL_SERVE && (dp->damage_count != 0 || scrub_untold(dp)))
+        return DEDUP_REASON_TELL;
     if (goal->kind == DEDUP_GOAL_SERVE)
         return atoll_domain_pending(dedup->domain, ATOLL_ROLE_KERNEL) != 0 ? ATOLL_REASON_CONTROL : 0;
     if (goal->kind == DEDUP_GOAL_LOAD) {
@@ -478,6 +478,14 @@ bool dedup_take_damage(struct dedup *dedup, struct dedup_seen *seen)
         dp->damage_dropped = 0;
     }
     return true;
+}
+
+bool dedup_scrub_untold(struct dedup *dedup)
+{
+    bool untold = scrub_untold(dedup->datapath);
+    if (untold)
+        dedup->datapath->scrub_told = dedup->datapath->arena->scrub.number;
+    return untold;
 }
 
 void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s)

@@ -37,7 +37,7 @@ enum dedup_reason {
     DEDUP_REASON_TIMEOUT = 17,
     DEDUP_REASON_UNFLUSHED = 18, /* an acknowledged write cannot be placed */
     DEDUP_REASON_LOST = 19,      /* a page of metadata cannot be read */
-    DEDUP_REASON_DAMAGE = 20     /* while serving: a place is damaged (dedup_take_damage), for the log */
+    DEDUP_REASON_TELL = 20       /* while serving: dedup_take_damage or dedup_scrub_untold has something for the kernel */
 };
 
 struct dedup_figures {
@@ -109,6 +109,8 @@ int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t cou
  * waited for the block; `dropped`: so many more were not kept. */
 struct dedup_seen { uint64_t pba, lba, dropped; uint32_t volume, status; };
 bool dedup_take_damage(struct dedup *dedup, struct dedup_seen *seen);
+/* True once for each scrub that has ended, in each process. */
+bool dedup_scrub_untold(struct dedup *dedup);
 void dedup_scrub_start(struct dedup *dedup, uint64_t rate_bytes_s);
 void dedup_scrub_cancel(struct dedup *dedup);
 void dedup_scrub(struct dedup *dedup, struct dedup_scrub *scrub);

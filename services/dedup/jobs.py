@@ -49,8 +49,9 @@ def handlers(state: Any) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]
     }
 
 
-def tell_damage(context: Context, state: Any) -> None:
-    """Lines for the log: which place is damaged, and for whom it was read. What does not fit the ring is dropped."""
+def tell(context: Context, state: Any) -> None:
+    """Tells the kernel of damaged places, for the log, and of a scrub that has ended, to be kept. What does not fit the
+    ring is dropped; a successor tells of the last scrub again."""
     seen = ffi.new("struct dedup_seen *")
     while lib.dedup_take_damage(state, seen):
         if seen.status == lib.ATOLL_EPOISON:
@@ -64,6 +65,10 @@ def tell_damage(context: Context, state: Any) -> None:
         if seen.dropped:
             fields["more"] = int(seen.dropped)
         context.event(what, **fields)
+    if lib.dedup_scrub_untold(state):
+        found = scrub(state)
+        del found["damaged"], found["rate_bytes_s"], found["number"]
+        context.event("scrub-ended", **found)
     context.lib.atoll_domain_commit(context.domain)
 
 
