@@ -46,7 +46,7 @@ def run(program: Path, mode: str, rounds: int) -> None:
     assert done.returncode == 0, f"{mode} {seed} {rounds}: {done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize(("mode", "rounds"), [("work", 3), ("full", 2), ("kill", 3), ("power", 1), ("flip", 1)])
+@pytest.mark.parametrize(("mode", "rounds"), [("work", 3), ("full", 2), ("kill", 3), ("power", 1), ("flip", 1), ("grow", 1)])
 def test_sanitized(sanitized: Path, mode: str, rounds: int) -> None:
     run(sanitized, mode, rounds)
 
@@ -65,10 +65,15 @@ def test_killed_at_any_store(fast: Path) -> None:
 
 
 def test_power_loss(fast: Path) -> None:
-    """5,760 power losses, sector by sector; failed flushes that drop what was to be flushed."""
-    run(fast, "power", 20)
+    """2,304 power losses, sector by sector; failed flushes that drop what was to be flushed."""
+    run(fast, "power", 8)
 
 
 def test_flipped_bits(fast: Path) -> None:
     """600 damaged stores: repaired from the other copy, or refused."""
     run(fast, "flip", 10)
+
+
+def test_growing(fast: Path) -> None:
+    """70 devices that became larger, with power losses while the store follows."""
+    run(fast, "grow", 10)

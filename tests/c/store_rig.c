@@ -1,7 +1,7 @@
 /* The store between stand-ins: random work against an oracle; killed at any store, after power loss, with flipped bits. */
 /* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_cache.c services/dedup/store_page.c services/dedup/store_slot.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_print.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_root.c services/dedup/store_load.c services/dedup/store_replay.c services/dedup/store_grow.c services/dedup/store_volume.c services/dedup/store_delete.c */
 /*
- *   store_rig [MODE [SEED [ROUNDS]]]     modes: work, kill, power, flip, full, time; without: all of them, briefly
+ *   store_rig [MODE [SEED [ROUNDS]]]     modes: work, kill, power, flip, full, grow, time; without: all of them, briefly
  *
  * Stand-ins and oracle: store_rig.h.
  */
@@ -712,6 +712,81 @@ static void mode_full(uint64_t seed)
     drop_rig();
 }
 
+/* The device becomes larger, again and again; the lights go out while the store follows. It is then the old one or the new one, whole. */
+static void mode_grow(uint64_t seed)
+{
+    uint64_t blocks = 1024 + seed % 1500, grown = 0;
+    make_growing_rig(seed, blocks, 24000, 128 + seed % 100, false);
+    format();
+    make_volumes();
+    settle();
+    look_at_syncs();
+    commit();
+    while (grown < FORMAT_EXTENTS - 1) {
+        for (uint32_t index = 0; index < 400; index++)
+            operate();
+        if (chance(2) == 0)
+            close_store();
+        if (chance(3) == 0) /* too little to grow by */
+            geometry.device_blocks = blocks + chance(1024);
+        else
+            geometry.device_blocks = blocks + 1024 + chance(2000);
+        geometry.grow = 1;
+        snprintf(rig_context, sizeof rig_context, "grow: seed %llu, %llu to %llu", (unsigned long long)seed, (unsigned long long)blocks,
+                 (unsigned long long)geometry.device_blocks);
+        for (uint32_t losses = (uint32_t)chance(5); losses > 0; losses--) { /* at some moment of loading and growing */
+            power_loss(chance(7));
+            fresh_arena();
+            store_load(&dedup);
+            commit();
+            for (uint64_t steps = chance(150); steps > 0; steps--) {
+                commit();
+                store_step(&dedup);
+                run_io();
+            }
+        }
+        power_loss(chance(7));
+        fresh_arena();
+        load();
+        if (store_state(&dedup) != STORE_READY)
+            fprintf(stderr, "%s: %s\n", rig_context, store_reason(&dedup));
+        CHECK(store_state(&dedup) == STORE_READY && !dedup.store->area->growing);
+        bool enough = geometry.device_blocks >= blocks + STORE_GROUP_BLOCKS;
+        CHECK(dedup.store->area->device_blocks == (enough ? geometry.device_blocks : blocks));
+        grown += enough;
+        blocks = dedup.store->area->device_blocks;
+        check_memory();
+        check_past();
+        rig->synced_operation = rig->operation;
+        if (chance(2) == 0) { /* what a start without growing finds */
+            geometry.grow = 0;
+            fresh_arena();
+            load();
+            CHECK(store_state(&dedup) == STORE_READY && dedup.store->area->device_blocks == blocks);
+            check_memory();
+        }
+        commit();
+    }
+    /* All of it can be used. */
+    for (uint32_t index = 0; index < 2000; index++)
+        operate();
+    check_memory();
+    check_now();
+    close_store();
+    geometry.device_blocks = blocks + 1024;
+    geometry.grow = 1;
+    fresh_arena();
+    load();
+    CHECK(store_state(&dedup) == STORE_FAILED && strstr(store_reason(&dedup), "cannot be grown again") != 0);
+    geometry.grow = 0;
+    fresh_arena();
+    load();
+    CHECK(store_state(&dedup) == STORE_READY);
+    check_memory();
+    check_now();
+    drop_rig();
+}
+
 static double seconds(void) { return (double)atoll_now_ns() / 1e9; }
 
 static void mode_time(void)
@@ -785,6 +860,8 @@ int main(int count, char **arguments)
             mode_power(seed, 8);
         if (all || strcmp(mode, "flip") == 0)
             mode_flip(seed, 60);
+        if (all || strcmp(mode, "grow") == 0)
+            mode_grow(seed);
         if (strcmp(mode, "time") == 0)
             mode_time();
     }

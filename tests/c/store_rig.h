@@ -89,7 +89,7 @@ struct rig {
     uint64_t fail_flush_one_in;
     uint64_t volatile_cache;           /* keep what is needed for power loss */
     uint64_t pending_count;
-    uint8_t doomed[1 << 13];           /* blocks whose flush failed: never on the device unless written again */
+    uint8_t doomed[1 << 15];           /* blocks whose flush failed: never on the device unless written again */
     struct event events[HISTORY];
     struct pending pending[PENDING];
 };
@@ -97,6 +97,7 @@ struct rig {
 static struct rig *rig;
 static uint8_t *device, *stable, *memory;
 static bool shared_memory;
+static uint64_t device_room, memory_bytes;
 static struct store_geometry geometry;
 static struct atoll_domain domain;
 static struct dedup dedup;
@@ -167,7 +168,8 @@ static void fresh_arena(void)
     for (uint32_t index = 0; index < ATOLL_IO_COUNT; index++)
         rig->io.free[index] = ATOLL_IO_COUNT - 1 - index;
     rig->io.free_count = ATOLL_IO_COUNT;
-    CHECK(madvise(memory, store_arena_bytes(&geometry), shared_memory ? MADV_REMOVE : MADV_DONTNEED) == 0); /* zeros */
+    CHECK(store_arena_bytes(&geometry) <= memory_bytes);
+    CHECK(madvise(memory, memory_bytes, shared_memory ? MADV_REMOVE : MADV_DONTNEED) == 0); /* zeros */
     memset(rig->records, 0, sizeof rig->records);
     rig->reserved = 0;
     rig->sync_count = 0;
@@ -175,14 +177,18 @@ static void fresh_arena(void)
     attach(true);
 }
 
-static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool shared)
+/* `room`: blocks that the device may grow to. */
+static void make_growing_rig(uint64_t seed, uint64_t blocks, uint64_t room, uint64_t frames, bool shared)
 {
-    geometry = (struct store_geometry){.device_blocks = blocks, .frames = frames, .fingerprint_slots = 1024, .log_blocks = 64};
+    geometry = (struct store_geometry){.device_blocks = room, .frames = frames, .fingerprint_slots = 1024, .log_blocks = 64};
     shared_memory = shared;
     rig = map(sizeof *rig, shared);
-    device = map(blocks * ATOLL_BLOCK_BYTES, shared);
-    stable = map(blocks * ATOLL_BLOCK_BYTES, shared);
-    memory = map(store_arena_bytes(&geometry), shared);
+    device_room = room;
+    device = map(room * ATOLL_BLOCK_BYTES, shared);
+    stable = map(room * ATOLL_BLOCK_BYTES, shared);
+    memory_bytes = store_arena_bytes(&geometry);
+    memory = map(memory_bytes, shared);
+    geometry.device_blocks = blocks;
     rig->random = seed * 2 + 1;
     for (int warm = 0; warm < 8; warm++)
         chance(2);
@@ -195,12 +201,17 @@ static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool share
     fresh_arena();
 }
 
+static void make_rig(uint64_t seed, uint64_t blocks, uint64_t frames, bool shared)
+{
+    make_growing_rig(seed, blocks, blocks, frames, shared);
+}
+
 static void drop_rig(void)
 {
     munmap(rig, sizeof *rig);
-    munmap(device, geometry.device_blocks * ATOLL_BLOCK_BYTES);
-    munmap(stable, geometry.device_blocks * ATOLL_BLOCK_BYTES);
-    munmap(memory, store_arena_bytes(&geometry));
+    munmap(device, device_room * ATOLL_BLOCK_BYTES);
+    munmap(stable, device_room * ATOLL_BLOCK_BYTES);
+    munmap(memory, memory_bytes);
 }
 
 /* --- Device ---------------------------------------------------------------------------------------------------------- */

@@ -1,0 +1,57 @@
+"""Memory of a whole server: proportional set size of all its processes, their page tables, and shared memory as allocated, once.
+
+- `memory(server)` → `Memory`, bytes: `private` (PSS of what is not shared memory, of all processes), `tables` (page tables), `arenas`
+  (blocks of the shared memory objects), `total`.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from serverkit import Server
+
+
+@dataclass(frozen=True)
+class Memory:
+    private: int
+    tables: int
+    arenas: int
+
+    @property
+    def total(self) -> int:
+        return self.private + self.tables + self.arenas
+
+    def __str__(self) -> str:
+        parts = {"processes": self.private, "page tables": self.tables, "arenas": self.arenas, "total": self.total}
+        return ", ".join(f"{name} {amount / 2**20:.0f} MiB" for name, amount in parts.items())
+
+
+def processes(server: Server) -> list[int]:
+    """init's and those below it."""
+    assert server.process is not None
+    found, look = [], [server.process.pid]
+    while look:
+        pid = look.pop()
+        found.append(pid)
+        look += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found
+
+
+def memory(server: Server) -> Memory:
+    private = tables = 0
+    instances = set()
+    for pid in processes(server):
+        arena = False
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                name = re.search(r"/dev/shm/(atoll-[0-9a-f]+)-", line)
+                arena = name is not None
+                if name is not None:
+                    instances.add(name.group(1))
+            elif line.startswith("Pss:") and not arena:
+                private += int(line.split()[1]) * 1024
+        tables += int(re.search(r"VmPTE:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
+    names = [name for name in os.listdir("/dev/shm") if name.rsplit("-", 1)[0] in instances or "-".join(name.split("-")[:2]) in instances]
+    arenas = sum(os.stat(f"/dev/shm/{name}").st_blocks * 512 for name in names)
+    return Memory(private, tables, arenas)
