@@ -16,7 +16,7 @@ NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name
 # The Python side is installed without the extensions, which are then built in place, and again when C changes.
 INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
 
-.PHONY: endurance setup native run test test-setup bench bench-setup realdata lint sanitize powerloss clean help
+.PHONY: endurance paging setup native run test test-setup bench bench-setup realdata lint sanitize powerloss clean help
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native
@@ -50,6 +50,9 @@ sanitize: setup
 	.ci/c-tests
 
 # Many devices that power loss could leave, of a load of its own each time; a share of it is in `make test`.
+paging: test-setup
+	ATOLL_PAGING_GIB=$${ATOLL_PAGING_GIB:-1024} $(VENV)/bin/pytest tests/test_paging.py -s --timeout 3600 -k budget $(ARGS)
+
 powerloss: test-setup
 	ATOLL_POWERLOSS_STATES=$${ATOLL_POWERLOSS_STATES:-40000} ATOLL_POWERLOSS_SERVERS=$${ATOLL_POWERLOSS_SERVERS:-48} \
 	ATOLL_POWERLOSS_OPERATIONS=$${ATOLL_POWERLOSS_OPERATIONS:-5000} \
@@ -65,6 +68,7 @@ help:
 	@echo 'make run       setup, then starts a server           ARGS="--sparse ..."'
 	@echo 'make test      setup, what the tests need, all tests  ARGS="-k ring -x"'
 	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
+	@echo 'make paging     memory with a volume of 1 TiB, wholly mapped (4.5 GB of disk)'
 	@echo 'make powerloss  tens of thousands of devices that power loss could leave'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make endurance  an hour at nine tenths of a device      ARGS="--seconds 600 --seed 7"'

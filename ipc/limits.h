@@ -50,6 +50,10 @@
 /* Bytes of a control message. */
 #define ATOLL_CONTROL_BYTES 262144
 
+/* Addresses of failed blocks from here on are pages of metadata (docs/format.md: tree << 56 | level << 48 | number); no device has
+ * so many blocks. */
+#define ATOLL_METADATA_PLACE 0x1000000000000
+
 /* Volumes in one store and bytes of a volume's name (UTF-8). */
 #define ATOLL_VOLUME_COUNT 256
 #define ATOLL_VOLUME_NAME_BYTES 256

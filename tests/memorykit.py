@@ -34,7 +34,8 @@ def processes(server: Server) -> list[int]:
     while look:
         pid = look.pop()
         found.append(pid)
-        look += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        look += [int(child) for child in children.read_text().split()] if children.exists() else []
     return found
 
 
@@ -43,7 +44,11 @@ def memory(server: Server) -> Memory:
     instances = set()
     for pid in processes(server):
         arena = False
-        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        try:
+            maps, status = Path(f"/proc/{pid}/smaps").read_text(), Path(f"/proc/{pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile, and has no memory
+        for line in maps.splitlines():
             if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
                 name = re.search(r"/dev/shm/(atoll-[0-9a-f]+)-", line)
                 arena = name is not None
@@ -51,7 +56,8 @@ def memory(server: Server) -> Memory:
                     instances.add(name.group(1))
             elif line.startswith("Pss:") and not arena:
                 private += int(line.split()[1]) * 1024
-        tables += int(re.search(r"VmPTE:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()).group(1)) * 1024  # type: ignore[union-attr]
-    names = [name for name in os.listdir("/dev/shm") if name.rsplit("-", 1)[0] in instances or "-".join(name.split("-")[:2]) in instances]
+        entry = re.search(r"VmPTE:\s+(\d+)", status)
+        tables += int(entry.group(1)) * 1024 if entry is not None else 0  # a zombie has none
+    names = [name for name in os.listdir("/dev/shm") if "-".join(name.split("-")[:2]) in instances]
     arenas = sum(os.stat(f"/dev/shm/{name}").st_blocks * 512 for name in names)
     return Memory(private, tables, arenas)

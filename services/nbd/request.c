@@ -118,7 +118,9 @@ uint32_t nbd_code(uint32_t status)
 void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, const char *volume_name, char *text)
 {
     char why[96];
-    switch (status) {
+    if ((status == ATOLL_ECORRUPT || status == ATOLL_EIO) && place >= ATOLL_METADATA_PLACE)
+        snprintf(why, sizeof why, "a page of metadata cannot be had from either copy (page %#" PRIx64 ")", place);
+    else switch (status) {
     case ATOLL_EPERM: snprintf(why, sizeof why, "the volume is read-only"); break;
     case ATOLL_EIO: snprintf(why, sizeof why, "the device failed (address %" PRIu64 ")", place); break;
     case ATOLL_EINVAL: snprintf(why, sizeof why, "the request does not fit the volume"); break;
