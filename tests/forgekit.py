@@ -1,8 +1,8 @@
 """Makes the device of a large, full store without writing its data: what a year of use leaves, in a minute.
 
-- `forge(path, device_bytes, volume_bytes, distinct)`: a store of format 2 (docs/format.md) with a volume "disk" of which each block is
-  mapped, to one of `distinct` places in turn. The data blocks are holes of the file, so they read as zeros, and their
-  fingerprints are those of zeros. The file is sparse: it takes twice the size of the metadata.
+- `forge(path, device_bytes, volume_bytes, distinct)`: a store of format 2 (docs/format.md) with a volume "disk" of which
+  each block is mapped, to one of `distinct` places in turn. The data blocks are holes of the file, so they read as zeros,
+  and their fingerprints are those of zeros. The file is sparse: it takes twice the size of the metadata.
 """
 
 import os
@@ -52,7 +52,9 @@ class Forge:
         self.used = np.zeros(-(-self.slots // 32768) * 32768, np.uint8)
         self.map_pages = 0
 
-    def put(self, tree: int, level: int, numbers: np.ndarray, pages: np.ndarray, slots: np.ndarray | None = None) -> np.ndarray:
+    def put(
+        self, tree: int, level: int, numbers: np.ndarray, pages: np.ndarray, slots: np.ndarray | None = None
+    ) -> np.ndarray:
         """Writes pages (n x 4096 bytes) to both copies; returns their pointers."""
         pointers = np.zeros(len(numbers), POINTER)
         if slots is None:
@@ -86,7 +88,9 @@ class Forge:
             numbers = np.arange(first, first + len(pages))
             slots = None
             if tree == SLOTS:
-                slots = np.array([32768 * 256 * number + 3 if level == 1 else 5 for number in numbers.tolist()], np.uint64)
+                slots = np.array(
+                    [32768 * 256 * number + 3 if level == 1 else 5 for number in numbers.tolist()], np.uint64
+                )
             pointers = self.put(tree, level, numbers, pages, slots)
         assert len(pointers) == 1
         return pointers
@@ -123,7 +127,9 @@ def forge(path: Path, device_bytes: int, volume_bytes: int, distinct: int) -> No
     prints = np.zeros(((-(-(data + distinct) // 256)) - first_print) * 256, np.dtype([("low", "<u8"), ("high", "<u8")]))
     prints[data - first_print * 256 : data - first_print * 256 + distinct] = (zeros & MASK, zeros >> 64)
     pages = prints.view(np.uint8).reshape(-1, BLOCK)
-    roots[PRINTS] = forge.tree(PRINTS, forge.put(PRINTS, 0, np.arange(first_print, first_print + len(pages)), pages), first_print)[0]
+    roots[PRINTS] = forge.tree(
+        PRINTS, forge.put(PRINTS, 0, np.arange(first_print, first_print + len(pages)), pages), first_print
+    )[0]
     # The volume.
     entry = struct.pack("<6I2Q256sIIQ", 0, 1, 1, 0, 0, 4, volume_bytes, 1, b"disk", 0, 0, lbas)
     page = np.frombuffer(entry.ljust(BLOCK, b"\0"), np.uint8).reshape(1, BLOCK)
@@ -132,7 +138,8 @@ def forge(path: Path, device_bytes: int, volume_bytes: int, distinct: int) -> No
     bits = np.packbits(forge.used, bitorder="little").reshape(-1, BLOCK)
     numbers = np.flatnonzero(bits.any(axis=1))
     table = np.zeros(len(bits), POINTER)
-    table[numbers] = forge.put(SLOTS, 0, numbers, bits[numbers], np.array([32768 * number + 1 for number in numbers.tolist()], np.uint64))
+    own = np.array([32768 * number + 1 for number in numbers.tolist()], np.uint64)
+    table[numbers] = forge.put(SLOTS, 0, numbers, bits[numbers], own)
     roots[SLOTS] = forge.tree(SLOTS, table)[0]
     body = struct.pack(
         "<QII2Q13QII5Q", 0x3142534C4C4F5441, 2, 1, 0x0123456789ABCDEF, 0xFEDCBA987654321F, 1, forge.blocks, LOG_BLOCKS, 1, 0, 1,
@@ -141,5 +148,7 @@ def forge(path: Path, device_bytes: int, volume_bytes: int, distinct: int) -> No
     body += roots.tobytes() + struct.pack("<2QII", forge.first, forge.second, forge.slots, 0)
     body = body.ljust(504, b"\0")
     for place, block in ((1, 1), (3, forge.blocks - 1)):
-        os.pwrite(forge.file, struct.pack("<Q", xxhash.xxh3_64_intdigest(body, seed(1, 0, place))) + body, block * BLOCK)
+        os.pwrite(
+            forge.file, struct.pack("<Q", xxhash.xxh3_64_intdigest(body, seed(1, 0, place))) + body, block * BLOCK
+        )
     os.close(forge.file)

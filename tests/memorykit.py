@@ -1,10 +1,9 @@
-"""Memory of a whole server: proportional set size of all its processes, their page tables, and shared memory as allocated, once.
+"""Memory of a whole server: proportional set size of all its processes, their page tables, and shared memory as allocated.
 
-- `memory(server)` → `Memory`, bytes: `private` (PSS of what is not shared memory, of all processes), `tables` (page tables), `arenas`
-  (blocks of the shared memory objects), `total`.
+- `memory(server)` → `Memory`, bytes: `private` (PSS of what is not shared memory, of all processes), `tables` (page tables),
+  `arenas` (blocks of the shared memory objects, once), `total`.
 """
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +57,6 @@ def memory(server: Server) -> Memory:
                 private += int(line.split()[1]) * 1024
         entry = re.search(r"VmPTE:\s+(\d+)", status)
         tables += int(entry.group(1)) * 1024 if entry is not None else 0  # a zombie has none
-    names = [name for name in os.listdir("/dev/shm") if "-".join(name.split("-")[:2]) in instances]
-    arenas = sum(os.stat(f"/dev/shm/{name}").st_blocks * 512 for name in names)
+    objects = [path for path in Path("/dev/shm").iterdir() if "-".join(path.name.split("-")[:2]) in instances]
+    arenas = sum(path.stat().st_blocks * 512 for path in objects)
     return Memory(private, tables, arenas)

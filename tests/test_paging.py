@@ -1,7 +1,7 @@
 """Metadata larger than memory: the server on the device of a full store, with a cache for a small part of its metadata.
 
-ATOLL_PAGING_GIB=1024 (make paging) takes 4.5 GB of disk and a minute: a volume of 1 TiB, the default configuration, and the budget
-of memory that README.md states.
+ATOLL_PAGING_GIB=1024 (make paging) takes 4.5 GB of disk and a minute: a volume of 1 TiB, the default configuration, and the
+budget of memory that README.md states.
 """
 
 import os
@@ -50,7 +50,10 @@ class Model:
             lba, what = self.random.randrange(self.blocks - 64), self.random.randrange(10)
             if what < 5:
                 count = self.random.choice([1, 1, 1, 16, 64])
-                data = b"".join(content(self.random.randrange(1, 50) if what == 0 else self.random.getrandbits(63)) for _ in range(count))
+                data = b"".join(
+                    content(self.random.randrange(1, 50) if what == 0 else self.random.getrandbits(63))
+                    for _ in range(count)
+                )
                 connection.write(lba * BLOCK, data)
                 self.written.update({lba + each: data[each * BLOCK : (each + 1) * BLOCK] for each in range(count)})
             elif what < 6:
@@ -75,7 +78,7 @@ def forged(folder: Path, gib: int, distinct: int) -> str:
 
 @pytest.mark.slow
 def test_a_cache_far_smaller_than_the_metadata(make_server: Callable[..., Server], tmp_path: Path) -> None:
-    """512 pages of memory for 4,096 leaves, and as many pages of counts and fingerprints; kills, deaths of all, a clean stop."""
+    """512 pages of memory for 4,096 leaves, and as many of counts and fingerprints; kills, death of all, a clean stop."""
     config = {"device": forged(tmp_path, 8, 1 << 20), "volumes": [], "dedup": {"metadata_cache_bytes": "2MiB"}}
     server = make_server(config=config).start()
     model = Model(server, 8 * GIB // BLOCK, random.randrange(1 << 32))
@@ -123,7 +126,11 @@ def test_a_damaged_page_is_repaired_or_named(make_server: Callable[..., Server],
         for call in (lambda: connection.read(512 * BLOCK, BLOCK), lambda: connection.write(600 * BLOCK, content(1))):
             with pytest.raises(NbdError) as error:
                 call()
-            assert error.value.code == 5 and "page of metadata" in str(error.value) and "0x400000000000001" in str(error.value)
+            assert (
+                error.value.code == 5
+                and "page of metadata" in str(error.value)
+                and "0x400000000000001" in str(error.value)
+            )
         assert connection.read(1024 * BLOCK, BLOCK) == bytes(BLOCK)  # its neighbours are as they were
         connection.write(5 * BLOCK, content(5))
         connection.flush()

@@ -46,7 +46,10 @@ def run(program: Path, mode: str, rounds: int) -> None:
     assert done.returncode == 0, f"{mode} {seed} {rounds}: {done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize(("mode", "rounds"), [("work", 3), ("full", 2), ("kill", 3), ("power", 1), ("flip", 1), ("grow", 1)])
+MODES = [("work", 3), ("full", 2), ("kill", 3), ("power", 1), ("flip", 1), ("grow", 1)]
+
+
+@pytest.mark.parametrize(("mode", "rounds"), MODES)
 def test_sanitized(sanitized: Path, mode: str, rounds: int) -> None:
     run(sanitized, mode, rounds)
 

@@ -57,7 +57,9 @@ def machine(lib: Any) -> type[RuleBasedStateMachine]:
         return result
 
     class Store(RuleBasedStateMachine):
-        @initialize(seed=st.integers(0, 1 << 32), blocks=st.sampled_from([1024, 2048, 2500]), frames=st.integers(128, 200))
+        @initialize(
+            seed=st.integers(0, 1 << 32), blocks=st.sampled_from([1024, 2048, 2500]), frames=st.integers(128, 200)
+        )
         def start(self, seed: int, blocks: int, frames: int) -> None:
             done(lib.rig_start(seed, blocks, frames))
             self.started = True
