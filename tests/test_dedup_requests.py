@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import struct
 import time
 
 import pytest
 from dedupkit import BLOCK, FUA, NO_HOLE, OK, ONE, Io, Request, Stage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serverkit import wait_for
 
 from atoll.ipc._ipc import lib
 
@@ -532,6 +534,57 @@ def test_a_store_without_superblocks_is_damaged_not_strange() -> None:
         stage.device[:] = bytes(left)
         with pytest.raises(AssertionError, match="all copies of the superblock are damaged"):
             stage.open()
+
+
+def test_a_deletion_goes_on_where_a_page_was_missing() -> None:
+    """Counts of some entries of a leaf are in memory, others not: it stops at any entry, and ends with the leaf."""
+    count, size = 1100, 1100 * BLOCK  # more than one page of counts is about
+    filler = [block(seed) for seed in range(count)]
+    with Stage(nic_pages=2048) as stage:
+        stage.open()
+        first, second = stage.create_volume("first", size), stage.create_volume("second", size)
+        for at in range(0, count, 50):
+            stage.write(first, at * BLOCK, b"".join(filler[at : at + 50]))
+        stage.drain()
+        # A leaf of 512 entries, and a part of the next. The page of the last places is read first, for new ones.
+        shares = filler[-10:] + (filler[:60] * 9)[:502] + filler[:20]
+        for at in range(0, len(shares), 38):
+            stage.write(second, at * BLOCK, b"".join(shares[at : at + 38]))
+        stage.drain()
+        assert stage.figures().stored_blocks == count and stage.figures().references == count + len(shares)
+        deadline = time.monotonic() + 20
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+            assert time.monotonic() < deadline
+        left = bytes(stage.device)
+    with Stage(nic_pages=2048) as stage:
+        stage.device[:] = left
+        stage.open()
+        reason = stage.ffi.new("char[256]")
+        assert stage.lib.dedup_volume_delete(stage.state, second, 0, reason) == OK, stage.ffi.string(reason)
+        lib.atoll_domain_commit(stage.domain)
+
+        def first_counts(io: Io) -> bool:
+            """It reads the page of counts of the first places: small numbers, those of the device's beginning zero."""
+            counts = struct.unpack("<1024I", left[io.offset : io.offset + BLOCK]) if io.length == BLOCK else (0,)
+            return 0 < max(counts) < 64 and max(counts[:500]) == 0
+
+        held: list[Io] = []
+        for turn in range(400):
+            stage.turn()
+            stage.take_ios()
+            held = [io for io in stage.ios if first_counts(io)]
+            for io in [io for io in stage.ios if io not in held or turn > 200]:
+                stage.complete(io)
+            assert turn != 200 or len(held) == 1, "the deletion waits for it"
+        wait_for(
+            "the volume is gone",
+            lambda: stage.run_until_idle() or stage.lib.dedup_volume(stage.state, second).state == 0,
+        )
+        stage.drain()
+        stage.check()
+        assert stage.figures().stored_blocks == stage.figures().references == count
+        verify(stage, first, b"".join(filler))
 
 
 def test_damage_on_the_device_is_found() -> None:

@@ -17,7 +17,8 @@ static uint32_t free_entries(struct store *store, uint32_t number, uint64_t leaf
 {
     uint64_t records[2 + 2 * STORE_DELETE_ENTRIES];
     const uint64_t *entries = store_page_memory(store, frame);
-    uint32_t end = first + STORE_DELETE_ENTRIES, index = first;
+    uint32_t left = FORMAT_LEAF_ENTRIES - first, index = first; /* a page that was missing may have stopped it anywhere */
+    uint32_t end = first + (left < STORE_DELETE_ENTRIES ? left : STORE_DELETE_ENTRIES);
     bool have = true;
     for (uint32_t each = first; each < end; each++) /* all are asked for, so that one wait is for all */
         have &= store_want_base(store->dedup, entries[each]) != STORE_WAIT;
