@@ -185,6 +185,31 @@ def test_a_request_that_crashes_nic_twice_costs_its_connection() -> None:
         stage.check()
 
 
+def test_an_outcome_that_crashes_nic_twice_costs_its_connection(hooked: tuple[Any, Any]) -> None:
+    """The second time while the successor applies it in its recovery."""
+    with Stage() as stage:
+        stage.service = hooked
+        stage.start()
+        bad, good = stage.connect("unix"), stage.connect("tcp")
+        bad.request(READ, 0, 10)
+        stage.settle()
+        assert len(stage.connections) == 2
+        number = min(stage.connections)  # the first that was accepted
+        stage.kill()
+        stage.before = lambda lib: lib.nic_poison_receives(number)
+        stage.start()
+        bad.request(READ, 0, 10)
+        for _ in range(2):
+            stage.poll(lambda: stage.turn() is None or stage.is_dead())
+            assert os.WTERMSIG(stage.last_status) == signal.SIGSEGV
+            stage.start(previous_signal=signal.SIGSEGV, wait=False)
+        stage.poll(stage.is_serving)
+        assert stage.counters()["poisoned"] == 1
+        good.request(READ, 0, 5000)
+        stage.until(lambda: bad.closed and good.results == 1, "the bad one is dropped, the good one served")
+        stage.check()
+
+
 def test_after_the_death_of_all_only_what_dedup_holds_is_kept() -> None:
     """The arena of an earlier run: connections and slots start anew, pages are dedup's where it says so."""
     with Stage() as stage:

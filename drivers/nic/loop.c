@@ -99,6 +99,7 @@ void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
         if (connection->operation[kind] != (sequence << 1 | 1))
             return; /* applied before */
         atoll_set32(nic->journal, &connection->operation[kind], sequence << 1);
+        nic->domain->self->current = atoll_identity(index, NIC_NO_SLOT, sequence << 2 | kind);
     } else if (nic->recovering) {
         return; /* a descriptor of the dead process, a poll of its own */
     }
@@ -150,6 +151,7 @@ void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
         nic_schedule(nic, index);
         break;
     }
+    nic->domain->self->current = 0;
 }
 
 void nic_watch_descriptor(struct nic *nic, uint32_t connection, int fd)

@@ -81,7 +81,7 @@ enum nic_counter {
     NIC_RECOVERED_OUTCOMES = 22, /* outcomes found in the completion queue at a takeover */
     NIC_ACCEPT_FAILURES = 23,
     NIC_SOCKET_ERRORS = 24,
-    NIC_POISONED = 25,         /* connections dropped because their request crashed nic twice */
+    NIC_POISONED = 25,         /* connections dropped because a request or an outcome of theirs crashed nic twice */
     NIC_LOST_MESSAGES = 26,    /* a ring of the contract's size was full: a peer's index is wrong */
     NIC_COUNTER_COUNT = 27
 };
@@ -289,6 +289,8 @@ _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a 
 #define NIC_HEADER_WINDOW 1024
 /* Turns between two looks at epoll while there is work. */
 #define NIC_TURNS_PER_LOOK 16
+/* The slot of a suspect (I8) that is an outcome, not a request. */
+#define NIC_NO_SLOT ATOLL_SLOT_COUNT
 #define NIC_LINGER_NS 1000000000u
 /* Who holds pages moves at least so many bytes in payload_ns: by default 64 KiB in 30 s, 2.2 KB/s, below what any link does
  * that is meant to carry a block device. */

@@ -193,7 +193,8 @@ static void clear_intents(struct nic *nic, bool sockets_live)
     nic_commit(nic);
 }
 
-/* I8: a request during which nic crashed by itself twice costs its connection. */
+/* I8: a request, or an outcome, during which nic crashed by itself twice costs its connection. Before outcomes are applied: it
+ * may be one of these. */
 static void note_suspect(struct nic *nic)
 {
     struct atoll_suspect *table = (void *)((char *)nic->domain->self + ATOLL_SUSPECTS_OFFSET), *found = &table[0];
@@ -289,12 +290,12 @@ static int open_all(struct nic *nic, const struct atoll_uring_parameters *parame
     for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++)
         nic->hints[index].readable = nic->hints[index].writable = true;
     ATOLL_CRASH_POINT(domain, "nic.recover.begin");
+    note_suspect(nic);
     apply_outcomes(nic);
     ATOLL_CRASH_POINT(domain, "nic.recover.applied");
     clear_intents(nic, nic->options.engine == NIC_ENGINE_URING);
     ATOLL_CRASH_POINT(domain, "nic.recover.cleared");
     nic->area->engine = nic->options.engine;
-    note_suspect(nic);
     look_at_all(nic);
     nic->next_deadline_ns = nic->now_ns; /* the predecessor's deadlines */
     return 0;

@@ -7,6 +7,8 @@
 /* cffi:begin */
 /* The process dies by SIGKILL after that many more stores. */
 void nic_die_after(uint64_t stores);
+/* SIGSEGV at the first store made while the outcome of a receive of this connection is being applied. */
+void nic_poison_receives(uint32_t connection);
 /* cffi:end */
 
 #endif
