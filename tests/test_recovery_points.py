@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from nbdclient import Connection
-from recoverykit import DOMAINS, LONG, ROLES, Eyes, Load, check_live, check_nothing_left, patiently, send
+from recoverykit import DOMAINS, FAST, LONG, ROLES, Eyes, Load, check_live, check_nothing_left, patiently, send
 from serverkit import Server
 
 from atoll.ipc.crashpoint import points_in
@@ -20,6 +20,8 @@ NOT_HERE = {
     "kernel:call.before",  # in common code, but nobody calls the kernel
     "dedup.store.load",  # at a start after a clean stop, before anything can be armed
     "dedup.store.rewrite",  # after a failed sync of the device
+    "dedup.tier.load",  # while the fast device's table is read at the start: tests/test_dedup_tier.py
+    "dedup.tier.format",  # likewise, where it is blank
 }
 
 
@@ -29,7 +31,7 @@ def all_points() -> list[tuple[str, str]]:
     for folder in SOURCES:
         for name in points_in(ROOT / folder):
             if name.startswith(":"):
-                found += [(role, role + name) for role in ROLES]
+                found += [(role, role + name) for role in (*ROLES, FAST)]
             else:
                 found.append((name.split(".")[0], name))
     return sorted(found)
@@ -37,18 +39,25 @@ def all_points() -> list[tuple[str, str]]:
 
 def test_points_belong_to_roles() -> None:
     points = all_points()
-    assert {role for role, _ in points} == set(ROLES)
+    assert {role for role, _ in points} == {*ROLES, FAST}
     assert len(points) == len(set(points))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
-def test_each_crash_point(make_server, transport: str) -> None:
+def test_each_crash_point(make_server, tmp_path: Path, transport: str) -> None:
+    """With a fast device for which the load has more blocks than places."""
     server: Server = make_server(
-        config={"testing": {"crash_points": True}, "dedup": {"metadata_log_bytes": "1MiB"}}
+        config={
+            "testing": {"crash_points": True},
+            "dedup": {"metadata_log_bytes": "1MiB", "metadata_cache_bytes": "2MiB", "tier_entries": 64},
+            "fast_device": str(tmp_path / "fast"),
+            "fast_device_size": "4MiB",
+        }
     ).start()
     reached, passed = [], []
     with Eyes(server) as eyes, Load(server, transport=transport, size=32 << 20) as load:
+        patiently(server, "volume-set", name=load.volume, tier_threshold=1)
         for role, name in all_points() * LONG:
             (reached if walk(server, eyes, load, role, name) else passed).append(name)
             if role == "dedup":
@@ -61,13 +70,15 @@ def test_each_crash_point(make_server, transport: str) -> None:
 
 def walk(server: Server, eyes: Eyes, load: Load, role: str, name: str) -> bool:
     """Arms one point and waits until somebody has died there; False if nobody came by."""
-    before = {role: eyes.incarnation(role)}
+    # Both storage drivers run the same code: one of them dies.
+    roles = (role, FAST) if name.startswith("disk.") else (role,)
+    before = {role: eyes.incarnation(role) for role in roles}
     sequence = patiently(server, "crash-point", name=name)["sequence"]
     recovering = ".recover" in name
     began, provoked = time.monotonic(), 0
     rare = name.startswith("dedup.store.") and name not in NOT_HERE  # a checkpoint: when the log is full
     deadline = began + (20.0 if rare else 4.0)
-    while eyes.crash_seen(role) != sequence and time.monotonic() < deadline:
+    while not seen(eyes, roles, sequence) and time.monotonic() < deadline:
         if name == "dedup.store.delete":
             delete_a_volume(server)
         if name.startswith("dedup.scrub"):
@@ -81,12 +92,17 @@ def walk(server: Server, eyes: Eyes, load: Load, role: str, name: str) -> bool:
                 victim = role if recovering else DOMAINS[provoked % 4]
                 send(eyes.pid(victim), signal.SIGKILL)
         time.sleep(0.003)
-    died = eyes.crash_seen(role) == sequence
+    died = seen(eyes, roles, sequence)
     if died:
-        eyes.wait_serving(before)
+        eyes.wait_serving({victim: before[victim] for victim in died})
     patiently(server, "crash-point", name="")
     load.goes_on(name, 30)
-    return died
+    return bool(died)
+
+
+def seen(eyes: Eyes, roles: tuple[str, ...], sequence: int) -> list[str]:
+    """Who has died there."""
+    return [role for role in roles if eyes.crash_seen(role) == sequence]
 
 
 def delete_a_volume(server: Server) -> None:
