@@ -15,16 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include "ipc/crashpoint.h"
-
-struct fingerprint dp_fingerprint(const void *block)
-{
-    XXH128_hash_t hash = XXH3_128bits(block, DP_BLOCK);
-    return (struct fingerprint){.low = hash.low64, .high = hash.high64};
-}
 
 /* --- Suspects (I8) --------------------------------------------------------------------------------------------------- */
 

@@ -439,6 +439,7 @@ void lookup_adopt(struct datapath *dp);                  /* nothing in the table
  * numbers: records, then cache pages. */
 void lookup_note(struct datapath *dp, uint32_t volume, uint64_t lba, uint32_t page);
 void lookup_note_hole(struct datapath *dp, uint32_t volume, uint64_t lba);
+void lookup_prefetch(const struct datapath *dp, uint32_t volume, uint64_t lba);
 /* Before a block loses its content. */
 void lookup_forget(struct datapath *dp, uint32_t volume, uint64_t lba);
 void lookup_committed(struct datapath *dp);

@@ -2,6 +2,7 @@
  * The look-up table: what nbd may read without asking (ipc/layout.h, struct atoll_lookup), and who uses which page.
  *
  *   lookup_note        the block has this content once the step is committed
+ *   lookup_prefetch    either of these is to come
  *   lookup_forget      its content changes, or is nobody's business any more
  *   lookup_committed   what was noted can be seen now
  *   lookup_retire      a page is about to be used for something else: nobody takes it from the table from now on
@@ -111,6 +112,11 @@ static struct atoll_lookup_entry *find(const struct datapath *dp, uint64_t key)
         if (set[way].key == key)
             return &set[way];
     return 0;
+}
+
+void lookup_prefetch(const struct datapath *dp, uint32_t volume, uint64_t lba)
+{
+    __builtin_prefetch(set_of(dp, key_of(dp, volume, lba)), 1);
 }
 
 void lookup_forget(struct datapath *dp, uint32_t volume, uint64_t lba)

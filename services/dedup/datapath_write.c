@@ -273,6 +273,7 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     }
     map_values(dp, volume, first, count, values);
     for (uint32_t index = 0; index < count; index++) {
+        lookup_prefetch(dp, volume, first + index);
         if (protected(dp, values[index]))
             return wait_for(dp, RESOURCE_RUN);
         zero_count += MAP_KIND(values[index]) == MAP_ZERO;
