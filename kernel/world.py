@@ -121,6 +121,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     else:
         instance = secrets.randbits(63) | 1
         arenas = {name: _plan(role, config) for name, role in table.ROLES.items()}
+    placement.choose(config, instance)
     record = Record(
         instance=instance,
         pid=os.getpid(),

@@ -20,7 +20,7 @@ def test_what_the_table_says_is_true(seed: int, delay_ms: int) -> None:
     """A cache smaller than the data, pages that are always short, readers that keep theirs for long."""
     chance = random.Random(seed)
     print(f"seed {seed}")
-    with Stage(nic_pages=300, merge_pages=16, cache_pages=394, seed=seed, destage_delay_ms=delay_ms) as stage:
+    with Stage(nic_pages=300, merge_pages=16, cache_pages=458, seed=seed, destage_delay_ms=delay_ms) as stage:
         stage.open()
         volume = stage.create_volume("v", 8 * BLOCKS * BLOCK)
         other = stage.create_volume("w", BLOCKS * BLOCK)
@@ -118,7 +118,7 @@ def test_nothing_is_left_of_a_deleted_volume() -> None:
 
 
 def test_all_pages_of_the_cache_in_use_make_requests_wait_and_nothing_else() -> None:
-    with Stage(nic_pages=512, cache_pages=394, seed=4) as stage:
+    with Stage(nic_pages=512, cache_pages=458, seed=4) as stage:
         stage.open()
         volume = stage.create_volume("v", 8 * BLOCKS * BLOCK)
         reader = Reader(stage)

@@ -35,6 +35,17 @@ def test_the_choice(mode: str, cpus: list[int], role: str, allowed: set[int], co
     assert placement.cores(config(mode, cpus), role, allowed) == cores
 
 
+def test_the_choice_of_init_holds_for_all() -> None:
+    made = config("together")
+    placement.choose(made, 12345)
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) > 1:
+        assert made["kernel"]["path_cpu"] in allowed
+        assert placement.cores(made, "nic", allowed) == {made["kernel"]["path_cpu"]}
+        others = allowed - {made["kernel"]["path_cpu"]}
+        assert placement.cores(made, "nic", others) == {max(others)}, "it is not allowed there any more"
+
+
 def test_a_processor_that_cannot_be_used_is_named() -> None:
     with pytest.raises(BootError, match=r"kernel\.cpus names processor 8000; Atoll may run on"):
         placement.check(config("auto", [8000]))
@@ -45,7 +56,9 @@ def test_the_path_shares_a_processor_whoever_is_replaced(make_server: Any) -> No
     server = make_server(config={"kernel": {"placement": "together"}}).start()
     for _ in range(2):
         rows = {row["role"]: row["cpu_affinity"] for row in server.json("ps")}
-        assert {role: rows[role] for role in placement.PATH} == dict.fromkeys(placement.PATH, mine[-1:])
+        shared = rows["nbd"]
+        assert len(shared) == 1 and set(shared) <= set(mine)
+        assert {role: rows[role] for role in placement.PATH} == dict.fromkeys(placement.PATH, shared)
         assert rows["disk"] == rows["kernel"] == rows["init"] == mine
         for role in placement.PATH:
             server.cli("kill", role)
