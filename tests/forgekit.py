@@ -1,8 +1,8 @@
 """Makes the device of a large, full store without writing its data: what a year of use leaves, in a minute.
 
-- `forge(path, device_bytes, volume_bytes, distinct)`: a store of format 2 (docs/format.md) with a volume "disk" of which
-  each block is mapped, to one of `distinct` places in turn. The data blocks are holes of the file, so they read as zeros,
-  and their fingerprints are those of zeros. The file is sparse: it takes twice the size of the metadata.
+- `forge(path, device_bytes, volume_bytes, distinct)`: a store of format 2 (docs/format.md) with a volume "disk" of
+  which each block is mapped, to one of `distinct` places in turn. The data blocks are holes of the file, so they read
+  as zeros, and their fingerprints are those of zeros. The file is sparse: it takes twice the size of the metadata.
 """
 
 import os
@@ -142,8 +142,8 @@ def forge(path: Path, device_bytes: int, volume_bytes: int, distinct: int) -> No
     table[numbers] = forge.put(SLOTS, 0, numbers, bits[numbers], own)
     roots[SLOTS] = forge.tree(SLOTS, table)[0]
     body = struct.pack(
-        "<QII2Q13QII5Q", 0x3142534C4C4F5441, 2, 1, 0x0123456789ABCDEF, 0xFEDCBA987654321F, 1, forge.blocks, LOG_BLOCKS, 1, 0, 1,
-        forge.log_second, 1, forge.slots, forge.spare, forge.map_pages, distinct, 0, 1, 0, *([0] * 5),
+        "<QII2Q13QII5Q", 0x3142534C4C4F5441, 2, 1, 0x0123456789ABCDEF, 0xFEDCBA987654321F, 1, forge.blocks, LOG_BLOCKS,
+        1, 0, 1, forge.log_second, 1, forge.slots, forge.spare, forge.map_pages, distinct, 0, 1, 0, *([0] * 5),
     )  # fmt: skip
     body += roots.tobytes() + struct.pack("<2QII", forge.first, forge.second, forge.slots, 0)
     body = body.ljust(504, b"\0")

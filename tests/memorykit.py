@@ -1,7 +1,7 @@
-"""Memory of a whole server: proportional set size of all its processes, their page tables, and shared memory as allocated.
+"""Memory of a whole server: proportional set size of its processes, their page tables, and shared memory as allocated.
 
-- `memory(server)` → `Memory`, bytes: `private` (PSS of what is not shared memory, of all processes), `tables` (page tables),
-  `arenas` (blocks of the shared memory objects, once), `total`.
+- `memory(server)` → `Memory`, bytes: `private` (PSS of what is not shared memory, of all processes), `tables` (page
+  tables), `arenas` (blocks of the shared memory objects, once), `total`.
 """
 
 import re

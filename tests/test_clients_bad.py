@@ -243,6 +243,13 @@ def test_a_full_device(make_server: MakeServer) -> None:
             assert other.pread(MIB, at) == random.Random(written[at]).randbytes(MIB)
         # What takes no space still goes: zeros, what is there already, overwriting with the same.
         client.zero(MIB, 900 * MIB)
+        # Overwriting blocks that nobody else refers to frees as many as it takes: more than is kept for it at a time.
+        for index, at in enumerate(rng.choices(sorted(written), k=24)):
+            written[at] = 20_000 + index
+            client.pwrite(random.Random(written[at]).randbytes(MIB), at)
+        with pytest.raises(LibnbdError) as still:
+            client.pwrite(random.Random(30_000).randbytes(8 * MIB), 800 * MIB)
+        assert still.value.errno == errno.ENOSPC
         gone = sorted(written)[:20]
         for at in gone:
             client.trim(MIB, at)

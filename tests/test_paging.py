@@ -1,7 +1,7 @@
 """Metadata larger than memory: the server on the device of a full store, with a cache for a small part of its metadata.
 
-ATOLL_PAGING_GIB=1024 (make paging) takes 4.5 GB of disk and a minute: a volume of 1 TiB, the default configuration, and the
-budget of memory that README.md states.
+ATOLL_PAGING_GIB=1024 (make paging) takes 4.5 GB of disk and a minute: a volume of 1 TiB, the default configuration,
+and the budget of memory that README.md states.
 """
 
 import os
@@ -17,6 +17,7 @@ import pytest
 import xxhash
 from memorykit import memory
 from nbdclient import Connection, NbdError
+from recoverykit import patiently
 from serverkit import Server
 
 BLOCK = 4096
@@ -78,16 +79,25 @@ def forged(folder: Path, gib: int, distinct: int) -> str:
 
 @pytest.mark.slow
 def test_a_cache_far_smaller_than_the_metadata(make_server: Callable[..., Server], tmp_path: Path) -> None:
-    """512 pages of memory for 4,096 leaves, and as many of counts and fingerprints; kills, death of all, a clean stop."""
-    config = {"device": forged(tmp_path, 8, 1 << 20), "volumes": [], "dedup": {"metadata_cache_bytes": "2MiB"}}
+    """512 pages of memory for 4,096 leaves, and as many of counts and fingerprints; kills, a death of all, a stop."""
+    config = {
+        "device": forged(tmp_path, 8, 1 << 20),
+        "volumes": [],
+        "dedup": {"metadata_cache_bytes": "2MiB"},
+        "testing": {"crash_points": True},
+    }
     server = make_server(config=config).start()
     model = Model(server, 8 * GIB // BLOCK, random.randrange(1 << 32))
     with model.connect() as connection:
-        for _ in range(4):
+        for number in range(4):
+            if number == 1:
+                patiently(server, "crash-point", name="dedup.store.page.read")
             model.work(connection, 120)
             server.kill("dedup")
         connection.flush()
         model.verify(connection)
+    rows = {row["role"]: row for row in patiently(server, "ps")["domains"]}
+    assert rows["dedup"]["incarnation"] == 1 + 4 + 1, "it died where a page is read, too"
     assert server.json("check", "--live")["count"] == 0
     server.die()
     server.start()
