@@ -7,9 +7,10 @@
  *   scrub_io_done                a read of the batch is complete
  *
  * Phases: DATA, in windows of 256 places (one page of fingerprints), batches of up to 64 blocks into pages of their own at the
- * end of the driver's buffers; METADATA, both copies of each page, where a bad one has the page written anew; REFERRERS, if something is damaged: one pass over the map for who refers to it; DONE. A block
- * that is not right, or could not be read, is read once more before it counts as damaged. One that was freed or rewritten
- * meanwhile shows another fingerprint, or none, when its read completes: it is passed over, whoever wrote it knows it.
+ * end of the driver's buffers; METADATA, both copies of each page, where a bad one has the page written anew; REFERRERS, if
+ * something is damaged: one pass over the map for who refers to it; DONE. A block that is not right, or could not be read, is read
+ * once more before it counts as damaged. One that was freed or rewritten meanwhile shows another fingerprint, or none, when its
+ * read completes: it is passed over, whoever wrote it knows it.
  *
  * After a crash: position, batch and findings are part of dedup's transactions. A batch that is being read completes to the
  * successor; a repeated start finds the scrub running and joins it. After an adoption the batch is read again.
@@ -288,9 +289,7 @@ static bool begin_blocks(struct datapath *dp)
         enum store_want want = look(dp, found, &count);
         if (want == STORE_WAIT)
             return false;
-        if (want == STORE_LOST)
-            dp_set64(dp, &scrub->lost_pages, scrub->lost_pages + 1);
-        if (count == 0)
+        if (count == 0) /* or its counts or fingerprints are lost: METADATA finds the page */
             dp_set64(dp, &scrub->position, (scrub->position / WINDOW_PLACES + 1) * WINDOW_PLACES);
     }
     begin_batch(dp, found, count);
@@ -320,7 +319,7 @@ static bool begin_pages(struct datapath *dp)
 }
 
 /* DATA and METADATA: one batch after another. */
-static bool read_step(struct datapath *dp, uint64_t *wake_ms)
+static bool read_step(struct datapath *dp)
 {
     struct dp_scrub *scrub = &dp->arena->scrub;
     bool data = scrub->state == SCRUB_DATA;
@@ -331,12 +330,6 @@ static bool read_step(struct datapath *dp, uint64_t *wake_ms)
             return data ? finish_blocks(dp) : finish_pages(dp);
         read_batch(dp);
         return scrub->outstanding != 0;
-    }
-    uint64_t now = atoll_now_ns();
-    if (dp->scrub_due_ns > now || others_wait(dp)) {
-        uint64_t wait = dp->scrub_due_ns > now ? (dp->scrub_due_ns - now + 999999) / 1000000 : 5;
-        *wake_ms = *wake_ms == 0 || wait < *wake_ms ? wait : *wake_ms;
-        return false;
     }
     return data ? begin_blocks(dp) : begin_pages(dp);
 }
@@ -406,12 +399,19 @@ static bool referrers_step(struct datapath *dp)
 
 bool scrub_step(struct datapath *dp, uint64_t *wake_ms)
 {
-    if (store_state(dp->dedup) != STORE_READY || dp->journal->count >= DP_STEP_JOURNAL)
+    const struct dp_scrub *scrub = &dp->arena->scrub;
+    if (!running(scrub) || store_state(dp->dedup) != STORE_READY || dp->journal->count >= DP_STEP_JOURNAL)
         return false;
+    uint64_t now = atoll_now_ns();
+    if (scrub->batch_count == 0 && (dp->scrub_due_ns > now || others_wait(dp))) {
+        uint64_t wait = dp->scrub_due_ns > now ? (dp->scrub_due_ns - now + 999999) / 1000000 : 5;
+        *wake_ms = *wake_ms == 0 || wait < *wake_ms ? wait : *wake_ms;
+        return false;
+    }
     switch (dp->arena->scrub.state) {
     case SCRUB_DATA:
-    case SCRUB_METADATA: return read_step(dp, wake_ms);
-    case SCRUB_REFERRERS: return !others_wait(dp) && referrers_step(dp);
+    case SCRUB_METADATA: return read_step(dp);
+    case SCRUB_REFERRERS: return referrers_step(dp);
     default: return false;
     }
 }
