@@ -374,11 +374,11 @@ def test_what_is_found_on_the_device(content: bytes, state: int) -> None:
         stage.verify()
 
 
-def test_a_device_that_was_replaced_is_formatted(stage: Tiered) -> None:
+def test_a_device_that_lost_all_while_it_is_open_is_formatted(stage: Tiered) -> None:
     stage.put(0, block(1500))
     stage.put(1, block(1500))
     stage.settle()
-    stage.fast[:] = bytes(len(stage.fast))
+    stage.fast[:] = b"x" * len(stage.fast)
     stage.io_rule = lambda io: EIO if io.role == LLRRM else OK
     for index in range(16):
         stage.put(10 + 2 * index, block(1600 + index), block(1600 + index))

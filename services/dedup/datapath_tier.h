@@ -89,6 +89,7 @@ struct tier_area {
     uint64_t places, table_blocks, buckets; /* sizes; 0 places: no tier */
     uint64_t state;          /* enum tier_state */
     uint64_t format_id;
+    uint64_t opened;         /* 1: this device, as it is open now, has been ours: whatever it holds may be written over */
     uint64_t loaded;         /* table pages taken over; = table_blocks: all */
     uint64_t used;           /* entries that are not FREE */
     uint64_t hand;           /* of the clock */

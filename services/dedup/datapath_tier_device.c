@@ -91,6 +91,7 @@ void tier_adopt(struct datapath *dp)
             dp_set64(dp, &area->staged[slot], 0);
         }
     dp_set64(dp, &area->pending, 0);
+    dp_set64(dp, &area->opened, 0);
     tier->in_flight = 0;
     if (area->state != TIER_OFF)
         set_state(dp, TIER_NEW); /* its superblock tells whether it is the same one */
@@ -176,6 +177,17 @@ static bool all_zero(const void *memory, uint64_t bytes)
     return true;
 }
 
+/* Nothing but what a tier may have left there after its superblock was lost: zeros, pages of its table. */
+static bool blank(const void *memory)
+{
+    for (uint32_t number = 0; number < TIER_BOUNCE_PAGES; number++) {
+        const struct format_tier_page *page = (const void *)((const char *)memory + number * DP_BLOCK);
+        if (!all_zero(page, DP_BLOCK) && (number == 0 || page->magic != FORMAT_TIER_TABLE_MAGIC))
+            return false;
+    }
+    return true;
+}
+
 static void refuse(struct datapath *dp, const char *reason)
 {
     struct tier_area *area = dp->tier.area;
@@ -194,13 +206,13 @@ static void super_read(struct datapath *dp)
     memcpy(&super, memory_at(dp->tier.bounce), sizeof super);
     store_uuid(dp->dedup, &uuid_low, &uuid_high);
     if (super.magic != FORMAT_TIER_MAGIC) {
-        if (all_zero(memory_at(dp->tier.bounce), TIER_BOUNCE_PAGES * DP_BLOCK))
+        if (area->opened || blank(memory_at(dp->tier.bounce)))
             set_state(dp, TIER_FORMATTING);
         else
             refuse(dp, "the fast device holds something that is no tier: zero its first 32 KiB to use it");
         return;
     }
-    if (super.checksum == super_checksum(&super) && super.version != FORMAT_TIER_VERSION) {
+    if (!area->opened && super.checksum == super_checksum(&super) && super.version != FORMAT_TIER_VERSION) {
         refuse(dp, "the fast device was formatted by another version: zero its first 32 KiB to use it");
         return;
     }
@@ -212,6 +224,7 @@ static void super_read(struct datapath *dp)
         return;
     }
     dp_set64(dp, &area->format_id, super.format_id);
+    dp_set64(dp, &area->opened, 1);
     set_state(dp, area->loaded == area->table_blocks ? TIER_ONLINE : TIER_LOADING);
 }
 
@@ -231,6 +244,7 @@ static bool format(struct datapath *dp)
     super->format_id = XXH3_64bits_withSeed(super, sizeof *super, atoll_now_ns()) | 1;
     super->checksum = super_checksum(super);
     dp_set64(dp, &area->format_id, super->format_id);
+    dp_set64(dp, &area->opened, 1);
     dp_set64(dp, &area->loaded, area->table_blocks); /* no page of the table passes any more: all places are free */
     dp_set64(dp, &area->pending, TIER_IO_SUPER_WRITE);
     bool sent = submit_pages(dp, TIER_IO_SUPER_WRITE, 0, ATOLL_OP_IO_WRITE, 0, dp->tier.staging, 1);
