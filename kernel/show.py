@@ -154,6 +154,9 @@ def process_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     drawn = table(
         "role", "pid", "inc", "state", "standby", "restarts", "uptime", "cpu", "on", "resident", "shared", right=right
     )
+    drawn.columns[0].no_wrap = True
+    if console().width < 100:  # a terminal of 80 columns has room for all of it
+        drawn.padding = (0, 1, 0, 0)
     for row in rows:
         state = str(row["state"])
         style = STATE_STYLE.get(state, "yellow")
@@ -178,7 +181,7 @@ def processes(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def watch_processes(ask: Callable[[], Sequence[Mapping[str, Any]]], interval_s: float) -> None:
-    """Until interrupted. Not by an exception, which would be lost where it met a finaliser."""
+    """Until interrupted, also where SIGINT was ignored at the start, as it is for what a script starts with &."""
     from rich.live import Live
 
     interrupted = threading.Event()

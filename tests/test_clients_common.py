@@ -292,6 +292,7 @@ def test_ps_watches(module_server: Server) -> None:
             except OSError:  # the other end is closed
                 break
         assert watch.wait(10) in (0, 130)
+        assert b"serving" in shown, "a terminal of 80 columns is wide enough"
     finally:
         watch.kill()
         watch.wait()
