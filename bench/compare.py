@@ -193,15 +193,19 @@ def chosen(kind: str, text: str, known: Sequence[str]) -> list[str]:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Writes all figures there.")
 @click.option("--plot", type=click.Path(file_okay=False), help="Draws PNG files into this folder.")
 @click.option("--folder", type=click.Path(file_okay=False), help="For device files; default: build/ or here.")
-@click.option("--check/--no-check", default=True, help="Compare fio with our own generator too.")
-@click.option("--system/--no-system", "with_system", default=True, help="Idle, system calls, rings.")
-@click.option("--curves/--no-curves", "with_curves", default=True, help="How cost grows; where time goes.")
+@click.option("--check/--no-check", default=None, help="fio beside our own generator. [default: unless --rows]")
+@click.option("--system/--no-system", "with_system", default=None, help="Idle, system calls, rings. [the same]")
+@click.option("--curves/--no-curves", "with_curves", default=None, help="How cost grows, where time goes. [the same]")
 def main(
     rows: str, settings: str, rounds: int, runtime_s: float, quick: bool, niceness: int, json_file: str | None,
-    plot: str | None, folder: str | None, check: bool, with_system: bool, with_curves: bool,
+    plot: str | None, folder: str | None, check: bool | None, with_system: bool | None,
+    with_curves: bool | None,
 ) -> None:  # fmt: skip
     names = chosen("row", rows, [work.name for work in works()])
     picked = [SETTING_OF[name] for name in chosen("setting", settings, list(SETTING_OF))]
+    check, with_system, with_curves = (
+        not rows if given is None else given for given in (check, with_system, with_curves)
+    )
     if niceness:
         peers.prefer(niceness)
     if quick:

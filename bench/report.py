@@ -1,8 +1,13 @@
-"""What `make bench` found: tables for people, pictures for docs/performance.md."""
+"""What `make bench` found: tables for people, pictures and tables for docs/performance.md.
+
+python -m atoll.bench.report JSON docs/performance.md      puts the tables of a run between the page's marks
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +154,88 @@ def draw_curve(name: str, points: list[dict[str, Any]], folder: Path) -> None:
     panels[0].legend(fontsize=7)
     image.savefig(folder / f"{name}.png", dpi=80)
     pyplot.close(image)
+
+
+# --- For the page -----------------------------------------------------------------------------------------------------
+
+
+def goals_page(document: dict[str, Any]) -> str:
+    lines = ["| work | setting | against | Atoll | peer | ratio | goal | |", "|---|---|---|---|---|---|---|---|"]
+    for goal in document["goals"]:
+        sign = "≥" if goal["figure"] == "rate" else "≤"
+        cells = (
+            f"{goal['title']}, {UNITS[goal['figure']]}",
+            goal["setting"],
+            goal["peer"],
+            figure(goal["atoll"], goal["figure"]),
+            figure(goal["peer_figure"], goal["figure"]),
+            f"{goal['ratio']:.2f} ×",
+            f"{sign} {goal['goal']:g} ×",
+            "met" if goal["met"] else "**short**",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def system_page(document: dict[str, Any]) -> str:
+    lines = ["| what | measured | goal | |", "|---|---|---|---|"]
+    for row in document["system"]["rows"]:
+        verdict = "met" if row["met"] else "**short**"
+        lines.append(f"| {row['title']} | {row['text']} | {row['goal']} | {verdict} |")
+    return "\n".join(lines)
+
+
+def stages_page(document: dict[str, Any]) -> str:
+    lines = []
+    for kind, entry in document["breakdown"].items():
+        lines += [
+            f"A {kind} of 4 KiB, depth 1, {entry['p50_us']:.1f} µs for the client (median):", "",
+            "| domain | message | µs since the last |", "|---|---|---|",
+        ]  # fmt: skip
+        lines += [f"| {hop['domain']} | {hop['what']} | {hop['us']:.1f} |" for hop in entry["hops"]]
+        lines.append(f"| | client, socket, nic's receiving and sending | {entry['outside_us']:.1f} |")
+        used = ", ".join(f"{role} {us:.2f}" for role, us in entry["cpu_us"].items() if us >= 0.005)
+        lines += ["", f"Processor time per {kind} at depth 32, µs: {used}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def machine_page(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    kernel = machine["kernel"].partition("-")[0]
+    lines = [
+        f"{document['when']}, on a virtual machine of {machine['processors']} processors ({machine['processor']}), "
+        f"{machine['memory_gib']:g} GiB, Linux {kernel}, Python {machine['python']}; load average at the beginning "
+        f"{machine['load'][0]:g}. {document['rounds']} rounds of {document['runtime_s']:g} s, sessions of servers and "
+        f"clients at niceness {document['niceness']}. Client: {machine['fio']}. Peers:",
+        *(f"- {text}" for name, text in document["versions"].items() if name != "atoll"),
+    ]
+    for side, by_client in document.get("cross_check", {}).items():
+        name = "Atoll" if side == "atoll" else "nbdkit"
+        both = ", ".join(f"{client} {figure(value, 'rate')}" for client, value in by_client.items())
+        lines.append(f"- the same reads by two clients, on {name}: {both} requests/s")
+    return "\n".join(lines)
+
+
+END = "<!-- bench: end -->"
+PAGES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "machine": ("machine", machine_page),
+    "goals": ("goals", goals_page),
+    "system": ("system", system_page),
+    "stages": ("breakdown", stages_page),
+}
+
+
+def fill_page(document: dict[str, Any], page: str) -> str:
+    """The page with what stands between the marks `<!-- bench: NAME -->` and `<!-- bench: end -->` replaced, as far as
+    it was measured."""
+    for name, (key, write) in PAGES.items():
+        if document.get(key):
+            before, mark, rest = page.partition(f"<!-- bench: {name} -->\n")
+            if mark:
+                page = before + mark + write(document) + "\n" + END + rest.partition(END)[2]
+    return page
+
+
+if __name__ == "__main__":
+    page_file = Path(sys.argv[2])
+    page_file.write_text(fill_page(json.loads(Path(sys.argv[1]).read_text()), page_file.read_text()))

@@ -168,7 +168,8 @@ def document() -> dict[str, Any]:
     }  # fmt: skip
     point = {"x": 1, "atoll": {"read": {"rate": 1.0, "p50_us": 1.0, "p99_us": 2.0, "cpu_us": 1.0}}}
     return {
-        "machine": compare.machine(), "when": "now", "rounds": 1, "versions": {"atoll": "atoll 1"}, "samples": [],
+        "machine": compare.machine(), "when": "now", "rounds": 1, "runtime_s": 1.0, "niceness": 0,
+        "versions": {"atoll": "atoll 1"}, "samples": [],
         "goals": [goal], "curves": {"depth": [point, {**point, "x": 2}], "stored": [point]},
     }  # fmt: skip
 
@@ -182,6 +183,15 @@ def test_what_is_found_is_shown_and_drawn(tmp_path: Path) -> None:
     report.draw(document(), tmp_path)
     for name in ("compare", "depth", "stored"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_is_filled_between_its_marks() -> None:
+    page = "a\n<!-- bench: goals -->\nold\n<!-- bench: end -->\nb\n<!-- bench: system -->\nkept\n<!-- bench: end -->\n"
+    filled = report.fill_page(document(), page)
+    assert (
+        "old" not in filled and "| a read, requests/s | as installed | nbdkit | 2 (1–3) | 1 (1–1) | 2.00 × |" in filled
+    )
+    assert filled.startswith("a\n<!-- bench: goals -->\n|") and "kept" in filled
 
 
 def test_the_exit_status_says_whether_goals_are_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
