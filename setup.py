@@ -56,7 +56,7 @@ def long_description() -> str:
 setup(
     packages=[f"atoll.{p}" for p in find_packages(include=[*FOLDERS, *(f"{f}.*" for f in FOLDERS)])],
     package_dir={f"atoll.{f}": f for f in FOLDERS},
-    package_data={"": ["*.pyi", "py.typed"]},
+    package_data={"": ["*.pyi", "py.typed"], "atoll.bench": ["extra/*.c"]},
     cffi_modules=build_scripts(),
     long_description=long_description(),
     long_description_content_type="text/markdown",

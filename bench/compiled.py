@@ -36,6 +36,8 @@ def library(name: str, folder: Path, package: str, libraries: tuple[str, ...]) -
 
 def _build(name: str, output: Path, flags: tuple[str, ...], libraries: tuple[str, ...]) -> Path:
     source = EXTRA / f"{name}.c"
+    if not source.exists():
+        raise Missing(f"{name}: {source} is not part of this installation")
     if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
         return output
     compiler = shutil.which("cc") or shutil.which("gcc")

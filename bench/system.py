@@ -153,7 +153,8 @@ def rings(seconds: float) -> tuple[list[Row], dict[str, Any]]:
         if entry["transport"] == ring.RING or (entry["batch"] == 1 and is_batched(entry["transport"], batched)):
             continue
         ratio = own["messages_per_s"] / entry["messages_per_s"] if entry["batch"] == 1 else 1 / entry["ratio_to_ring"]
-        text = f"{own['messages_per_s'] / 1e6:.1f} M/s, {entry['messages_per_s'] / 1e6:.2f} there: {ratio:.2f} ×"
+        ours, theirs = own["messages_per_s"] / 1e6, entry["messages_per_s"] / 1e6
+        text = f"{ours:.1f} M/s, {theirs:.2f} there; {ratio:.2f} × (median of the rounds)"
         found.append(row(f"ring, batches of 32, beside {entry['transport']}", ratio, text, "> 1 ×", ratio > 1))
     if not any(entry["transport"] == ring.DPDK for entry in batched):
         found.append(row("ring, batches of 32, beside DPDK's", None, "libdpdk is not installed", "> 1 ×", False))
