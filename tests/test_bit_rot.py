@@ -155,7 +155,7 @@ class Anything(int):
 
 
 def test_the_checker_survives_what_has_good_checksums(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words anywhere in superblocks, log and pages hold anything, as if it had been written so: findings, no exception."""
+    """Words of superblocks, log and pages hold anything, as if it had been written so: findings, no exception."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)
