@@ -54,6 +54,8 @@ class MeasurementError(Exception):
 class Options:
     workload: Workload
     thresholds: tuple[int, ...] = (1, 2, 4, 8)
+    tiers: tuple[bool, ...] = (False, True)  # with a fast device?
+    tier_threshold: int = 8  # references from which on a block goes there
     entries: tuple[int, ...] = ()  # of the fingerprint cache; none: all contents fit, and an eighth of them
     folder: Path | None = None  # for data directories; none: the system's temporary one
     depth: int = 16  # of the writing client
@@ -67,13 +69,17 @@ class Cell:
 
     threshold: int
     entries: int
+    tier: bool = False
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """MeasurementError, ServerError, ControlError, OSError."""
     scan = options.workload.scan()
     entries = options.entries or chosen_entries(scan.distinct)
-    cells = [Cell(0, max(entries)), *(Cell(*pair) for pair in itertools.product(options.thresholds, entries))]
+    cells = [
+        Cell(0, max(entries)),
+        *(Cell(*pair) for pair in itertools.product(options.thresholds, entries, options.tiers)),
+    ]
     rows = []
     for number, cell in enumerate(cells, 1):
         began = time.monotonic()
@@ -85,6 +91,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
         "distinct_blocks": scan.distinct,
         "possible": scan.possible,
         "depth": options.depth,
+        "tier_threshold": options.tier_threshold,
         "read_cache_bytes": options.read_cache_bytes,
         "drive": asdict(options.drive(device_bytes(options.workload))),
         "rows": [{**row, "of_possible": row["saved"] / scan.possible if scan.possible else None} for row in rows],
@@ -94,7 +101,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
 def described(cell: Cell) -> str:
     if cell.threshold == 0:
         return "nothing equal"
-    return f"threshold {cell.threshold}, {cell.entries} fingerprints"
+    return f"threshold {cell.threshold}, {cell.entries} fingerprints, {'with' if cell.tier else 'no'} fast tier"
 
 
 def chosen_entries(distinct: int) -> tuple[int, ...]:
@@ -107,8 +114,15 @@ def device_bytes(workload: Workload) -> int:
 
 
 def configuration(options: Options, cell: Cell, folder: Path) -> dict[str, Any]:
-    volume = {"name": VOLUME, "size": options.workload.volume_blocks * BLOCK, "threshold": max(cell.threshold, 1)}
+    volume = {
+        "name": VOLUME,
+        "size": options.workload.volume_blocks * BLOCK,
+        "threshold": max(cell.threshold, 1),
+        "tier_threshold": options.tier_threshold,
+    }
+    fast = {"fast_device": str(folder / "fast"), "fast_device_size": device_bytes(options.workload)}
     return {
+        **(fast if cell.tier else {}),
         "listen": [],
         "unix": [str(folder / "data" / "nbd.sock")],
         "device_size": device_bytes(options.workload),
@@ -137,7 +151,8 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
             cpu = server.cpu_s("dedup") - cpu
             stored = server.call("status")["dedup"]
             places = workload.places()
-            runs = mean_run(places, block_map(server, workload.volume_blocks))
+            values, in_tier = block_map(server, workload.volume_blocks)
+            runs = mean_run(places, values, in_tier)
             chance = np.random.default_rng(1).permutation(len(places))[:RANDOM_READS]
             drive = options.drive(device_bytes(workload))
             scan = read_back(server, folder / "accesses", workload, places, drive)
@@ -145,6 +160,8 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
     return {
         "threshold": cell.threshold,
         "entries": cell.entries,
+        "tier": cell.tier,
+        "read_from_tier": float(in_tier.mean()),
         "stored_blocks": stored["stored_bytes"] // BLOCK,
         "saved": 1 - stored["stored_bytes"] / BLOCK / blocks,
         "mean_run_blocks": runs,
@@ -180,22 +197,24 @@ def quantiles(times_us: NDArray[np.float64]) -> dict[str, float]:
 # --- Where blocks lie -----------------------------------------------------------------------------------------------
 
 
-def block_map(server: Server, blocks: int) -> NDArray[np.uint64]:
-    """The map values of a volume."""
-    parts = []
+def block_map(server: Server, blocks: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """The map values of a volume, and which of its blocks are read from the fast tier."""
+    parts, fast = [], []
     for first in range(0, blocks, MAP_BLOCKS):
         count = min(MAP_BLOCKS, blocks - first)
         answer = server.ask("dedup", "map", name=VOLUME, first=first, count=count)
         parts.append(np.frombuffer(answer["values"], "<u8"))
-    return np.concatenate(parts)
+        fast.append(np.frombuffer(answer["fast"], np.bool_))
+    return np.concatenate(parts), np.concatenate(fast)
 
 
-def mean_run(requests: Iterable[Place], values: NDArray[np.uint64]) -> float:
-    """Blocks of a request that lie in sequence on the device, on average over all runs; a hole ends none."""
+def mean_run(requests: Iterable[Place], values: NDArray[np.uint64], in_tier: NDArray[np.bool_]) -> float:
+    """Blocks of a request that lie in sequence on the device, on average over all runs. Holes and blocks that are read
+    from the fast tier end none, and do not count."""
     blocks = runs = 0
     for first, count in requests:
         places = values[first : first + count]
-        places = places[places >> np.uint64(60) == MAP_PBA]
+        places = places[(places >> np.uint64(60) == MAP_PBA) & ~in_tier[first : first + count]]
         if len(places):
             blocks += len(places)
             runs += 1 + int((places[1:] != places[:-1] + np.uint64(1)).sum())

@@ -24,7 +24,7 @@ Value = Callable[[Row], float]
 
 def render(document: dict[str, Any]) -> RenderableType:
     table = Table(title=f"Sharing equal blocks: {document['workload']}", title_justify="left")
-    for name in ("threshold", "fingerprints", "saved", "of the possible", "run read back"):
+    for name in ("threshold", "fingerprints", "tier", "saved", "of the possible", "run read back"):
         table.add_column(name, justify="right")
     for name in (
         "scan: seeks*",
@@ -42,6 +42,7 @@ def render(document: dict[str, Any]) -> RenderableType:
         table.add_row(
             "nothing equal" if nothing else str(row["threshold"]),
             f"{row['entries']:,}",
+            f"{row['read_from_tier']:.1%}" if row["tier"] else "",
             f"{row['saved']:.1%}",
             "" if nothing or row["of_possible"] is None else f"{row['of_possible']:.1%}",
             f"{row['mean_run_blocks']:.1f}",
@@ -58,8 +59,9 @@ def render(document: dict[str, Any]) -> RenderableType:
     note = (
         f"{document['blocks']:,} blocks that are not zero, {document['distinct_blocks']:,} of them different: "
         f"{document['possible']:.1%} can be saved.\n"
-        "Read back in the original requests, one at a time, by address (scan) "
-        "and in an order of chance; seeks and times are per request. CPU: of dedup, per block written.\n"
+        "Read back in the original requests, one at a time, by address (scan) and in an order of chance; seeks and "
+        "times are per request.\ntier: part of the blocks that is read from the fast device "
+        f"({document['tier_threshold']} references and more). CPU: of dedup, per block written.\n"
         f"* a model, not a measurement: a drive of {drive['rpm']:.0f} rpm, average seek {drive['seek_average_ms']} ms, "
         f"{drive['bytes_per_s'] / 1e6:.0f} MB/s, for the reads that reached the device (docs/deduplication.md)."
     )
@@ -116,4 +118,4 @@ def draw(document: dict[str, Any], path: str) -> None:
 
 
 def line_name(row: dict[str, Any]) -> str:
-    return f"{row['entries']:,} fingerprints"
+    return f"{row['entries']:,} fingerprints{', fast tier' if row['tier'] else ''}"

@@ -64,6 +64,14 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     help="Sizes of the fingerprint cache to try, powers of two; repeatable.  [default: enough, and an eighth of it]",
 )  # fmt: skip
 @click.option(
+    "--tier", type=click.Choice(["off", "on", "both"]), default="both", show_default=True,
+    help="Without a fast device, with one, or each.",
+)  # fmt: skip
+@click.option(
+    "--tier-threshold", metavar="N", type=click.IntRange(1, configuration.TIER_THRESHOLD_MAX), default=8,
+    show_default=True, help="References from which on a block goes to the fast device.",
+)  # fmt: skip
+@click.option(
     "--request", "request_mean", metavar="BLOCKS", type=click.FloatRange(1, 64), default=16.0, show_default=True,
     help="Mean size of the requests.",
 )  # fmt: skip
@@ -83,8 +91,8 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
 def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> None:
     """What sharing equal blocks saves, and what it costs those who read.
 
-    For each combination of run threshold and fingerprint cache a server of its own takes the same writes; then all is
-    read back and compared. Progress goes to standard error.
+    For each combination of run threshold, fingerprint cache and fast tier a server of its own takes the same writes;
+    then all is read back and compared. Progress goes to standard error.
     """
     measurement = importlib.import_module("atoll.bench.dedup")
     shown = importlib.import_module("atoll.bench.dedup_show")
@@ -92,11 +100,9 @@ def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> 
         work = _workload(options)
         wanted = measurement.Options(
             work,
-            options["thresholds"],
-            options["entries"],
-            options["folder"],
-            options["depth"],
-            options["read_cache_bytes"],
+            thresholds=options["thresholds"],
+            tiers={"off": (False,), "on": (True,), "both": (False, True)}[options["tier"]],
+            **{key: options[key] for key in ("entries", "tier_threshold", "folder", "depth", "read_cache_bytes")},
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

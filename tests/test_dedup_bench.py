@@ -127,9 +127,12 @@ def test_an_unshared_workload_has_the_same_places() -> None:
 def test_mean_runs_are_counted_within_requests() -> None:
     kind = 1 << 60
     values = np.array([kind | place for place in (5, 6, 7, 3, 4, 8)] + [0, kind | 9], np.uint64)
-    assert dedup.mean_run([(0, 3), (3, 2)], values) == 2.5
-    assert dedup.mean_run([(0, 8)], values) == 7 / 3, "a hole ends no run"
-    assert dedup.mean_run([(6, 1)], values) == 0.0
+    tier = np.zeros(8, np.bool_)
+    assert dedup.mean_run([(0, 3), (3, 2)], values, tier) == 2.5
+    assert dedup.mean_run([(0, 8)], values, tier) == 7 / 3, "a hole ends no run"
+    assert dedup.mean_run([(6, 1)], values, tier) == 0.0
+    tier[[3, 4]] = True
+    assert dedup.mean_run([(0, 8)], values, tier) == 5.0, "what the tier serves ends no run and does not count"
 
 
 # --- Measurements ---------------------------------------------------------------------------------------------------
@@ -152,6 +155,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--entries",
         "16384",
     ]
+    command += ["--tier", "on", "--tier-threshold", "2"]
     done = subprocess.run([*command, "--json", "--plot", plot], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 2, "progress"
@@ -164,6 +168,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_small_measurement(document: dict[str, Any]) -> None:
     unshared, shared = document["rows"]
     assert unshared["threshold"] == 0 and unshared["saved"] == 0 and unshared["mean_run_blocks"] > 12
+    assert shared["tier"] and shared["read_from_tier"] > 0 and not unshared["tier"]
     assert shared["threshold"] == 1 and shared["of_possible"] > 0.97
     assert shared["mean_run_blocks"] < unshared["mean_run_blocks"]
     for row in document["rows"]:

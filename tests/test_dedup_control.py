@@ -15,6 +15,7 @@ BLOCK = 4096
 def place(server: Server, volume: str, **fields: Any) -> tuple[int, ...]:
     with Client(server.data) as client:
         answer = client.call("call", role="dedup", message={"call": "map", "name": volume, **fields})["answer"]
+    assert answer["fast"] == bytes(fields["count"]), "there is no fast tier"
     return struct.unpack(f"<{fields['count']}Q", answer["values"])
 
 

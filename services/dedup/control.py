@@ -8,8 +8,9 @@
     volume-delete   name, force                 refused while a connection uses it, unless forced
     flush                                       all that is logged goes to stable storage
     check                                       recounts everything: {"inconsistencies": [...], "count": n}
-    map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian},
-                                                see enum map_kind in store.h; at most MAP_BLOCKS at a time
+    map             name, first, count          where blocks lie: {"values": count words of 64 bits, little-endian,
+                                                see enum map_kind in store.h, "fast": a byte each, 1 if it is read
+                                                from the fast tier}; at most MAP_BLOCKS at a time
     scrub-..., du-...                           background jobs: jobs.py
     stop                                        destages all, closes the store
 
@@ -144,7 +145,8 @@ class Control:
             raise CallError(f"count is {count}: at most {min(MAP_BLOCKS, blocks - first)} blocks can be asked for here")
         values = ffi.new("uint64_t[]", count)
         deadline_ns = time.monotonic_ns() + int(MAP_S * 1e9)
-        reached = lib.dedup_map(self._state, volume, first, count, values, deadline_ns)
+        fast = ffi.new("uint8_t[]", count)
+        reached = lib.dedup_map(self._state, volume, first, count, values, fast, deadline_ns)
         if reached != lib.DEDUP_REASON_REACHED:
             why = (
                 "in time"
@@ -152,7 +154,7 @@ class Control:
                 else "from the device: its page is damaged in both copies"
             )
             raise CallError(f"the map of {count} blocks from {first} on cannot be read {why}")
-        return {"values": bytes(ffi.buffer(values))}
+        return {"values": bytes(ffi.buffer(values)), "fast": bytes(ffi.buffer(fast))}
 
     def _volumes(self) -> list[dict[str, Any]]:
         found = []

@@ -196,6 +196,7 @@ struct goal {
     uint32_t volume;          /* of DEDUP_GOAL_MAP: [lba, end) is still to be looked up */
     uint64_t lba, end;
     uint64_t *values;
+    uint8_t *fast;
 };
 
 /* Leaf by leaf: not all need fit into memory at once. */
@@ -210,8 +211,12 @@ static int look_at_map(struct dedup *dedup, struct goal *goal)
         atoll_domain_commit(dedup->domain);
         if (want != STORE_HAVE)
             return want == STORE_LOST ? DEDUP_REASON_LOST : 0;
+        for (uint32_t index = 0; index < count; index++)
+            goal->fast[index] = MAP_KIND(goal->values[index]) == MAP_PBA &&
+                                tier_readable(dedup->datapath, MAP_NUMBER(goal->values[index])) != TIER_NONE;
         goal->lba += count;
         goal->values += count;
+        goal->fast += count;
     }
     return DEDUP_REASON_REACHED;
 }
@@ -428,9 +433,11 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
         figures->active_runs += dp->arena->runs[run].state != RUN_FREE;
 }
 
-int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns)
+int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint8_t *fast,
+              uint64_t deadline_ns)
 {
-    struct goal goal = {.kind = DEDUP_GOAL_MAP, .volume = volume, .lba = first, .end = first + count, .values = values};
+    struct goal goal = {.kind = DEDUP_GOAL_MAP, .volume = volume, .lba = first, .end = first + count, .values = values,
+                        .fast = fast};
     return run(dedup, &goal, deadline_ns);
 }
 

@@ -102,9 +102,11 @@ uint64_t dedup_last_call(struct dedup *dedup);
 const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume);
 /* Connections that use the volume, by nbd's public table. */
 uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume);
-/* Map values (store.h) of the blocks [first, first + count) of a volume that exists, each as at some moment of the call. Serves
+/* Map values (store.h) of the blocks [first, first + count) of a volume that exists, each as at some moment of the call; fast[i]: 1 if it is
+ * read from the fast tier. Serves
  * meanwhile, as dedup_run does. Returns enum dedup_reason. */
-int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint64_t deadline_ns);
+int dedup_map(struct dedup *dedup, uint32_t volume, uint64_t first, uint32_t count, uint64_t *values, uint8_t *fast,
+              uint64_t deadline_ns);
 /* The oldest damage that was seen and not taken yet; false if there is none. `volume` is ATOLL_VOLUME_COUNT where nobody
  * waited for the block; `dropped`: so many more were not kept. */
 struct dedup_seen { uint64_t pba, lba, dropped; uint32_t volume, status; };
