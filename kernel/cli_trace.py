@@ -172,7 +172,7 @@ def read_of(messages: Sequence[Message], identity: int) -> dict[str, Any]:
         where = sorted({owner(r[0]) for r in data})
         note = f"answered from memory of {', '.join(where)}: the write log, or zeros"
     elif not in_disk:
-        note = "answered from the read cache, which lies in memory of disk"
+        note = f"answered from the read cache, which lies in memory of {owner(from_device[0][0])}"
     elif total(in_disk) < total(data):
         note = f"{total(in_disk)} of {total(data)} bytes were read from the device now, the rest lay in memory"
     else:

@@ -14,6 +14,7 @@ import pytest
 from nbdclient import Connection
 from recoverykit import Eyes, Load, check_all, check_live, patiently, send
 from serverkit import Server, wait_for
+from test_clients_shown import follow
 
 from atoll.kernel.client import Client
 
@@ -115,6 +116,9 @@ def test_much_referenced_blocks_are_served_by_the_fast_device(make_server: Make,
     server.start()
     wait_for("the table is read", lambda: tier(server)["state"] == "online", 20)
     assert tier(server)["used_bytes"] == HOT * BLOCK
+    with connected(server) as connection:
+        traced = follow(server, "read", lambda: connection.read(7 * BLOCK, BLOCK))
+    assert traced["same_address"] and "llrrm" in {hop["domain"] for hop in traced["hops"]}
     assert served_there(server, 3) > 50
     assert counters(server)["tier_mismatches"] == 0
     # Power fails: what it lacks is copied again, what is old is not believed.
