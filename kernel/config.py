@@ -445,7 +445,8 @@ def _check(config: Config, source: str) -> None:
     if device_bytes % 4096:
         refuse("device_size", f"a multiple of 4096, got {device_bytes}")
 
-    if config.fast_device is not None and config.fast_device == config.device:
+    main_device = config.device or str(Path(config.data or DEFAULT_DATA).absolute() / DEFAULT_DEVICE)
+    if config.fast_device is not None and os.path.normpath(config.fast_device) == os.path.normpath(main_device):
         refuse("fast_device", f"{config.fast_device!r} is the device itself")
     if config.fast_device_size is not None:
         fast = int(config.fast_device_size)

@@ -105,7 +105,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         _remove_stale(last, keep=table.KEPT if adoptable else ())
     if adoptable and last is not None:
         _keep_to(last, device, config)
-    fast, fast_error = _fast_device(config, last if adoptable else None)
+    fast, fast_error = _fast_device(config, device, last if adoptable else None)
     table.select(fast=fast is not None or (adoptable and last is not None and "llrrm" in last.arenas))
     config["device_quarantine"] = adoptable and not devices.wait_until_idle(device)
     config["grow"] = not adoptable and directory.grow_wanted
@@ -175,7 +175,9 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     return world
 
 
-def _fast_device(config: dict[str, Any], adopted: Record | None) -> tuple[devices.Device | None, str]:
+def _fast_device(
+    config: dict[str, Any], main: devices.Device, adopted: Record | None
+) -> tuple[devices.Device | None, str]:
     """The fast device, or why there is none: the service does without. Roles and rings are as in the adopted run."""
     present = None if adopted is None else "llrrm" in adopted.arenas
     device, why = None, ""
@@ -185,6 +187,9 @@ def _fast_device(config: dict[str, Any], adopted: Record | None) -> tuple[device
             device = devices.open_fast_device(config)
         except BootError as error:
             why = f"no fast tier until the next start: {error}"
+        if device is not None and device.identity == main.identity:
+            os.close(device.fd)
+            device, why = None, f"no fast tier until the next start: device {device.path} is the main device"
     elif configured:
         why = "no fast tier until the next orderly stop and start: the last run, which is taken over, had none"
     if device is None:

@@ -205,6 +205,12 @@ def test_the_file_is_truncated_and_removed(make_server: Make, tmp_path: Path) ->
     server.start()
     status = server.json("status")
     assert any("no fast tier until the next start" in line for line in status["warnings"])
+    server.stop()
+    fast.rmdir()
+    fast.symlink_to(server.data / "device.img")
+    server.start()
+    status = server.json("status")
+    assert any("is the main device" in line for line in status["warnings"])
     assert "llrrm" not in {row["role"] for row in server.json("ps")}
     read_hot(server, random.Random(10))
     check_all(server)
