@@ -121,7 +121,7 @@ def read(tmp_path: Path, text: str, **options: Any) -> dict[str, Any]:
             "device_size = '1G'\n[dedup]\nmetadata_log_bytes = '200M'",
             "dedup.metadata_log_bytes: 200MiB (kept twice) is more",
         ),
-        ("[dedup]\ntrack_bytes = '128K'", "dedup.track_bytes: 0, or a multiple of 4096 from 256KiB to 64MiB, got 128KiB"),
+        ("[dedup]\ntrack_bytes = '128K'", "dedup.track_bytes: 0, or a multiple of 4096 from 256KiB to 64MiB, got 128"),
         ("fast_device_size = '1G'", "fast_device_size: without a fast_device it means nothing"),
         ("fast_device = 'f'\nfast_device_size = 4096", "fast_device_size: a multiple of 4096, at least 1MiB, got 4KiB"),
         ("device = 'd'\nfast_device = './d'", "fast_device: "),

@@ -4,6 +4,9 @@
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
 
+/* Of an entry that was read from the device: as of a block that has just got 8 references. */
+#define LOADED_WEIGHT 4
+
 static uint32_t *bucket_of(const struct tier *tier, uint64_t pba)
 {
     return &tier->heads[(pba * 0x9e3779b97f4a7c15u >> 32) & (tier->area->buckets - 1)];
@@ -122,7 +125,7 @@ bool tier_enter_loaded(struct datapath *dp, uint64_t place, const struct format_
         tier_find(dp, found->pba) != TIER_NONE)
         return false;
     struct fingerprint print = {.low = found->print_low, .high = found->print_high};
-    enter(dp, (uint32_t)place, found->pba, print, TIER_VALID, 1);
+    enter(dp, (uint32_t)place, found->pba, print, TIER_VALID, LOADED_WEIGHT);
     return true;
 }
 
@@ -286,24 +289,28 @@ bool tier_copies_step(struct datapath *dp)
 {
     struct tier *tier = &dp->tier;
     struct tier_area *area = tier->area;
-    bool did = false;
+    bool did = false, begin = area->state == TIER_ONLINE && !tier->closing;
     for (uint32_t number = 0; number < TIER_COPIES; number++) {
         struct tier_copy *copy = &area->copies[number];
         if (copy->state == COPY_READING && dp->pages[copy->page].state != PAGE_LOADING && tier_room(dp) != 0) {
             write_copy(dp, number);
             did = true;
         }
-        if (copy->state != COPY_FREE || area->queue_head == area->queue_tail || area->state != TIER_ONLINE || tier->closing)
+        if (!begin || copy->state != COPY_FREE || area->queue_head == area->queue_tail)
             continue;
         uint64_t pba = area->queue[area->queue_head % TIER_QUEUE], failed;
         uint32_t page = DP_NONE;
         enum store_want want = store_want_blocks(dp->dedup, &pba, 1);
-        if (want == STORE_WAIT)
-            break;
+        if (want == STORE_WAIT) {
+            begin = false; /* a page of counts is being read: later */
+            continue;
+        }
         if (want == STORE_HAVE && store_references(dp->dedup, pba) != 0 && tier_find(dp, pba) == TIER_NONE &&
             !cache_load(dp, IO_FILL, &pba, 1, &page, &failed)) {
-            if (failed == 0)
-                break; /* no page or no I/O slot: later */
+            if (failed == 0) { /* no page or no I/O slot: later */
+                begin = false;
+                continue;
+            }
             page = DP_NONE;
         }
         if (page != DP_NONE)
