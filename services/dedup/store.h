@@ -204,8 +204,6 @@ void store_uuid(struct dedup *dedup, uint64_t *low, uint64_t *high);
  * time, the next covers all that came meanwhile. store_failed() counts failures; a failed one is tried again by the next store_sync. */
 uint64_t store_sync(struct dedup *dedup);
 uint64_t store_synced(struct dedup *dedup);
-/* The ticket that changes made now get: they are durable once store_synced() has reached it. Asks for nothing. */
-uint64_t store_epoch(struct dedup *dedup);
 uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status);
 /* True if the metadata log's buffer has room for `records` more persistent changes; else wait (a sync is started by itself). */
 bool store_has_room(struct dedup *dedup, uint32_t records);

@@ -94,8 +94,6 @@ uint64_t store_sync(struct dedup *dedup)
     return area->epoch;
 }
 
-uint64_t store_epoch(struct dedup *dedup) { return dedup->store->area->epoch; }
-
 uint64_t store_synced(struct dedup *dedup) { return dedup->store->area->synced_epoch; }
 
 uint64_t store_sync_failures(struct dedup *dedup, uint32_t *last_status)
