@@ -33,7 +33,7 @@ def slots_of(blocks: int) -> tuple[int, int]:
     refs, prints = -(-blocks // 1024), -(-blocks // 256)
     groups = -(-refs // 2048)
     fixed = 32 + 1 + refs + refs // 255 + 4 + prints + prints // 255 + 4 + groups + groups // 255 + 2
-    spare = min(blocks // 1024 + 2 * (blocks // 256), 16384) + 128
+    spare = min(blocks // 1024 + 2 * (blocks // 256), 16384) + 128 + blocks // 1024 // 2048
     slots = fixed + blocks // 256 + blocks // 4096 + 48 + spare
     slots += (slots // 32768 + 1) * 8
     return (slots + 63) // 64 * 64, spare

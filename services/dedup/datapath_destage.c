@@ -394,7 +394,8 @@ static bool go_on(struct datapath *dp, uint32_t number)
     submit_run(dp, number);
     for (uint32_t index = 0; index < placed; index++) { /* what placing them will need, ahead of time */
         uint64_t place = pba + index;
-        store_want_prints(dp->dedup, &place, index == 0 || place % 256 == 0);
+        if (index == 0 || place % 256 == 0) /* the next page of fingerprints */
+            store_want_prints(dp->dedup, &place, 1);
         store_want_base(dp->dedup, at(dp, run->records[index])->base);
     }
     return true;

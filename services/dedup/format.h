@@ -187,7 +187,8 @@ static inline uint64_t format_seed(enum format_seed_kind kind, uint64_t store, u
 static inline uint64_t format_spare_slots(uint64_t device_blocks)
 {
     uint64_t pages = device_blocks / 1024 + device_blocks / 256 + device_blocks / 256;
-    return (pages < 16384 ? pages : 16384) + 128;
+    uint64_t tables = device_blocks / FORMAT_GROUP_BLOCKS / FORMAT_GROUPS_PER_PAGE; /* each may be written by each checkpoint */
+    return (pages < 16384 ? pages : 16384) + 128 + tables;
 }
 
 static inline uint64_t format_fixed_pages(uint64_t device_blocks) /* all but the map's */

@@ -166,6 +166,9 @@ void store_change_live(struct store *store, uint32_t frame, int32_t change)
 uint64_t store_held_limit(const struct store *store)
 {
     uint64_t frames = store->area->geometry.frames, spare = store->area->spare_slots;
+    /* Tables are written too; a store that is as small as this has no more pages in all than it has spare slots. */
+    if (spare > 1024)
+        spare -= store->tables.slots;
     return (frames < spare ? frames : spare) / 2 - 24;
 }
 

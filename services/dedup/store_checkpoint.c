@@ -79,13 +79,6 @@ static uint64_t next_dirty(const struct store *store, uint64_t cursor, uint32_t 
     return cursor;
 }
 
-static void set_bit(struct store *store, uint64_t *bits, uint64_t number, bool value)
-{
-    uint64_t *word = &bits[number / 64], bit = (uint64_t)1 << number % 64;
-    if (((*word & bit) != 0) != value)
-        atoll_set64(store->journal, word, *word ^ bit);
-}
-
 static uint64_t table_number(const struct store *store, uint64_t page)
 {
     uint32_t tree = FORMAT_PAGE_TREE(page);
@@ -142,7 +135,7 @@ static void install(struct store *store, uint64_t page, uint64_t frame, uint64_t
     if (frame != STORE_NO_FRAME)
         store_set_flags(store, (uint32_t)frame, FRAME_WRITTEN, FRAME_WRITING);
     else
-        set_bit(store, store->table_written, number, true);
+        store_set_bit(store, store->table_written, number, true);
 }
 
 /* The slot tree's pages have two places each: that which the durable root does not use. */
@@ -191,7 +184,7 @@ static bool send_batch(struct store *store)
         uint8_t *image = staging + count * ATOLL_BLOCK_BYTES;
         if (at < tables) {
             store_table_image(store, at, image);
-            set_bit(store, store->table_dirty, at, store_table_behind(store, at));
+            store_set_bit(store, store->table_dirty, at, store_table_behind(store, at));
         } else {
             store_page_image(store, (uint32_t)frame, image);
             store_set_flags(store, (uint32_t)frame, FRAME_WRITING, FRAME_DIRTY);

@@ -293,6 +293,12 @@ static inline void *store_page_memory(const struct store *store, uint32_t frame)
 {
     return store->pages + (uint64_t)frame * ATOLL_BLOCK_BYTES;
 }
+static inline void store_set_bit(struct store *store, uint64_t *bits, uint64_t number, bool value)
+{
+    uint64_t *word = &bits[number / 64], bit = (uint64_t)1 << number % 64;
+    if (((*word & bit) != 0) != value)
+        atoll_set64(store->journal, word, *word ^ bit);
+}
 static inline void store_count(struct store *store, enum store_counter counter, uint64_t amount)
 {
     atoll_count(store->dedup->domain, DEDUP_COUNTER_STORE_FIRST + (uint32_t)counter, amount);

@@ -68,16 +68,9 @@ uint64_t store_slot_pba(const struct store *store, uint64_t slot, uint32_t copy)
 
 /* --- Slots ----------------------------------------------------------------------------------------------------------- */
 
-static void set_bit(struct store *store, uint64_t *bits, uint64_t number, bool value)
-{
-    uint64_t *word = &bits[number / 64], bit = (uint64_t)1 << number % 64;
-    if (((*word & bit) != 0) != value)
-        atoll_set64(store->journal, word, *word ^ bit);
-}
-
 static bool in_use(const struct store *store, uint64_t slot) { return store->slot_bits[slot / 64] >> slot % 64 & 1; }
 
-void store_table_dirty(struct store *store, uint64_t number) { set_bit(store, store->table_dirty, number, true); }
+void store_table_dirty(struct store *store, uint64_t number) { store_set_bit(store, store->table_dirty, number, true); }
 
 static void slot_dirty(struct store *store, uint64_t slot)
 {
@@ -101,8 +94,8 @@ uint32_t store_take_slots(struct store *store, uint32_t want, uint64_t *slot)
     uint64_t left = extent->count - index;
     *slot = at;
     for (; count < want && count < left && !in_use(store, at); count++, at++) {
-        set_bit(store, store->slot_bits, at, true);
-        set_bit(store, store->slot_next, at, true);
+        store_set_bit(store, store->slot_bits, at, true);
+        store_set_bit(store, store->slot_next, at, true);
         if (count == 0 || at % FORMAT_SLOTS_PER_PAGE == 0)
             slot_dirty(store, at);
     }
@@ -114,8 +107,8 @@ uint32_t store_take_slots(struct store *store, uint32_t want, uint64_t *slot)
 void store_free_slot(struct store *store, uint64_t slot)
 {
     assert(in_use(store, slot));
-    set_bit(store, store->slot_bits, slot, false);
-    set_bit(store, store->slot_next, slot, false);
+    store_set_bit(store, store->slot_bits, slot, false);
+    store_set_bit(store, store->slot_next, slot, false);
     slot_dirty(store, slot);
     STORE_ADD(store, slots_free, 1);
 }
@@ -123,7 +116,7 @@ void store_free_slot(struct store *store, uint64_t slot)
 void store_retire_slot(struct store *store, uint64_t slot)
 {
     assert(in_use(store, slot) && store->area->previous_count < store->area->spare_slots);
-    set_bit(store, store->slot_next, slot, false);
+    store_set_bit(store, store->slot_next, slot, false);
     slot_dirty(store, slot);
     atoll_set32(store->journal, &store->previous[store->area->previous_count], (uint32_t)slot);
     STORE_ADD(store, previous_count, 1);
@@ -135,7 +128,7 @@ bool store_free_retired(struct store *store)
     uint32_t freed = 0;
     for (; area->previous_count != 0 && freed < STORE_FREE_PER_STEP; freed++) {
         STORE_ADD(store, previous_count, -1);
-        set_bit(store, store->slot_bits, store->previous[area->previous_count], false); /* slot_next, and its page, have it so */
+        store_set_bit(store, store->slot_bits, store->previous[area->previous_count], false); /* slot_next, and its page, have it so */
     }
     STORE_ADD(store, slots_free, freed);
     return area->previous_count != 0;

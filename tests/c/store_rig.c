@@ -615,11 +615,39 @@ static void run_out_of_pages(uint64_t seed)
     drop_rig();
 }
 
+/* A block that cannot take one more reference is not offered, and not shared: its content is written again. */
+static void reach_the_reference_limit(void)
+{
+    uint64_t key = key_of(0, 0), base, pba[4];
+    make_rig(1, 2048, 128, false);
+    format();
+    make_volumes();
+    write_key(key, 7);
+    for (uint32_t turns = 0; turns < 40; turns++) {
+        destage(&rig->records[0]);
+        place(&rig->records[0]);
+        commit();
+        settle();
+    }
+    CHECK(logged(key, &base) == 0 && content_of(base) == 7);
+    CHECK(store_candidates(&dedup, content_print(7), pba, 4) == 1 && pba[0] == MAP_NUMBER(base));
+    uint32_t *word = store_ref(dedup.store, pba[0]);
+    *word = REF_COUNT_MAX;
+    CHECK(have_change(0, key_lba(1), STORE_CHANGE, 0, pba[0]));
+    CHECK(store_candidates(&dedup, content_print(7), pba, 4) == 0);
+    CHECK(!store_share(&dedup, 0, key_lba(1), 0, MAP_NUMBER(base)) && *word == REF_COUNT_MAX);
+    *word = REF_COUNT_MAX - 1;
+    CHECK(store_share(&dedup, 0, key_lba(1), 0, MAP_NUMBER(base)) && *word == REF_COUNT_MAX);
+    commit();
+    drop_rig();
+}
+
 /* A device is filled to the last block; every reservation is honoured, checkpoints find their places, deletion frees. */
 static void mode_full(uint64_t seed)
 {
     char reason[256];
     run_out_of_pages(seed);
+    reach_the_reference_limit();
     start(seed, 1024, 128, false);
     uint64_t content = 1000, filled = 0, refused = 0, overwritten = 0;
     struct store_space space;
