@@ -164,7 +164,8 @@ class Load:
         self.outstanding: list[_Operation] = []
         for volume in [*(found or ()), *(Volume(name, 0, self.history.ready) for name in made)]:
             self.history.volumes.append(volume)
-            for _ in range(CONNECTIONS):
+            # One for those that may be deleted: no other may have requests outstanding then.
+            for _ in range(1 if volume.name.startswith("v") else CONNECTIONS):
                 self.connect(volume)
 
     def position(self) -> int:
