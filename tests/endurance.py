@@ -37,6 +37,13 @@ from atoll.kernel.client import Client
 BLOCK = 4096
 PER_BLOCK = BLOCK // SECTOR
 ENOSPC = 28
+# Few pages of metadata in memory, and a fast tier for few of the blocks: both are always being changed.
+CONFIG = {
+    "volumes": [],
+    "dedup": {"metadata_cache_bytes": "2MiB"},
+    "fast_device": "fast.img",
+    "fast_device_size": "16MiB",
+}
 VOLUMES = 5
 DEPTH = 8
 # Parts of what can be stored at all that are free: where filling ends, and where writing pauses for trims.
@@ -112,8 +119,8 @@ class Endurance:
 
     def create(self) -> None:
         name, size = f"v{next(self.names)}", self.volume_sectors * SECTOR
-        threshold = self.choose.choice((1, 1, 2, 4, 8))
-        self.call("volume-create", name=name, size_bytes=size, read_only=False, threshold=threshold)
+        thresholds = {"threshold": self.choose.choice((1, 1, 2, 4, 8)), "tier_threshold": self.choose.choice((2, 8))}
+        self.call("volume-create", name=name, size_bytes=size, read_only=False, **thresholds)
         self.volumes.append(Volume(name, self.connect(name), Model(0, self.volume_sectors)))
 
     def connect(self, name: str) -> nbd.Link:
@@ -310,6 +317,9 @@ class Endurance:
         assert answer["inconsistencies"] == [], f"after {phase}: {answer['inconsistencies']}"
         status = self.call("status")
         assert status["log"]["used_bytes"] == 0 and status["log"]["failed_blocks"] == 0, status["log"]
+        tier = status["domains"]["dedup"]["tier"]
+        assert tier["state"] == "online", tier
+        assert phase == "deletion" or tier["used_bytes"] > 0, tier
         self.nothing_grew(phase)
         self.say(f"{phase}: {self.requests} requests, {self.refused} refused for space, {self.free():.1%} free")
 
@@ -399,7 +409,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="atoll-endurance-") as folder:
-        server = Server(Path(folder), config={"device_size": options.device_size, "volumes": []})
+        server = Server(Path(folder), config={**CONFIG, "device_size": options.device_size})
         try:
             server.start()
             Endurance(server, options.seed, lambda line: print(line, flush=True)).run(options.seconds)

@@ -4,11 +4,11 @@ import random
 from collections.abc import Callable
 
 import pytest
-from endurance import Endurance
+from endurance import CONFIG, Endurance
 from serverkit import Server
 
 
 @pytest.mark.slow
 def test_endurance(make_server: Callable[..., Server]) -> None:
-    server = make_server(config={"device_size": "192MiB", "volumes": []}).start()
+    server = make_server(config={**CONFIG, "device_size": "192MiB"}).start()
     Endurance(server, random.randrange(1 << 32)).run(8)
