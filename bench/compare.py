@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -206,6 +207,8 @@ def main(
     check, with_system, with_curves = (
         not rows if given is None else given for given in (check, with_system, with_curves)
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are stopped
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     if niceness:
         peers.prefer(niceness)
     if quick:

@@ -13,7 +13,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,29 +53,26 @@ def prepared(server: Any, folder: Path) -> None:
     in_memory(server, folder)
 
 
-def by_depth(folder: Path, seconds: float) -> list[Point]:
-    points: list[Point] = [{"x": depth} for depth in DEPTHS]
-    with Atoll(folder / "depth") as ours, Nbdkit(folder / "depth") as theirs:
+def beside_nbdkit(folder: Path, xs: Sequence[int], loads: Callable[[int], list[Load]], seconds: float) -> list[Point]:
+    points: list[Point] = [{"x": x, "atoll": {}, "nbdkit": {}} for x in xs]
+    with Atoll(folder) as ours, Nbdkit(folder) as theirs:
         for server in (ours, theirs):
             prepared(server, folder)
         for point in points:
             for server in (ours, theirs):
-                for load in (READ, WRITE):
-                    found = measured(server, replace(load, depth=point["x"]), folder, seconds)
-                    point.setdefault(server.name, {})[load.op] = found
+                for load in loads(point["x"]):
+                    point[server.name][load.op] = measured(server, load, folder, seconds)
     return points
+
+
+def by_depth(folder: Path, seconds: float) -> list[Point]:
+    return beside_nbdkit(
+        folder / "depth", DEPTHS, lambda depth: [replace(load, depth=depth) for load in (READ, WRITE)], seconds
+    )
 
 
 def by_connections(folder: Path, seconds: float) -> list[Point]:
-    points: list[Point] = [{"x": count} for count in CONNECTIONS]
-    with Atoll(folder / "connections") as ours, Nbdkit(folder / "connections") as theirs:
-        for server in (ours, theirs):
-            prepared(server, folder)
-        for point in points:
-            for server in (ours, theirs):
-                load = replace(MANY, connections=point["x"])
-                point.setdefault(server.name, {})["mixed"] = measured(server, load, folder, seconds)
-    return points
+    return beside_nbdkit(folder / "connections", CONNECTIONS, lambda count: [replace(MANY, connections=count)], seconds)
 
 
 def by_volume_size(folder: Path, seconds: float) -> list[Point]:

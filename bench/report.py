@@ -33,6 +33,20 @@ def figure(value: dict[str, float], kind: str) -> str:
     return f"{form.format(value['median'])} ({form.format(value['lowest'])}–{form.format(value['highest'])})"
 
 
+def cells(goal: dict[str, Any]) -> tuple[str, ...]:
+    """Of a goal's row in a table, all but the verdict."""
+    sign = "≥" if goal["figure"] == "rate" else "≤"
+    return (
+        f"{goal['title']}, {UNITS[goal['figure']]}",
+        goal["setting"],
+        goal["peer"],
+        figure(goal["atoll"], goal["figure"]),
+        figure(goal["peer_figure"], goal["figure"]),
+        f"{goal['ratio']:.2f} ×",
+        f"{sign} {goal['goal']:g} ×",
+    )
+
+
 def show(document: dict[str, Any]) -> None:
     table = Table(title=f"Atoll beside others: medians of {document['rounds']} interleaved rounds (least–most)")
     for name in ("work", "setting", "against"):
@@ -40,17 +54,7 @@ def show(document: dict[str, Any]) -> None:
     for name in ("Atoll", "peer", "ratio", "goal", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for goal in document["goals"]:
-        sign = "≥" if goal["figure"] == "rate" else "≤"
-        table.add_row(
-            f"{goal['title']}, {UNITS[goal['figure']]}",
-            goal["setting"],
-            goal["peer"],
-            figure(goal["atoll"], goal["figure"]),
-            figure(goal["peer_figure"], goal["figure"]),
-            f"{goal['ratio']:.2f} ×",
-            f"{sign} {goal['goal']:g} ×",
-            "[green]met[/]" if goal["met"] else "[red]short[/]",
-        )
+        table.add_row(*cells(goal), "[green]met[/]" if goal["met"] else "[red]short[/]")
     console().print(table)
     for side, by_client in document.get("cross_check", {}).items():
         both = ", ".join(f"{client} {figure(value, 'rate')}" for client, value in by_client.items())
@@ -162,18 +166,8 @@ def draw_curve(name: str, points: list[dict[str, Any]], folder: Path) -> None:
 def goals_page(document: dict[str, Any]) -> str:
     lines = ["| work | setting | against | Atoll | peer | ratio | goal | |", "|---|---|---|---|---|---|---|---|"]
     for goal in document["goals"]:
-        sign = "≥" if goal["figure"] == "rate" else "≤"
-        cells = (
-            f"{goal['title']}, {UNITS[goal['figure']]}",
-            goal["setting"],
-            goal["peer"],
-            figure(goal["atoll"], goal["figure"]),
-            figure(goal["peer_figure"], goal["figure"]),
-            f"{goal['ratio']:.2f} ×",
-            f"{sign} {goal['goal']:g} ×",
-            "met" if goal["met"] else "**short**",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
+        verdict = "met" if goal["met"] else "**short**"
+        lines.append("| " + " | ".join((*cells(goal), verdict)) + " |")
     return "\n".join(lines)
 
 
