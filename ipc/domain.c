@@ -388,8 +388,10 @@ uint64_t atoll_domain_changes(const struct atoll_domain *domain)
 {
     const struct atoll_rings *rings = domain->rings;
     uint64_t changes = domain->journal->count;
-    for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
-        changes += (rings->tx[role].tail - rings->tx[role].published) + (rings->rx[role].head - rings->rx[role].published);
+    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
+        changes += rings->tx[__builtin_ctz(left)].tail - rings->tx[__builtin_ctz(left)].published;
+    for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
+        changes += rings->rx[__builtin_ctz(left)].head - rings->rx[__builtin_ctz(left)].published;
     return changes;
 }
 

@@ -22,6 +22,7 @@
 #include <unistd.h>
 
 #include "drivers/nic/engine.h"
+#include "ipc/control.h"
 
 #define TURN_CONNECTIONS 64
 #define TURN_NBD_MESSAGES 64
@@ -32,7 +33,7 @@
 
 void nic_commit(struct nic *nic)
 {
-    if (nic->journal->count == 0 && nic->freed_slot_count == 0)
+    if (atoll_domain_changes(nic->domain) == 0 && nic->freed_slot_count == 0) /* a message put alone is a change, too */
         return;
     ATOLL_CRASH_POINT(nic->domain, "nic.commit.before");
     atoll_domain_commit(nic->domain);
