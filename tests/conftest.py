@@ -3,6 +3,7 @@
 - `server`           one per test, fresh
 - `module_server`    one per test file (tests leave it usable: each makes volumes of its own)
 - `make_server`      a factory, for tests that start several or with another configuration
+- `hooked`           dedup's extension, built so that a test can have it die after any store
 
 Each is a `serverkit.Server` on a data directory of its own, with small buffers, listening on a Unix socket and a free
 TCP port. At the end it is stopped; whatever still holds its data directory is killed by pid; a process or a
@@ -10,9 +11,18 @@ shared-memory object left behind fails the test. The log of a server is shown wi
 """
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 from serverkit import Server
+
+
+@pytest.fixture(scope="session")
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """dedup's extension with a hook behind each store of the journal."""
+    from dedupkit import build_hooked
+
+    return build_hooked(tmp_path_factory.mktemp("hooked"))
 
 
 @pytest.fixture

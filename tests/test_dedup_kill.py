@@ -6,22 +6,15 @@ import mmap
 import random
 import signal
 import time
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from dedupkit import BLOCK, FUA, NO_HOLE, OK, Request, Stage, build_hooked
+from dedupkit import BLOCK, FUA, NO_HOLE, OK, Request, Stage
 from lookupkit import Reader
 
 from atoll.ipc._ipc import lib
 
 SIZE = 64 * BLOCK
-
-
-@pytest.fixture(scope="module")
-def hooked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The extension with a hook behind each store of the journal."""
-    yield build_hooked(tmp_path_factory.mktemp("hooked"))
 
 
 def block(seed: int) -> bytes:

@@ -43,7 +43,8 @@ class Bench:
 
     def places(self, volume: int, lba: int, count: int) -> list[int]:
         values = self.stage.ffi.new("uint64_t[]", count)
-        reached = self.stage.lib.dedup_map(self.stage.state, volume, lba, count, values, 0)
+        fast = self.stage.ffi.new("uint8_t[]", count)
+        reached = self.stage.lib.dedup_map(self.stage.state, volume, lba, count, values, fast, 0)
         assert reached == self.stage.lib.DEDUP_REASON_REACHED
         return [int(value) & (1 << 60) - 1 for value in values]
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from dedupkit import BLOCK, DISK, LLRRM, OK, Io, Request, Stage, build_hooked
+from dedupkit import BLOCK, DISK, LLRRM, OK, Io, Request, Stage
 
 from atoll.ipc._ipc import lib
 
@@ -392,11 +392,6 @@ def test_a_device_that_lost_all_while_it_is_open_is_formatted(stage: Tiered) -> 
 
 
 # --- Deaths ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def hooked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    yield build_hooked(tmp_path_factory.mktemp("hooked"))
 
 
 @pytest.mark.slow
