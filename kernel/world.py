@@ -189,7 +189,8 @@ def _fast_device(
             why = f"no fast tier until the next start: {error}"
         if device is not None and device.identity == main.identity:
             os.close(device.fd)
-            device, why = None, f"no fast tier until the next start: device {device.path} is the main device"
+            why = f"no fast tier until the next start: device {device.path} is the main device"
+            device = None
     elif configured:
         why = "no fast tier until the next orderly stop and start: the last run, which is taken over, had none"
     if device is None:
