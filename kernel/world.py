@@ -180,7 +180,8 @@ def _fast_device(
 ) -> tuple[devices.Device | None, str]:
     """The fast device, or why there is none: the service does without. Roles and rings are as in the adopted run."""
     present = None if adopted is None else "llrrm" in adopted.arenas
-    device, why = None, ""
+    device: devices.Device | None = None
+    why = ""
     configured = bool(config.get("fast_device"))
     if configured and present is not False:
         try:
