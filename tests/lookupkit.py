@@ -57,7 +57,7 @@ class Reader:
 
     def _address(self, page: int) -> int:
         lookup = self.lookup
-        area = max(number for number in range(3) if page >= lookup.first[number])
+        area = max(number for number in range(4) if page >= lookup.first[number])
         assert page < lookup.page_count
         return int(lookup.address[area]) + (page - int(lookup.first[area])) * BLOCK
 

@@ -23,8 +23,8 @@ class Memory:
         lookup = public.lookup
         lookup.set_count, lookup.page_count = SETS, TABLE_PAGES
         lookup.generations_address = table + SETS * WAYS * 16
-        lookup.first = [0, TABLE_PAGES, TABLE_PAGES]
-        lookup.address = [pages, 0, 0]
+        lookup.first = [0, TABLE_PAGES, TABLE_PAGES, TABLE_PAGES]
+        lookup.address = [pages, 0, 0, 0]
         lookup.zeros_address, lookup.zeros_bytes = zeros, BLOCK
         lookup.entries_address = table
 
