@@ -37,6 +37,7 @@ TIER_STATES = ("off", "starting", "formatting", "loading", "online", "away", "re
 STATES = {0: "free", 1: "ready", 2: "deleting"}  # enum atoll_volume_state
 MAP_S = 5.0
 FLUSH_S = 30.0
+CHECK_S = 8.0  # clients wait meanwhile, and the command for ten
 STOP_S = 120.0
 
 
@@ -131,8 +132,15 @@ class Control:
 
     def check(self, call: dict[str, Any]) -> dict[str, Any]:
         text = ffi.new("char[]", TEXT_BYTES)
+        deadline = time.monotonic() + CHECK_S
         while (count := int(lib.dedup_check(self._state, text, TEXT_BYTES))) == lib.DEDUP_CHECK_WAITS:
             lib.dedup_check_turn(self._state, True)
+            if time.monotonic() > deadline:
+                lib.dedup_check_cancel(self._state)
+                raise CallError(
+                    f"the store is too large to be checked within {CHECK_S:g} s, while clients wait: "
+                    "atoll stop, then atoll check"
+                )
         lines = ffi.string(text).decode(errors="replace").splitlines()
         return {"inconsistencies": lines, "count": count}
 

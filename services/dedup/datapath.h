@@ -539,6 +539,7 @@ void datapath_note_suspect(struct datapath *dp);
  * called again, with nothing but I/O done in between (store_step_quiet). */
 #define DP_CHECK_WAITS UINT32_MAX
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes);
+void datapath_check_cancel(struct datapath *dp); /* one that waits */
 /* One message from nbd. */
 void datapath_message(struct datapath *dp, const struct atoll_descriptor *message);
 /* Waiting requests, flushes, destage, pages to give back: end of a step before its commit. True if something was done.

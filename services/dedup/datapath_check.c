@@ -40,6 +40,7 @@ static void __attribute__((format(printf, 2, 3))) found(struct findings *finding
 
 #define U(value) ((unsigned long long)(value))
 
+#define AHEAD STORE_PAGE_READS
 #define WINDOW_BLOCKS ((uint64_t)1 << 24) /* 64 MiB of counts */
 
 struct check {
@@ -89,6 +90,9 @@ static void check_leaf(struct datapath *dp, struct check *check, const uint64_t 
     }
 }
 
+/* Pages that are asked for together: waiting for each alone would take the time of all. */
+static uint64_t leaves_ahead(uint64_t left) { return left < AHEAD ? left : AHEAD; }
+
 /* All maps, leaf by leaf: references of the window's places, and each logged block's record. False: a page must be waited for. */
 static bool check_maps(struct datapath *dp, struct check *check)
 {
@@ -105,8 +109,10 @@ static bool check_maps(struct datapath *dp, struct check *check)
                 break;
             if (want == STORE_HAVE)
                 want = store_want_map(dp->dedup, check->volume, check->leaf * 512, 1, STORE_LOOK);
-            if (want == STORE_WAIT)
+            if (want == STORE_WAIT) {
+                store_want_map(dp->dedup, check->volume, check->leaf * 512, leaves_ahead(leaves - check->leaf) * 512, STORE_LOOK);
                 return false;
+            }
             if (want == STORE_LOST && check->window == 0)
                 found(&check->findings, "volume %u: a page of the map is damaged (leaf %llu, page %llx)", check->volume,
                       U(check->leaf), U(store_want_page(dp->dedup)));
@@ -302,8 +308,11 @@ static bool check_counts(struct datapath *dp, struct check *check)
             continue;
         enum store_want want = pba % 1024 == 0 || check->place == check->window || !store_references(dp->dedup, pba)
                                    ? store_want_base(dp->dedup, MAP_VALUE(MAP_PBA, pba)) : STORE_HAVE;
-        if (want == STORE_WAIT)
+        if (want == STORE_WAIT) {
+            for (uint64_t ahead = 1; ahead < AHEAD; ahead++)
+                store_want_base(dp->dedup, MAP_VALUE(MAP_PBA, pba + ahead * 1024));
             return false;
+        }
         uint32_t counted = store_references(dp->dedup, pba);
         check->stored += counted != 0;
         check->total += counted;
@@ -422,4 +431,10 @@ uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes)
     }
     check_sums(dp, check);
     return end_check(dp);
+}
+
+void datapath_check_cancel(struct datapath *dp)
+{
+    if (dp->check != 0)
+        end_check(dp);
 }

@@ -452,6 +452,8 @@ uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes)
     return count;
 }
 
+void dedup_check_cancel(struct dedup *dedup) { datapath_check_cancel(dedup->datapath); }
+
 bool dedup_check_turn(struct dedup *dedup, bool sleep)
 {
     struct atoll_descriptor message;

@@ -130,6 +130,8 @@ uint64_t dedup_tier_places(uint64_t device_blocks, uint64_t most);
 uint32_t dedup_check(struct dedup *dedup, char *text, uint64_t bytes);
 /* Completions, and pages that come and go; serves nobody. True if something was done; else it has slept a little, if it may. */
 bool dedup_check_turn(struct dedup *dedup, bool sleep);
+/* Forgets a check that waits. */
+void dedup_check_cancel(struct dedup *dedup);
 /* cffi:end */
 
 #endif
