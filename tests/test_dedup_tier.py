@@ -131,6 +131,24 @@ def test_a_block_moves_when_its_references_reach_the_threshold() -> None:
         stage.verify()
 
 
+def test_refused_duplicates_count_as_references() -> None:
+    """A block that always stands alone is never shared at THN 4, so its references alone would not move it."""
+    with Tiered() as stage:
+        stage.begin(tier=3, threshold=4)
+        data = block(1)
+        for number in range(3):
+            assert stage.figures().tier_used == 0
+            stage.put(10 * number, data)
+            stage.settle()
+        assert stage.figures().tier_used == 1
+        stored = stage.figures().stored_blocks
+        for number in range(3, 9):
+            stage.put(10 * number, data)
+        assert stage.figures().stored_blocks == stored
+        assert stage.counters()["tier_shared_blocks"] == 6
+        stage.verify()
+
+
 def test_threshold_one_moves_everything() -> None:
     with Tiered() as stage:
         stage.begin(tier=1)

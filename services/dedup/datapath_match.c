@@ -213,6 +213,7 @@ void match_stored(struct datapath *dp, uint32_t number)
                 pbas[chosen++] = blocks[index].places[choice[index]];
             } else if (blocks[index].count != 0) {
                 link[kept] = DP_REJECTED;
+                tier_refused(dp, at(dp, records[kept])->volume, blocks[index].places[0], at(dp, records[kept])->print);
             }
             kept++;
         }

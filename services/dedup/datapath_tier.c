@@ -201,14 +201,15 @@ static uint32_t evict(struct datapath *dp, uint32_t credit)
 
 /* --- Copying ---------------------------------------------------------------------------------------------------------------- */
 
-void tier_consider(struct datapath *dp, uint32_t volume, uint64_t pba)
+/* `refused`: references that the block would have if short runs were shared. */
+static void consider(struct datapath *dp, uint32_t volume, uint64_t pba, uint32_t refused)
 {
     struct tier *tier = &dp->tier;
     struct tier_area *area = tier->area;
     if (area->state != TIER_ONLINE || tier->closing || tier->recent[pba % 64] == pba || tier_find(dp, pba) != TIER_NONE)
         return;
     if (store_want_blocks(dp->dedup, &pba, 1) != STORE_HAVE ||
-        store_references(dp->dedup, pba) < dp->dedup->public->volumes[volume].tier_threshold)
+        store_references(dp->dedup, pba) + refused < dp->dedup->public->volumes[volume].tier_threshold)
         return;
     if (area->queue_tail - area->queue_head == TIER_QUEUE) {
         atoll_count(dp->domain, DEDUP_COUNTER_TIER_SKIPPED, 1);
@@ -217,6 +218,22 @@ void tier_consider(struct datapath *dp, uint32_t volume, uint64_t pba)
     tier->recent[pba % 64] = pba;
     dp_set64(dp, &area->queue[area->queue_tail % TIER_QUEUE], pba);
     dp_set64(dp, &area->queue_tail, area->queue_tail + 1);
+}
+
+void tier_consider(struct datapath *dp, uint32_t volume, uint64_t pba) { consider(dp, volume, pba, 0); }
+
+void tier_refused(struct datapath *dp, uint32_t volume, uint64_t pba, struct fingerprint print)
+{
+    struct tier *tier = &dp->tier;
+    if (tier->area->state != TIER_ONLINE)
+        return;
+    uint8_t *demand = &tier->demand[print.low % TIER_DEMAND];
+    if (++tier->refused % TIER_DEMAND == 0)
+        for (uint32_t index = 0; index < TIER_DEMAND; index++)
+            tier->demand[index] /= 2;
+    if (*demand != UINT8_MAX)
+        ++*demand;
+    consider(dp, volume, pba, *demand);
 }
 
 static void set_copy(struct datapath *dp, struct tier_copy *copy, struct tier_copy value)

@@ -3,6 +3,7 @@
  *
  *   tier_find            where a block's copy lies
  *   tier_consider        a block has got references: is it to be copied?
+ *   tier_refused         a duplicate of it was too short a run to be shared: a reference that it would have
  *   tier_freed           its place on the main device is free, or about to be rewritten
  *   tier_read_failed     a read of a copy went wrong: it is dropped, the reader goes to the main device
  *   tier_step            queue, copies, table, the device's coming and going
@@ -46,6 +47,8 @@ struct datapath;
 /* I/O at the fast device under way: if it falls silent the rest of dedup's slots still serve the main device. */
 #define TIER_IO_MOST 128
 #define TIER_CREDIT_MAX 63
+/* Counters of refused duplicates: a hint, so contents may meet in one, and nothing is lost with the process. */
+#define TIER_DEMAND 65536
 /* Entries at which the clock's hand looks for one place. */
 #define TIER_HAND_ENTRIES 64
 /* Nothing comes back for so long: readers go to the main device. A driver that is replaced takes some milliseconds. */
@@ -121,6 +124,8 @@ struct tier {
     uint64_t bounce_first;   /* number of the first of them */
     bool closing;            /* the table is to be written now */
     uint64_t recent[64];     /* PBAs queued lately: a block shared again and again is queued once */
+    uint64_t refused;        /* duplicates */
+    uint8_t demand[TIER_DEMAND]; /* of them, by fingerprint; halved from time to time */
 };
 
 uint64_t tier_arena_bytes(uint64_t places);
@@ -135,6 +140,7 @@ uint32_t tier_find(const struct datapath *dp, uint64_t pba);
 uint32_t tier_readable(const struct datapath *dp, uint64_t pba);
 static inline uint64_t tier_block(const struct tier *tier, uint32_t place) { return 1 + tier->area->table_blocks + place; }
 void tier_consider(struct datapath *dp, uint32_t volume, uint64_t pba);
+void tier_refused(struct datapath *dp, uint32_t volume, uint64_t pba, struct fingerprint print);
 void tier_served(struct datapath *dp, uint32_t place);
 void tier_read_failed(struct datapath *dp, uint64_t pba, uint64_t block, uint32_t status);
 void tier_drop(struct datapath *dp, uint64_t pba);
