@@ -109,16 +109,20 @@ def judge(work: Work, goal: Goal, setting: str, samples: dict[str, list[Sample]]
 
 
 def cross_check(folder: Path, rounds: int, runtime_s: float) -> dict[str, Any]:
-    """fio and nbdload on the same reads of the same server: their figures must be those of one load."""
+    """fio and nbdload in turn, the same reads of the same servers: how far a figure is the client's."""
     work = next(work for work in works() if work.name == "read-32")
-    by_client = {}
-    for client in ("fio", "nbdload"):
-        same = replace(work, load=replace(work.load, client=client))
-        by_client[client] = measure(same, INSTALLED, folder, rounds, runtime_s)
-    return {
-        side: {client: spread([sample.rate for sample in found[side]]) for client, found in by_client.items()}
-        for side in ("atoll", "peer")
-    }
+    found: dict[str, dict[str, list[float]]] = {}
+    with Atoll(folder / "check") as ours, work.peer(folder / "check") as theirs:
+        servers = {"atoll": ours, "peer": theirs}
+        for server in servers.values():
+            work.prepare(server, folder)
+        for number in range(rounds):
+            for side, server in servers.items():
+                for client in ("fio", "nbdload"):
+                    load = replace(work.load, client=client)
+                    sample = clients.run(load, server, None, folder, runtime_s, seed=number)
+                    found.setdefault(side, {}).setdefault(client, []).append(sample.rate)
+    return {side: {client: spread(rates) for client, rates in by.items()} for side, by in found.items()}
 
 
 def machine() -> dict[str, Any]:
