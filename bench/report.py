@@ -116,7 +116,11 @@ def draw_goals(document: dict[str, Any], folder: Path) -> None:
     axes.barh(names, shown, color=["tab:green" if goal["met"] else "tab:red" for goal in goals])
     axes.plot(wanted, names, "k|", markersize=9, label="goal")
     axes.axvline(1, color="gray", linewidth=0.5)
-    axes.set(xscale="log", xlabel="times better than the peer (p99 and CPU: peer's / Atoll's)")
+    axes.set_xscale("log")
+    ticks = [0.125, 0.25, 0.5, 1, 2, 4]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="times better than the peer (p99 and CPU: peer's / Atoll's)")
     axes.tick_params(axis="y", labelsize=7)
     axes.legend(loc="lower right")
     image.savefig(folder / "compare.png", dpi=90)
@@ -152,9 +156,10 @@ def draw_curve(name: str, points: list[dict[str, Any]], folder: Path) -> None:
         if name != "stored":
             panel.set_xscale("log", base=2)
             panel.set_xticks([point["x"] for point in points], [f"{point['x']:,}" for point in points])
-        panel.set_ylim(bottom=0)
         panel.tick_params(labelsize=7)
     panels[1].set_yscale("log")
+    for panel in (panels[0], panels[2]):
+        panel.set_ylim(bottom=0)
     panels[0].legend(fontsize=7)
     image.savefig(folder / f"{name}.png", dpi=80)
     pyplot.close(image)
