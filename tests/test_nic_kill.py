@@ -240,7 +240,8 @@ def test_after_the_death_of_all_only_what_dedup_holds_is_kept() -> None:
         stage._map(NIC, writable=True)
         physmap.header(NIC).instance += 1
         physmap.header(NIC).serving_ns = 0  # as atoll_arena_adopt does
-        for peer in (lib.ATOLL_ROLE_NBD, lib.ATOLL_ROLE_DEDUP):  # it also empties the rings: what the dead sent is nobody's
+        # It also empties the rings: what the dead sent is nobody's.
+        for peer in (lib.ATOLL_ROLE_NBD, lib.ATOLL_ROLE_DEDUP):
             sent = physmap.header(peer)
             ring = ffi.cast("struct atoll_ring_producer *", physmap.address(peer) + sent.tx_offset[NIC])
             mine = physmap.header(NIC).consumer[peer]
