@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoll.bench import clients, compare, compiled, curves, peers, report, system, works
+from atoll.bench import clients, compare, curves, peers, report, system, works
 from atoll.bench.clients import CONTENT_BYTES, Load
 from atoll.bench.works import Sizes
 
@@ -30,15 +30,6 @@ SMALL_CONFIG = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("b")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def libraries(folder: Path) -> None:
-    """libnbd's header belongs to `make bench`, not to `make test`."""
-    try:
-        compiled.program("nbdload", folder, ("nbd",))
-    except compiled.Missing as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
