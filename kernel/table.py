@@ -11,7 +11,7 @@ of the configuration puts another module in a role's place.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -50,31 +50,23 @@ KERNEL = Role(
     wake="eventfd",
 )
 
+DISK = Role(
+    "disk",
+    lib.ATOLL_ROLE_DISK,
+    {"kernel": CONTROL, "dedup": STORAGE},
+    wake="eventfd",
+    module="atoll.drivers.disk",
+    boot=1,
+    rights=frozenset({DEVICE, URING}),
+    threaded_engine="threads",
+    uring_entries=STORAGE,
+)
+
 _ROWS = (
     KERNEL,
-    Role(
-        "disk",
-        lib.ATOLL_ROLE_DISK,
-        {"kernel": CONTROL, "dedup": STORAGE},
-        wake="eventfd",
-        module="atoll.drivers.disk",
-        boot=1,
-        rights=frozenset({DEVICE, URING}),
-        threaded_engine="threads",
-        uring_entries=STORAGE,
-    ),
-    Role(
-        "llrrm",
-        lib.ATOLL_ROLE_LLRRM,
-        {"kernel": CONTROL, "dedup": STORAGE},
-        wake="eventfd",
-        module="atoll.drivers.disk",
-        boot=1,
-        rights=frozenset({DEVICE, URING}),
-        threaded_engine="threads",
-        uring_entries=STORAGE,
-        optional=True,
-    ),
+    DISK,
+    # The same driver on another device.
+    replace(DISK, name="llrrm", number=lib.ATOLL_ROLE_LLRRM, optional=True),
     Role(
         "dedup",
         lib.ATOLL_ROLE_DEDUP,
