@@ -3,7 +3,8 @@
     /atoll-<instance, 16 hex digits>-<role>        the role's arena
     /atoll-<instance, 16 hex digits>-lock-<role>   its lock page
 
-- `create(name, size)` allocates all of it at once and returns a writable descriptor (mode 0600).
+- `create(name, size)` allocates all of it at once, in huge pages where they are to be had, and returns a writable
+  descriptor (mode 0600).
 - `open_read_only(name)`, `open_writable(name)`: descriptors; the first really cannot be mapped writable.
 - `unlink(name)`, `list_objects(instance)`, `list_instances()`.
 
@@ -20,9 +21,11 @@ from pathlib import Path
 
 import posix_ipc
 
+from atoll.ipc._ipc import lib
 from atoll.ipc.roles import Role
 
 FOLDER = Path("/dev/shm")  # where Linux keeps them
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LOCK_BYTES = 4096
 _NAME = re.compile(r"atoll-([0-9a-f]{16})-(lock-)?([a-z]+)")
 
@@ -51,6 +54,9 @@ def create(name: str, size: int) -> int:
     except (OSError, posix_ipc.Error) as error:
         raise ObjectError(f"cannot create shared-memory object {name}: {error}") from error
     try:
+        if _huge_allowed():
+            os.ftruncate(fd, size)
+            lib.atoll_make_huge(fd, size)
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
         os.close(fd)
@@ -59,6 +65,14 @@ def create(name: str, size: int) -> int:
             raise _too_small(name, size, _available() or 0) from error
         raise ObjectError(f"cannot allocate {size} bytes for {name}: {error.strerror}") from error
     return fd
+
+
+def _huge_allowed() -> bool:
+    """False where there are none, or the administrator wants none (Linux comes with "always [madvise] never")."""
+    try:
+        return "[never]" not in HUGE.read_text()
+    except OSError:
+        return False
 
 
 def _available() -> int | None:

@@ -3,12 +3,16 @@
 #include "ipc/physmap.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 
 struct view {
@@ -159,3 +163,22 @@ void *atoll_map_elsewhere(int fd, uint64_t bytes, char *error)
 }
 
 int atoll_unmap_elsewhere(void *address, uint64_t bytes) { return munmap(address, bytes) == 0 ? 0 : -errno; }
+
+uint64_t atoll_make_huge(int fd, uint64_t bytes)
+{
+    uint64_t whole = bytes - bytes % ATOLL_HUGE_BYTES, done = 0;
+    char *room, *at;
+    if (whole == 0)
+        return 0;
+    room = mmap(0, whole + ATOLL_HUGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); /* to find an aligned place */
+    if (room == MAP_FAILED)
+        return 0;
+    at = room + (-(uintptr_t)room & (ATOLL_HUGE_BYTES - 1));
+    if (mmap(at, whole, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) != MAP_FAILED)
+        /* A huge page takes the place of at least one small one. The first refusal (old system, memory in pieces) is the last. */
+        while (done < whole && posix_fallocate(fd, (off_t)done, ATOLL_PAGE_BYTES) == 0 &&
+               madvise(at + done, ATOLL_HUGE_BYTES, MADV_COLLAPSE) == 0)
+            done += ATOLL_HUGE_BYTES;
+    munmap(room, whole + ATOLL_HUGE_BYTES);
+    return done;
+}

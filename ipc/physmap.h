@@ -6,6 +6,8 @@
  *   0x2f0000000000 + role * 4 KiB      lock page     atoll_map_lock
  *   anywhere                           atoll_map_elsewhere: an old or foreign arena, read-only, for tools
  *
+ *   atoll_make_huge                    a new object's memory in huge pages
+ *
  * Nothing is mapped over what somebody else put there: only this module's own view is replaced. Every map is kept out
  * of core dumps; a writable one is not inherited by children. One thread at a time.
  *
@@ -19,6 +21,8 @@
 #include "ipc/layout.h"
 
 /* cffi:begin */
+/* A huge page. Where it is more (arm64 with large pages), there are none. */
+#define ATOLL_HUGE_BYTES 2097152
 /* Maps `bytes` (page-aligned, at most ATOLL_MAP_STRIDE) of `fd` as the arena of `role`, in place of the view there was. */
 int atoll_map_arena(uint32_t role, int fd, uint64_t bytes, int writable, char *error);
 int atoll_unmap_arena(uint32_t role, char *error);
@@ -34,6 +38,10 @@ int atoll_unmap_lock(uint32_t role, char *error);
 /* Read-only, at an address of the system's choice; NULL and `error` if it cannot be. */
 void *atoll_map_elsewhere(int fd, uint64_t bytes, char *error);
 int atoll_unmap_elsewhere(void *address, uint64_t bytes);
+/* Allocates memory of a new object of `bytes` in huge pages, from its beginning on as far as they are to be had; returns how many
+ * bytes that is, a multiple of ATOLL_HUGE_BYTES. Before the rest is allocated: it costs less than what it replaces. Each domain touches pages all over the arenas, and
+ * the processor remembers the places of few. Works whatever shmem_enabled and the mount of /dev/shm say (Linux 6.1, MADV_COLLAPSE). */
+uint64_t atoll_make_huge(int fd, uint64_t bytes);
 /* cffi:end */
 
 #endif

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import random
+import re
 import secrets
 import signal
 import statistics
@@ -51,6 +52,28 @@ def test_an_object_is_allocated_when_made_and_listed_until_unlinked() -> None:
     assert objects.list_objects(number) == []
     with pytest.raises(objects.ObjectError, match=name):
         objects.open_read_only(name)
+
+
+def test_an_arena_lies_in_huge_pages_where_linux_has_them() -> None:
+    size, role = 5 * MIB, Role.NIC  # two huge pages and a rest
+    name = objects.arena_name(secrets.randbits(64), role)
+    fd = objects.create(name, size)
+    try:
+        huge = lib.atoll_make_huge(fd, size)  # what is huge already stays so
+        assert huge in (0, 2 * lib.ATOLL_HUGE_BYTES)
+        assert os.fstat(fd).st_size == os.fstat(fd).st_blocks * 512 == size
+        assert os.pread(fd, size + 1, 0) == bytes(size)
+        physmap.map_arena(role, fd, size)
+        physmap.populate(role)
+        blocks = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+        block = next(block for block in blocks if block.startswith(f"{physmap.address(role):x}-"))
+        found = {key: int(value.split()[0]) for key, value in re.findall(r"^(\w+): +(\d+ kB)$", block, re.MULTILINE)}
+        assert found["ShmemPmdMapped"] * 1024 == huge
+        assert found["Rss"] * 1024 == size
+    finally:
+        physmap.unmap_arena(role)
+        os.close(fd)
+        objects.unlink(name)
 
 
 def test_too_small_a_dev_shm_is_named_with_wanted_and_available_bytes() -> None:
