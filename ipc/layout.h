@@ -96,7 +96,8 @@ enum atoll_descriptor_flag {
     ATOLL_FLAG_LAST = 16,        /* reply: the slot is free once this is sent */
     ATOLL_FLAG_CLOSE = 32,       /* reply: close the connection once this is sent */
     ATOLL_FLAG_DISCARD = 64,     /* reply: throw away what is still to come of this request's payload */
-    ATOLL_FLAG_TAKEN = 128       /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
+    ATOLL_FLAG_TAKEN = 128,      /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
+    ATOLL_FLAG_AWAITED = 1       /* IO_READ: a client waits for it (a hint) */
 };
 
 enum atoll_opcode {

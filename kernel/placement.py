@@ -7,7 +7,8 @@
 
 A request crosses the domains of the data path one after the other, so where processors are few these share one: to hand
 a message over on it is a switch of 2 µs, while an idle processor, above all a virtual one, takes some 30 µs to wake.
-Storage drivers work beside the path, on any processor. Where there are more than FEW the scheduler decides.
+Storage drivers work beside the path, on any processor, but for reads that clients wait for: drivers/disk/place.c. Where
+there are more than FEW processors the scheduler decides.
 
 Which one it is, is chosen at the start: that with the least to do, and by lot where several have as little, so that
 several servers on a machine do not all take the same.
@@ -36,15 +37,17 @@ def cores(config: Mapping[str, Any], role: str, allowed: Set[int]) -> frozenset[
     kernel = config["kernel"]
     named = kernel.get("cpus") or []
     usable = sorted(allowed & set(named)) if named else sorted(allowed)
-    placement = kernel.get("placement", "none")
-    if placement == "auto":
-        placement = "together" if len(usable) <= FEW else "none"
     if not usable:
         return None
-    if placement == "together" and role in PATH:
+    if _together(kernel, len(usable)) and role in PATH:
         chosen = kernel.get("path_cpu")
         return frozenset([chosen]) if chosen in usable else frozenset(usable[-1:])
     return frozenset(usable) if named else None
+
+
+def _together(kernel: Mapping[str, Any], usable: int) -> bool:
+    placement = kernel.get("placement", "none")
+    return bool(placement == "together" or (placement == "auto" and usable <= FEW))
 
 
 def settle(config: Mapping[str, Any], role: str) -> None:
@@ -74,7 +77,7 @@ def _idle_ticks() -> dict[int, int]:
 def choose(config: dict[str, Any], instance: int) -> None:
     """`instance`: the run's random number. Looks at the processors for SAMPLE_S."""
     allowed = sorted(os.sched_getaffinity(0) & set(config["kernel"].get("cpus") or range(os.cpu_count() or 1)))
-    if config["kernel"].get("placement") not in ("auto", "together") or len(allowed) < 2:
+    if len(allowed) < 2 or not _together(config["kernel"], len(allowed)):
         return
     before = _idle_ticks()
     time.sleep(SAMPLE_S)

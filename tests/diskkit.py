@@ -70,12 +70,14 @@ class Stage:
         source_blocks: int = 1024,
         sparse: bool = True,
         testing: dict[str, Any] | None = None,
+        path_cpu: int | None = None,
     ) -> None:
         self.module = importlib.import_module(module)
         self.config = {
             "disk": {"engine": engine, "cache_bytes": buffer_blocks * BLOCK},
             "sparse": sparse,
             "testing": testing or {},
+            "kernel": {} if path_cpu is None else {"path_cpu": path_cpu},
         }
         self.device_fd = device_fd
         self.instance = secrets.randbits(64)

@@ -262,3 +262,39 @@ def test_idle_driver_sleeps(stage):
 
     select.select([], [], [], 0.3)
     assert used() - before <= 2 and int(stage.header().progress) - turns <= 2
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor: there is nowhere else to go")
+def test_runs_on_the_path_while_clients_wait_for_reads(tmp_path):
+    """Reads that clients wait for bring it there, other work takes it away; who else binds it has the last word."""
+    everywhere = os.sched_getaffinity(0)
+    cpu, other = min(everywhere), max(everywhere)
+    with Stage(open_device(tmp_path / "device", DEVICE_BLOCKS * BLOCK), ENGINES[0], path_cpu=cpu) as stage:
+        stage.start()
+
+        def load(where: set[int], **fields: int) -> None:
+            def turn() -> bool:
+                for _ in range(64):
+                    identity = stage.identity()
+                    stage.submit_raw(identity=identity, words=[0], length=BLOCK, **fields)
+                    assert stage.complete(identity) == (OK, 0)
+                return os.sched_getaffinity(stage.pid) == where
+
+            stage.poll(turn)
+
+        awaited = {"opcode": READ, "address": stage.buffers, "flags": lib.ATOLL_FLAG_AWAITED}
+        write = {"opcode": WRITE, "address": stage.source, "flags": lib.ATOLL_FLAG_AWAITED}  # no flag of writes
+        matching = {"opcode": READ, "address": stage.buffers}
+        load({cpu}, **awaited)
+        load(everywhere, **write)
+        load({cpu}, **awaited)
+        load(everywhere, **matching)
+        load({cpu}, **awaited)
+        os.sched_setaffinity(stage.pid, {other})
+        for _ in range(2):
+            load({other}, **write)
+            load({other}, **awaited)
+        stage.kill()
+        stage.start()
+        assert os.sched_getaffinity(stage.pid) == everywhere, "a successor begins beside the path"
+        load({cpu}, **awaited)

@@ -46,6 +46,20 @@ def test_the_choice_of_init_holds_for_all() -> None:
         assert placement.cores(made, "nic", others) == {max(others)}, "it is not allowed there any more"
 
 
+@pytest.mark.parametrize(
+    ("mode", "processors", "shared"), [("auto", 3, True), ("auto", 4, False), ("none", 2, False), ("together", 8, True)]
+)
+def test_one_is_chosen_where_the_path_shares_one(
+    monkeypatch: pytest.MonkeyPatch, mode: str, processors: int, shared: bool
+) -> None:
+    """Storage drivers take its absence for: the scheduler decides."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    made = config(mode)
+    placement.choose(made, 12345)
+    assert ("path_cpu" in made["kernel"]) is shared
+
+
 def test_a_processor_that_cannot_be_used_is_named() -> None:
     with pytest.raises(BootError, match=r"kernel\.cpus names processor 8000; Atoll may run on"):
         placement.check(config("auto", [8000]))

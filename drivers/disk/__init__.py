@@ -85,6 +85,9 @@ def serve(context: Any, disk: Any, lib: Any, ffi: Any, handlers: Handlers) -> No
 
     # The table is as the predecessor's last commit left it; what it had under way goes on.
     everything = {"status": status, **handlers}
+    path_cpu = context.config.get("kernel", {}).get("path_cpu")
+    if path_cpu is not None:
+        lib.disk_set_path_cpu(disk, path_cpu)
     context.serving()
     while lib.disk_run(disk) != lib.ATOLL_REASON_STOP:
         context.serve_control(everything)

@@ -110,6 +110,7 @@ void disk_destroy(struct disk *disk)
         uring_close(disk->uring);
     if (disk->threads != 0)
         threads_close(disk->threads);
+    place_close(disk);
     free(disk);
 }
 
@@ -153,6 +154,7 @@ static uint32_t take(struct disk *disk)
         most = 1;
     while (count < most && atoll_domain_take(disk->domain, ATOLL_ROLE_DEDUP, &message)) {
         disk->domain->self->current = message.identity;
+        place_note(disk, &message);
         io_take(disk, &message);
         count++;
     }
@@ -224,6 +226,8 @@ int disk_run(struct disk *disk)
             ATOLL_CRASH_POINT(domain, "disk.advanced");
         }
         io_start(disk, started, count);
+        if (taken != 0)
+            place_settle(disk);
         if (!busy)
             wait_for_work(disk);
     }

@@ -133,6 +133,7 @@ struct disk {
     uint32_t queue[ATOLL_IO_COUNT];      /* slots that are QUEUED, oldest first */
     uint32_t queue_count;
     uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */
+    struct disk_place *place;            /* where it runs; NULL: where the scheduler wants */
 };
 
 static inline uint64_t disk_user_data(const struct disk_slot *slot)
@@ -161,6 +162,8 @@ int disk_attach_threads(struct disk *disk, char *error);
  * is in flight. */
 int disk_run(struct disk *disk);
 void disk_stop(struct disk *disk);
+/* The processor on which clients are answered, if the data path shares one and this process may run there: see place.c. */
+void disk_set_path_cpu(struct disk *disk, uint32_t cpu);
 void disk_status(struct disk *disk, struct disk_status *status);
 void disk_destroy(struct disk *disk);
 /* cffi:end */
@@ -189,6 +192,11 @@ void threads_start(struct thread_engine *engine, const struct disk_slot *slot, u
 uint32_t threads_complete(struct thread_engine *engine, struct disk *disk, uint32_t most);
 bool threads_ready(struct thread_engine *engine);
 void threads_close(struct thread_engine *engine);
+
+/* place.c. `_note`: a message has been taken; `_settle`: at the end of a turn that took messages. */
+void place_note(struct disk *disk, const struct atoll_descriptor *message);
+void place_settle(struct disk *disk);
+void place_close(struct disk *disk);
 
 /* io.c: bytes to transfer in all attempts together. */
 uint64_t disk_target_bytes(const struct disk_slot *slot);

@@ -8,7 +8,7 @@ spec = importlib.util.spec_from_file_location("atoll_cbuild", HERE.parent.parent
 cbuild = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cbuild)
 
-DISK = ("disk.c", "io.c", "engine_uring.c", "engine_threads.c")
+DISK = ("disk.c", "io.c", "engine_uring.c", "engine_threads.c", "place.c")
 
 ffi = cbuild.make_ffi(
     "atoll.drivers.fault._fault",

@@ -187,7 +187,7 @@ struct source { uint64_t block; bool tier; };
 static bool in_sequence(struct source a, struct source b) { return a.tier == b.tier && a.block + 1 == b.block; }
 
 /* Sends the reads of pages[from..to), whose blocks stand in sequence. */
-static void submit(struct datapath *dp, const struct source *sources, const uint32_t *pages, uint32_t from, uint32_t to)
+static void submit(struct datapath *dp, enum io_kind who, const struct source *sources, const uint32_t *pages, uint32_t from, uint32_t to)
 {
     struct atoll_segment segments[ATOLL_IO_BLOCKS];
     uint32_t count = 0;
@@ -200,9 +200,13 @@ static void submit(struct datapath *dp, const struct source *sources, const uint
     }
     ATOLL_CRASH_POINT(dp->domain, "dedup.fill.submit");
     uint64_t block = sources[from].block;
-    bool sent = sources[from].tier
-                    ? tier_submit(dp, IO_FILL, block, ATOLL_OP_IO_READ, block, segments, count)
-                    : io_submit(dp->dedup, IO_FILL, block, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, block * DP_BLOCK, segments, count) >= 0;
+    bool sent;
+    if (sources[from].tier)
+        sent = tier_submit(dp, IO_FILL, block, ATOLL_OP_IO_READ, block, segments, count);
+    else if (who == IO_FILL)
+        sent = io_submit_awaited(dp->dedup, block, block * DP_BLOCK, segments, count) >= 0;
+    else
+        sent = io_submit(dp->dedup, IO_FILL, block, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, block * DP_BLOCK, segments, count) >= 0;
     assert(sent); /* load counted the room */
 }
 
@@ -301,7 +305,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
             continue;
         while (to < count && missing[to] && in_sequence(sources[to - 1], sources[to]))
             to++;
-        submit(dp, sources, pages, from, to);
+        submit(dp, who, sources, pages, from, to);
     }
     atoll_count(dp->domain, DEDUP_COUNTER_CACHE_HITS, count - missing_count);
     atoll_count(dp->domain, DEDUP_COUNTER_CACHE_MISSES, missing_count);

@@ -23,10 +23,11 @@ uint32_t io_room(const struct dedup *dedup, enum io_kind kind)
 }
 
 /* Puts the request of `slot` on the ring to its driver. The ring has a place for each I/O slot, so it cannot be full. */
-static bool io_send(struct dedup *dedup, uint32_t number)
+static bool io_send(struct dedup *dedup, uint32_t number, uint32_t flags)
 {
     struct io_slot *slot = &dedup->io->slots[number];
     struct atoll_descriptor message = {.opcode = (uint8_t)slot->opcode,
+                                       .flags = (uint8_t)flags,
                                        .segment_count = (uint16_t)slot->segment_count,
                                        .identity = (uint64_t)number << 32 | slot->sequence,
                                        .address = slot->segment_count != 0 ? (uint64_t)(uintptr_t)slot->segments : 0,
@@ -40,8 +41,8 @@ static bool io_send(struct dedup *dedup, uint32_t number)
     return atoll_domain_put(dedup->domain, slot->device, &message);
 }
 
-int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
-              uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count)
+static int submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
+                  uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count, uint32_t flags)
 {
     struct atoll_journal *journal = dedup->domain->journal;
     struct io_table *table = dedup->io;
@@ -68,10 +69,23 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
     slot->sequence++;
     slot->kind = kind;
     atoll_set32(journal, &table->free_count, table->free_count - 1);
-    bool sent = io_send(dedup, number);
+    bool sent = io_send(dedup, number, flags);
     assert(sent); /* ATOLL_STORAGE_RING_ENTRIES >= ATOLL_IO_COUNT, and a completed one has left the ring */
     atoll_count(dedup->domain, DEDUP_COUNTER_IO_SUBMITTED, 1);
     return (int)number;
+}
+
+int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
+              uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count)
+{
+    return submit(dedup, kind, argument, device, opcode, offset_bytes, segments, segment_count, 0);
+}
+
+int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_bytes, const struct atoll_segment *segments,
+                      uint32_t segment_count)
+{
+    return submit(dedup, IO_FILL, argument, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, offset_bytes, segments, segment_count,
+                  ATOLL_FLAG_AWAITED);
 }
 
 static void io_release(struct dedup *dedup, uint32_t number)
@@ -123,7 +137,7 @@ void io_adopt(struct dedup *dedup)
             valid = atoll_reference_in(dedup->domain, slot->device, slot->segments[index].address,
                                        slot->segments[index].length);
         if (valid) {
-            bool sent = io_send(dedup, number); /* same content to the same place: harmless if it was done before */
+            bool sent = io_send(dedup, number, 0); /* same content to the same place: harmless if it was done before */
             assert(sent);
             continue;
         }

@@ -50,6 +50,10 @@ struct io_table {
 int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
               uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count);
 
+/* The same for an IO_FILL read of the main device that a client waits for: its driver may run where the client is answered. */
+int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_bytes, const struct atoll_segment *segments,
+                      uint32_t segment_count);
+
 /* Takes one completion, checks it, releases the slot and calls the owner below, all in the running transaction.
  * A completion that names no request in flight is counted and dropped (I8). */
 void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
