@@ -126,6 +126,34 @@ def test_a_slow_device_costs_no_savings() -> None:
         verify(stage, second, b"".join(scattered))
 
 
+def test_equal_blocks_that_are_logged_are_destaged_together() -> None:
+    """However many other blocks were written in between, nothing of them is read from the device, but for the one at most for
+    which a batch has no room."""
+    count = 400
+    order = random.Random(5).sample(range(count), count)
+    with Stage(nic_pages=8 * count, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 4 * count * BLOCK)
+        places = [*range(0, 2 * count, 2), *(2 * count + 2 * at for at in order)]  # no two side by side
+        for lba, seed in zip(places, [*range(count), *reversed(range(count))], strict=True):
+            stage.write(volume, lba * BLOCK, block(seed))
+        stage.run_until_idle()
+        assert stage.figures().log_records == 2 * count
+        stage.flush(volume)
+        stage.run_until_idle()
+        assert stage.figures().stored_blocks == count and stage.figures().references == 2 * count
+        assert stage.counters()["cache_misses"] <= 2 * count // lib.ATOLL_IO_BLOCKS + 1
+        stage.check()
+        for lba in (0, 2):
+            stage.write(volume, lba * BLOCK, block(count))
+        stage.run_until_idle()
+        stage.open(crashed=True)  # which are equal the successor does not know; that costs no more than a read
+        stage.flush(volume)
+        stage.run_until_idle()
+        assert stage.figures().references == 2 * count and stage.counters()["shared_blocks"] == count + 1
+        stage.check()
+
+
 def test_what_was_stored_while_a_batch_was_being_read_is_shared() -> None:
     with Stage() as stage:
         stage.open()

@@ -377,6 +377,23 @@ static void refuse(struct datapath *dp, uint32_t number, const struct atoll_desc
     finish(dp, number);
 }
 
+void datapath_expect(struct datapath *dp, const struct atoll_descriptor *message)
+{
+    uint32_t number = atoll_identity_slot(message->identity), volume = message->halves[4];
+    uint64_t lba = message->words[0] / DP_BLOCK, page = (message->address - dp->nic_buffer) / DP_BLOCK;
+    if (number >= ATOLL_SLOT_COUNT || volume >= ATOLL_VOLUME_COUNT)
+        return;
+    const char *slot = (const char *)&dp->arena->slots[number].identity;
+    __builtin_prefetch(slot, 1);
+    __builtin_prefetch(slot + 64, 1);
+    if (message->opcode != ATOLL_OP_READ && message->opcode != ATOLL_OP_WRITE)
+        return;
+    store_prefetch_map(dp->dedup, volume, lba);
+    lookup_prefetch(dp, volume, lba);
+    if (message->opcode == ATOLL_OP_WRITE && message->segment_count == 0 && page < dp->arena->nic_pages)
+        __builtin_prefetch(&dp->records[page], 1);
+}
+
 void datapath_message(struct datapath *dp, const struct atoll_descriptor *message)
 {
     struct dp_arena *arena = dp->arena;

@@ -300,6 +300,10 @@ struct datapath {
     uint8_t *page_used;
     uint8_t *page_touched;      /* as nbd had it when last looked at */
 
+    uint64_t *equal_sets;       /* records by fingerprint, as a hint: see log_equal */
+    uint64_t equal_mask;        /* of sets */
+    uint32_t *equal_next;       /* an older record with the same content */
+    uint32_t equal_late;        /* the newest record, whose set is on its way */
     uint32_t *log_limbo;        /* PINNED records without pins: see log_settle */
     uint32_t log_limbo_count;
     struct dp_lookup lookup;
@@ -399,6 +403,9 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
 bool log_drop(struct datapath *dp, uint32_t record);
 /* The LOGGED record in the list that holds this block, or DP_NONE. */
 uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba);
+/* A LOGGED record in the list whose content has this fingerprint, or DP_NONE. A hint: those of a predecessor are not known. */
+uint32_t log_equal(const struct datapath *dp, struct fingerprint print);
+void log_prefetch_equal(const struct datapath *dp, struct fingerprint print);
 void log_unlink(struct datapath *dp, uint32_t record);
 void log_requeue(struct datapath *dp, uint32_t record);  /* back into the list, by its order; state LOGGED */
 void log_release(struct datapath *dp, uint32_t record);  /* nobody but readers needs it */
@@ -540,6 +547,8 @@ void datapath_note_suspect(struct datapath *dp);
 #define DP_CHECK_WAITS UINT32_MAX
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes);
 void datapath_check_cancel(struct datapath *dp); /* one that waits */
+/* A message from nbd that will soon be taken: nothing but cache lines on their way. It may be anything. */
+void datapath_expect(struct datapath *dp, const struct atoll_descriptor *message);
 /* One message from nbd. */
 void datapath_message(struct datapath *dp, const struct atoll_descriptor *message);
 /* Waiting requests, flushes, destage, pages to give back: end of a step before its commit. True if something was done.

@@ -1,8 +1,8 @@
 /*
  * Destage: logged blocks find their place on the device, in batches.
  *
- *   1 collect   whole runs of consecutive blocks around the oldest logged ones, up to ATOLL_IO_BLOCKS records, sorted by
- *               (volume, lba); each is checked against its fingerprint; zeros take no space
+ *   1 collect   whole runs of consecutive blocks around the oldest logged ones and around those equal to them, up to ATOLL_IO_BLOCKS
+ *               records, sorted by (volume, lba); each is checked against its fingerprint; zeros take no space
  *   2 match     stored blocks of equal content, as the volume's run threshold allows, are read (datapath_match.c)
  *   3 share     they are compared byte by byte and shared; equal blocks of the batch, or of a run being
  *               written, follow these
@@ -26,6 +26,8 @@
 #define BACKOFF_LAST_NS 5000000000u
 /* Steps that wait for the pages that say what may be equal to a batch. */
 #define LOOKUPS 64
+/* Records whose cache lines are asked for together. */
+#define FINISH_AHEAD 32
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -198,7 +200,8 @@ static void set_aside(struct datapath *dp, uint32_t record)
 
 enum taken { TAKEN = 0, TAKEN_SETTLED = 1, TAKEN_WAITS = 2 };
 
-/* Takes a record off the list for the batch; zeros and blocks of volumes being deleted are settled at once, if their pages are there. */
+/* Looks at the content of a record that is off the list; zeros and blocks of volumes being deleted are settled at once. TAKEN_WAITS: the
+ * pages for that are missing, it is to go back. */
 static enum taken take(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);
@@ -211,11 +214,10 @@ static enum taken take(struct datapath *dp, uint32_t record)
     if (!print_equal(dp_fingerprint(page), r->print)) {
         atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
         log_set_flag(dp, record, RECORD_CORRUPT);
+        dp_set32(dp, &r->state, RECORD_LOGGED);
         dp->destage_failures++;
         return TAKEN_SETTLED;
     }
-    log_unlink(dp, record);
-    dp_set32(dp, &r->state, RECORD_MATCHING);
     if (!settle)
         return TAKEN;
     store_unmap(dp->dedup, r->volume, r->lba, r->base);
@@ -228,11 +230,18 @@ static enum taken take(struct datapath *dp, uint32_t record)
  * often enough: matching saves space, waiting for ever costs more. */
 static bool looked_up(struct datapath *dp)
 {
-    uint32_t record = dp->arena->log_head;
+    uint32_t records[ATOLL_IO_BLOCKS], count = 0;
     bool waits = false;
-    for (uint32_t count = 0; record != DP_NONE && count < ATOLL_IO_BLOCKS; count++, record = at(dp, record)->next) {
-        waits |= store_want_candidates(dp->dedup, at(dp, record)->print) == STORE_WAIT;
-        waits |= store_want_base(dp->dedup, at(dp, record)->base) == STORE_WAIT;
+    for (uint32_t record = dp->arena->log_head; record != DP_NONE && count < ATOLL_IO_BLOCKS; record = at(dp, record)->next) {
+        records[count++] = record;
+        store_prefetch_candidates(dp->dedup, at(dp, record)->print);
+        log_prefetch_equal(dp, at(dp, record)->print);
+    }
+    for (uint32_t index = 0; index < count; index++) {
+        const struct dp_record *r = at(dp, records[index]);
+        store_prefetch_map(dp->dedup, r->volume, r->lba);
+        waits |= store_want_candidates(dp->dedup, r->print) == STORE_WAIT;
+        waits |= store_want_base(dp->dedup, r->base) == STORE_WAIT;
         if (store_starved(dp->dedup))
             break;
     }
@@ -242,36 +251,75 @@ static bool looked_up(struct datapath *dp)
     return true;
 }
 
-/* Takes a batch off the list into `run`. A run of blocks is not cut but where it is longer than a batch: its matches would be too.
- * A suspect is a batch of its own. */
-static void collect(struct datapath *dp, uint32_t number)
+/* The record around which the batch goes on: one equal to what it has taken, so that it need not be read from the device later; else
+ * the oldest. taken[0..*looked_after) have no equals any more. */
+static uint32_t next_oldest(struct datapath *dp, const uint32_t *taken, uint32_t count, uint32_t *looked_after)
 {
-    struct dp_run *run = &dp->arena->runs[number];
-    uint32_t taken[ATOLL_IO_BLOCKS], count = 0, looked = 0;
-    uint64_t lowest = UINT64_MAX;
-    bool full = false;
-    while (dp->arena->log_head != DP_NONE && !full) {
-        uint32_t oldest = dp->arena->log_head, volume = at(dp, oldest)->volume;
+    for (; *looked_after < count; ++*looked_after) {
+        uint32_t equal = log_equal(dp, at(dp, taken[*looked_after])->print);
+        if (equal != DP_NONE)
+            return equal;
+    }
+    return dp->arena->log_head;
+}
+
+/* Takes up to ATOLL_IO_BLOCKS records off the list. A run of blocks is not cut but where it is longer than a batch: its matches would
+ * be too. A suspect is a batch of its own. */
+static uint32_t choose(struct datapath *dp, uint32_t *chosen)
+{
+    uint32_t count = 0, looked_after = 0;
+    bool alone = false;
+    while (dp->arena->log_head != DP_NONE && !alone) {
+        uint32_t oldest = next_oldest(dp, chosen, count, &looked_after), volume = at(dp, oldest)->volume;
         uint64_t from = at(dp, oldest)->lba, first = from, end = from + 1;
-        bool alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
-        if (alone && looked != 0)
+        alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
+        if (alone && count != 0)
             break;
         while (!alone && first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
             first--;
         while (!alone && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, end) != DP_NONE)
             end++;
-        if (end - first > ATOLL_IO_BLOCKS - looked)
+        if (end - first > ATOLL_IO_BLOCKS - count) {
+            if (looked_after++ < count) /* an equal block's */
+                continue;
             break;
-        looked += (uint32_t)(end - first);
+        }
         for (uint64_t lba = first; lba < end; lba++) {
             uint32_t record = lba == from ? oldest : log_find(dp, volume, lba);
-            enum taken taken_so = full ? TAKEN_WAITS : take(dp, record);
-            full = full || taken_so == TAKEN_WAITS || dp->journal->count >= 2 * DP_STEP_JOURNAL;
-            if (taken_so == TAKEN) {
-                lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
-                taken[count++] = record;
-            }
+            log_unlink(dp, record);
+            dp_set32(dp, &at(dp, record)->state, RECORD_MATCHING);
+            chosen[count++] = record;
         }
+    }
+    return count;
+}
+
+/* Asks for the cache lines of a page. */
+static void prefetch_page(const void *page)
+{
+    for (uint32_t offset = 0; offset < DP_BLOCK; offset += 64)
+        __builtin_prefetch((const char *)page + offset);
+}
+
+/* Takes a batch off the list into `run`. */
+static void collect(struct datapath *dp, uint32_t number)
+{
+    struct dp_run *run = &dp->arena->runs[number];
+    uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], count = 0, chosen_count = choose(dp, chosen);
+    uint64_t lowest = UINT64_MAX;
+    bool full = false;
+    for (uint32_t index = 0; index < chosen_count; index++) {
+        uint32_t record = chosen[index];
+        if (index + 1 < chosen_count)
+            prefetch_page(record_page(dp, chosen[index + 1]));
+        enum taken taken_so = full ? TAKEN_WAITS : take(dp, record);
+        full = full || taken_so == TAKEN_WAITS || dp->journal->count >= 2 * DP_STEP_JOURNAL;
+        if (taken_so == TAKEN_WAITS)
+            log_requeue(dp, record);
+        if (taken_so != TAKEN)
+            continue;
+        lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
+        taken[count++] = record;
     }
     if (count == 0)
         return;
@@ -474,6 +522,26 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
     log_requeue(dp, record);
 }
 
+/* Cache lines that finishing records[from..] will look at: one after the other the processor would wait for each. */
+static void finish_prefetch(struct datapath *dp, const struct dp_run *run, uint32_t from)
+{
+    uint32_t end = from + FINISH_AHEAD < run->record_count ? from + FINISH_AHEAD : run->record_count;
+    for (uint32_t index = from; index < end; index++)
+        __builtin_prefetch(at(dp, run->records[index]), 1);
+    for (uint32_t index = from; index < end; index++) {
+        const struct dp_record *r = at(dp, run->records[index]);
+        store_prefetch_map(dp->dedup, r->volume, r->lba);
+        store_prefetch_candidates(dp->dedup, r->print);
+        if (MAP_KIND(r->base) == MAP_PBA)
+            store_prefetch_block(dp->dedup, MAP_NUMBER(r->base));
+    }
+    for (uint32_t index = from; index < end; index++) {
+        const struct dp_record *r = at(dp, run->records[index]);
+        if (MAP_KIND(r->base) == MAP_PBA)
+            store_prefetch_forget(dp->dedup, MAP_NUMBER(r->base));
+    }
+}
+
 /* Record by record, as their pages are there; `done` says how far. True if something was done. */
 static bool finish_run(struct datapath *dp, uint32_t number)
 {
@@ -483,6 +551,8 @@ static bool finish_run(struct datapath *dp, uint32_t number)
     for (; done < run->record_count; done++) {
         uint32_t record = run->records[done], leader = done < writers ? done : run->link[done];
         enum store_want place;
+        if ((done - run->done) % FINISH_AHEAD == 0)
+            finish_prefetch(dp, run, done);
         if (!finish_ready(dp, record, run->pba + leader, &place))
             break;
         handle_none(dp);

@@ -95,6 +95,8 @@ static void release_private(struct datapath *dp)
     free(dp->page_waiters);
     free(dp->merge_free);
     free(dp->merge_freed);
+    free(dp->equal_sets);
+    free(dp->equal_next);
     free(dp->log_limbo);
     free(dp->inflight_heads);
 }

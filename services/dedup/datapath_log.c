@@ -2,6 +2,7 @@
  * The write log: records, their list in the order of destage, and what becomes of their pages.
  *
  *   log_append, log_drop              a block gets new content; loses it
+ *   log_equal                         another block with the same content
  *   log_unlink, log_requeue           into a run; back
  *   log_release, log_unpin            nobody needs the record; a reader has finished with it
  *   log_settle                        frees what nobody uses
@@ -11,8 +12,13 @@
  * After a crash: everything here is transactional; the stack of free merge pages and the list of those to be settled are made
  * again from the records.
  */
+#include <stdlib.h>
+
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
+
+/* Records of one content that log_equal looks at. */
+#define EQUALS_LOOKED 8
 
 static void set_state(struct datapath *dp, uint32_t record, enum record_state state)
 {
@@ -68,14 +74,85 @@ static void link_between(struct datapath *dp, uint32_t record, uint32_t previous
     set_previous(dp, next, record);
 }
 
+/* In the list, and to be destaged together with others. */
+static bool is_listed(const struct dp_record *r)
+{
+    return r->state == RECORD_LOGGED && !(r->flags & (RECORD_ASIDE | RECORD_SUSPECT));
+}
+
 uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba)
 {
     uint64_t value = store_map_get(dp->dedup, volume, lba);
     if (MAP_KIND(value) != MAP_LOG)
         return DP_NONE;
     uint32_t record = log_record_of(dp, value);
-    const struct dp_record *r = &dp->records[record];
-    return r->state == RECORD_LOGGED && !(r->flags & (RECORD_ASIDE | RECORD_SUSPECT)) ? record : DP_NONE;
+    return is_listed(&dp->records[record]) ? record : DP_NONE;
+}
+
+/* --- Equal blocks -----------------------------------------------------------------------------------------------------
+ *
+ * Sets of one cache line: a tag of the fingerprint and the newest record that had it; from there through equal_next to older ones.
+ * Nothing is taken out: an entry counts for what its record is now. */
+
+#define EQUAL_WAYS 8
+
+static uint64_t *equal_set(const struct datapath *dp, struct fingerprint print)
+{
+    return &dp->equal_sets[(print.low & dp->equal_mask) * EQUAL_WAYS];
+}
+
+static uint32_t equal_tag(struct fingerprint print) { return (uint32_t)print.high | 1; /* 0: an empty entry */ }
+
+static void equal_attach(struct datapath *dp)
+{
+    uint64_t sets = 1;
+    while (sets * EQUAL_WAYS < dp->record_count)
+        sets *= 2;
+    dp->equal_mask = sets - 1;
+    dp->equal_sets = aligned_alloc(64, sets * EQUAL_WAYS * sizeof *dp->equal_sets);
+    dp->equal_next = calloc(dp->record_count, sizeof *dp->equal_next);
+    dp->equal_late = DP_NONE;
+    if (dp->equal_sets == 0 || dp->equal_next == 0)
+        abort(); /* less than a MiB at the start of a process */
+    memset(dp->equal_sets, 0, sets * EQUAL_WAYS * sizeof *dp->equal_sets);
+}
+
+static void equal_enter(struct datapath *dp, uint32_t record)
+{
+    struct fingerprint print = at(dp, record)->print;
+    uint64_t *set = equal_set(dp, print);
+    uint32_t tag = equal_tag(print), way = 0;
+    while (way < EQUAL_WAYS && set[way] >> 32 != tag)
+        way++;
+    uint32_t older = way < EQUAL_WAYS ? (uint32_t)set[way] : DP_NONE;
+    dp->equal_next[record] = older != record ? older : DP_NONE;
+    if (way == EQUAL_WAYS) /* in the place of any: which one is chance enough */
+        way = record % EQUAL_WAYS;
+    set[way] = (uint64_t)tag << 32 | record;
+}
+
+/* Its set is asked for now, and looked at when the next record comes. */
+static void equal_add(struct datapath *dp, uint32_t record)
+{
+    __builtin_prefetch(equal_set(dp, at(dp, record)->print), 1);
+    if (dp->equal_late != DP_NONE)
+        equal_enter(dp, dp->equal_late);
+    dp->equal_late = record;
+}
+
+void log_prefetch_equal(const struct datapath *dp, struct fingerprint print) { __builtin_prefetch(equal_set(dp, print)); }
+
+uint32_t log_equal(const struct datapath *dp, struct fingerprint print)
+{
+    const uint64_t *set = equal_set(dp, print);
+    uint32_t tag = equal_tag(print), record = DP_NONE;
+    for (uint32_t way = 0; way < EQUAL_WAYS && record == DP_NONE; way++)
+        if (set[way] >> 32 == tag)
+            record = (uint32_t)set[way];
+    for (uint32_t looked = 0; record != DP_NONE && looked < EQUALS_LOOKED; looked++, record = dp->equal_next[record])
+        if (is_listed(&dp->records[record]) && print_equal(dp->records[record].print, print))
+            return record;
+    return DP_NONE;
 }
 
 void log_unlink(struct datapath *dp, uint32_t record)
@@ -91,6 +168,11 @@ void log_requeue(struct datapath *dp, uint32_t record)
     struct dp_record *r = at(dp, record);
     uint32_t previous = DP_NONE, next = dp->arena->log_head;
     assert(r->state == RECORD_MATCHING || r->state == RECORD_WRITING);
+    /* It was taken out of the middle perhaps: its neighbour of then may still be there, or another that comes before it. */
+    if (r->previous < dp->record_count && is_listed(at(dp, r->previous)) && at(dp, r->previous)->order < r->order) {
+        previous = r->previous;
+        next = at(dp, previous)->next;
+    }
     while (next != DP_NONE && at(dp, next)->order < r->order) {
         previous = next;
         next = at(dp, next)->next;
@@ -308,6 +390,7 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
     } else {
         r->base = old;
     }
+    equal_add(dp, record);
     if (!placed) {
         link_between(dp, record, arena->log_tail, DP_NONE);
         dp_set64(dp, &arena->next_order, arena->next_order + 1);
@@ -329,6 +412,7 @@ bool log_drop(struct datapath *dp, uint32_t record)
 
 void log_attach(struct datapath *dp)
 {
+    equal_attach(dp);
     dp->merge_free_count = dp->merge_freed_count = dp->log_limbo_count = 0;
     for (uint64_t record = 0; dp->arena->pinned_records != 0 && record < dp->record_count; record++)
         if (dp->records[record].state == RECORD_PINNED && dp->records[record].pins == 0)

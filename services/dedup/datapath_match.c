@@ -148,6 +148,26 @@ static void add_if_equal(struct datapath *dp, const struct dp_record *r, struct 
         add_place(block, place, free_of_rule(dp, r, place));
 }
 
+/* Cache lines of what `candidates` will look at in a batch. */
+static void prefetch_batch(struct datapath *dp, const uint32_t *records, uint32_t count)
+{
+    for (uint32_t index = 0; index < count; index++) {
+        const struct dp_record *r = at(dp, records[index]);
+        uint64_t before = 0, after = 0;
+        store_prefetch_candidates(dp->dedup, r->print);
+        if (r->lba != 0 && (index == 0 || !goes_on(dp, records, index)))
+            before = place_of(dp, r->volume, r->lba - 1);
+        if (index + 1 == count || !goes_on(dp, records, index + 1))
+            after = place_of(dp, r->volume, r->lba + 1);
+        if (before != 0)
+            store_prefetch_block(dp->dedup, before + 1);
+        if (after != 0)
+            store_prefetch_block(dp->dedup, after - 1);
+        if (MAP_KIND(r->base) == MAP_PBA)
+            store_prefetch_block(dp->dedup, MAP_NUMBER(r->base));
+    }
+}
+
 static void candidates(struct datapath *dp, const uint32_t *records, uint32_t count, struct runs_block *blocks)
 {
     const struct dp_record *first = at(dp, records[0]), *last = at(dp, records[count - 1]);
@@ -192,6 +212,7 @@ void match_stored(struct datapath *dp, uint32_t number)
     uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], chosen = 0, kept = 0, count = run->record_count;
     uint32_t *records = run->records, *link = run->link; /* saved by collect in this transaction */
 
+    prefetch_batch(dp, records, count);
     for (uint32_t first = 0, end; first < count; first = end) {
         struct runs_rule rule;
         end = run_end(dp, records, count, first);

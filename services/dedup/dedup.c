@@ -161,6 +161,9 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         did = true;
     }
     if (serve) {
+        uint32_t waiting = atoll_domain_pending(domain, ATOLL_ROLE_NBD);
+        for (uint32_t index = 0; index < waiting && index < DP_STEP_MESSAGES / 2; index++)
+            datapath_expect(dp, atoll_ring_entry(&domain->rings->rx[ATOLL_ROLE_NBD], index));
         for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
             if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
                 break;

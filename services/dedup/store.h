@@ -111,6 +111,12 @@ enum store_want store_want_prints(struct dedup *dedup, const uint64_t *pbas, uin
 /* What store_candidates looks at for this fingerprint. Those whose pages are not in memory store_candidates leaves out, so
  * nobody has to wait; matching is worth one. */
 enum store_want store_want_candidates(struct dedup *dedup, struct fingerprint print);
+/* Cache lines on their way, for batches: of what is in memory, and nothing else happens. Fingerprint and count of a place; the set in which
+ * store_candidates looks, and that in which the fingerprint of a place stands; a map entry. */
+void store_prefetch_block(struct dedup *dedup, uint64_t pba);
+void store_prefetch_candidates(struct dedup *dedup, struct fingerprint print);
+void store_prefetch_forget(struct dedup *dedup, uint64_t pba);
+void store_prefetch_map(struct dedup *dedup, uint32_t volume, uint64_t lba);
 /* What store_allocate needs. STORE_WAIT: the page of counts of the next free places is being read. */
 enum store_want store_want_space(struct dedup *dedup);
 uint32_t store_want_status(struct dedup *dedup);

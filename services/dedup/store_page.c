@@ -1,7 +1,8 @@
 /*
  * Paging, its interface: what a step is about to look at is in memory, or is asked for. See store.h.
  *
- * All that is missing is asked for at once, so that one wait is for all of it.
+ * All that is missing is asked for at once, so that one wait is for all of it. Cache lines of what is in memory are asked for as well:
+ * for a batch of random blocks the processor waits for one of them at a time otherwise.
  *
  * After a crash: nothing to do.
  */
@@ -44,6 +45,8 @@ enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lb
         worst = worse(worst, want);
         if (want == STORE_LOST)
             break;
+        if (want == STORE_HAVE && frame != STORE_NO_FRAME && leaf == lba / FORMAT_LEAF_ENTRIES)
+            __builtin_prefetch((const uint64_t *)store_page_memory(store, frame) + lba % FORMAT_LEAF_ENTRIES, 1);
         /* A leaf that is held already does not hold more for one more entry. */
         if (use == STORE_LOG && want == STORE_HAVE && !(store->frames[frame].flags & FRAME_HELD) && pressed(store)) {
             if (store->area->frames_dirty != 0 && store->area->checkpoint_phase == CHECKPOINT_IDLE && !store->area->checkpoint_wanted)
@@ -63,8 +66,13 @@ static enum store_want want_places(struct store *store, const uint64_t *pbas, ui
         if (!store_usable(store, pba))
             continue;
         worst = worse(worst, store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, pba / FORMAT_PRINTS_PER_PAGE), create, &frame));
-        if (refs)
-            worst = worse(worst, store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), create, &frame));
+        if (frame != STORE_NO_FRAME)
+            __builtin_prefetch((struct fingerprint *)store_page_memory(store, frame) + pba % FORMAT_PRINTS_PER_PAGE);
+        if (!refs)
+            continue;
+        worst = worse(worst, store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), create, &frame));
+        if (frame != STORE_NO_FRAME)
+            __builtin_prefetch((uint32_t *)store_page_memory(store, frame) + pba % FORMAT_REFS_PER_PAGE, 1);
     }
     return worst;
 }
@@ -85,7 +93,26 @@ enum store_want store_want_base(struct dedup *dedup, uint64_t base)
     uint64_t pba = MAP_NUMBER(base);
     if (MAP_KIND(base) != MAP_PBA || !store_usable(dedup->store, pba))
         return STORE_HAVE;
-    return store_get(dedup->store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), true, &frame);
+    enum store_want want = store_get(dedup->store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), true, &frame);
+    if (frame != STORE_NO_FRAME)
+        __builtin_prefetch((uint32_t *)store_page_memory(dedup->store, frame) + pba % FORMAT_REFS_PER_PAGE, 1);
+    return want;
+}
+
+void store_prefetch_block(struct dedup *dedup, uint64_t pba)
+{
+    const void *print = store_print(dedup->store, pba), *count = store_ref(dedup->store, pba);
+    if (print != 0)
+        __builtin_prefetch(print);
+    if (count != 0)
+        __builtin_prefetch(count, 1);
+}
+
+void store_prefetch_map(struct dedup *dedup, uint32_t volume, uint64_t lba)
+{
+    const uint64_t *leaf = store_map_leaf(dedup, volume, lba / FORMAT_LEAF_ENTRIES);
+    if (leaf != 0)
+        __builtin_prefetch(leaf + lba % FORMAT_LEAF_ENTRIES, 1);
 }
 
 uint32_t store_want_status(struct dedup *dedup) { return dedup->store->want_status; }

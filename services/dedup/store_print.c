@@ -81,6 +81,18 @@ void store_remember_print(struct store *store, uint64_t pba, uint32_t count)
     STORE_ADD(store, cache_clock, 1);
 }
 
+void store_prefetch_candidates(struct dedup *dedup, struct fingerprint print)
+{
+    __builtin_prefetch(cache_set(dedup->store, print), 1);
+}
+
+void store_prefetch_forget(struct dedup *dedup, uint64_t pba)
+{
+    const struct fingerprint *print = store_print(dedup->store, pba);
+    if (print != 0)
+        __builtin_prefetch(cache_set(dedup->store, *print), 1);
+}
+
 enum store_want store_want_candidates(struct dedup *dedup, struct fingerprint print)
 {
     struct store *store = dedup->store;
