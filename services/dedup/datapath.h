@@ -39,6 +39,7 @@
 #include "services/dedup/datapath_tier.h"
 #include "services/dedup/dedup_api.h"
 #include "services/dedup/runs.h"
+#include "services/dedup/s3fifo.h"
 
 #define DP_NONE 0xffffffffu
 /* Link of a record in a matching run: equal blocks are stored, but too few in sequence. */
@@ -152,7 +153,7 @@ struct dp_pool {
     uint32_t *free;             /* stack */
     uint32_t *limbo;            /* free but for readers that dedup does not know: see cache_settle */
     uint32_t free_count, limbo_count;
-    uint32_t hand;              /* of the clock */
+    struct s3fifo *queues;      /* of attached pages, by number within the pool: which gives way */
 };
 
 enum slot_state { SLOT_FREE = 0, SLOT_ACCEPTED = 1, SLOT_DONE = 2 };
@@ -297,7 +298,6 @@ struct datapath {
 
     uint32_t *cache_heads, *cache_next;  /* hash of attached pages by pba */
     uint32_t cache_mask;
-    uint8_t *page_used;
     uint8_t *page_touched;      /* as nbd had it when last looked at */
 
     uint64_t *equal_sets;       /* records by fingerprint, as a hint: see log_equal */

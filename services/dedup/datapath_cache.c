@@ -13,7 +13,10 @@
  * is allocated again,
  * and then cache_drop detaches its page: readers pinned to it keep it, nobody finds it any more.
  *
- * After a crash: cache_attach makes hash and stack again (all free pages are in limbo then); reads in flight complete to the successor.
+ * Which page gives way is S3-FIFO's matter (s3fifo.h), per pool; what nbd has read by itself counts as used when a page's turn comes.
+ *
+ * After a crash: cache_attach makes hash, stack and queues again (all free pages are in limbo then); reads in flight complete to
+ * the successor.
  */
 #include <stdlib.h>
 
@@ -63,6 +66,15 @@ uint32_t cache_page_of(const struct datapath *dp, uint64_t address)
 
 static struct dp_pool *pool_of(struct datapath *dp, uint32_t page) { return &dp->pools[page_in_tier(dp, page) ? POOL_TIER : POOL_DISK]; }
 
+/* Its entry says what it holds. */
+static void attach(struct datapath *dp, uint32_t page)
+{
+    struct dp_pool *pool = pool_of(dp, page);
+    hash_insert(dp, page);
+    s3fifo_enter(pool->queues, page - pool->first, dp->pages[page].pba);
+    (void)lookup_was_touched(dp, page); /* from now on */
+}
+
 void cache_attach(struct datapath *dp)
 {
     for (uint32_t bucket = 0; bucket <= dp->cache_mask; bucket++)
@@ -74,20 +86,23 @@ void cache_attach(struct datapath *dp)
             if (dp->pages[page].state == PAGE_FREE)
                 pool->limbo[pool->limbo_count++] = page;
             else if (dp->pages[page].attached)
-                hash_insert(dp, page);
+                attach(dp, page);
         }
     }
 }
 
 void cache_pin(struct datapath *dp, uint32_t page)
 {
-    dp->page_used[page] = 1;
+    struct dp_pool *pool = pool_of(dp, page);
+    s3fifo_use(pool->queues, page - pool->first);
     dp_set32(dp, &dp->pages[page].pins, dp->pages[page].pins + 1);
 }
 
 static void detach(struct datapath *dp, uint32_t page)
 {
+    struct dp_pool *pool = pool_of(dp, page);
     hash_remove(dp, page);
+    s3fifo_leave(pool->queues, page - pool->first);
     dp_set32(dp, &dp->pages[page].attached, 0);
 }
 
@@ -147,22 +162,30 @@ void cache_drop(struct datapath *dp, uint64_t pba)
         free_page(dp, page);
 }
 
-/* Makes up to DP_EVICTIONS pages free, in limbo: two turns of the clock find those that were not used lately. */
+/* Makes up to DP_EVICTIONS pages free, in limbo. Each page gets at most two turns: one if it has been used, one to go. */
 static void evict(struct datapath *dp, struct dp_pool *pool)
 {
+    struct s3fifo *queues = pool->queues;
+    struct s3fifo_busy busy = {0};
     uint32_t evicted = 0;
     for (uint32_t turn = 0; turn < 2 * pool->count && evicted < DP_EVICTIONS; turn++) {
-        uint32_t page = pool->first + pool->hand;
+        uint32_t number = s3fifo_candidate(queues, &busy), page = pool->first + number;
+        if (number == S3FIFO_NONE)
+            break;
         struct dp_page *p = &dp->pages[page];
-        pool->hand = pool->hand + 1 == pool->count ? 0 : pool->hand + 1;
-        if (p->pins != 0 || p->state != PAGE_VALID)
-            continue;
-        if (lookup_was_touched(dp, page) || dp->page_used[page]) {
-            dp->page_used[page] = 0;
+        assert(p->attached);
+        if (p->pins != 0 || p->state != PAGE_VALID) {
+            s3fifo_pass(queues, number, &busy);
             continue;
         }
-        assert(p->attached);
-        detach(dp, page);
+        bool touched = lookup_was_touched(dp, page);
+        if (touched || s3fifo_used(queues, number)) {
+            s3fifo_keep(queues, number);
+            continue;
+        }
+        s3fifo_evict(queues, number);
+        hash_remove(dp, page);
+        dp_set32(dp, &p->attached, 0);
         into_limbo(dp, page);
         evicted++;
     }
@@ -259,7 +282,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
         pages[done] = take_page(dp, &dp->pools[sources[done].tier ? POOL_TIER : POOL_DISK]);
         if (pages[done] == DP_NONE)
             break;
-        cache_pin(dp, pages[done]); /* keeps the clock away */
+        cache_pin(dp, pages[done]);
     }
     if (done < count) {
         for (uint32_t index = 0; index < count; index++) {
@@ -293,7 +316,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
         p->state = PAGE_LOADING;
         p->attached = 1;
         p->status = ATOLL_OK;
-        hash_insert(dp, pages[index]);
+        attach(dp, pages[index]);
         if (sources[index].tier) {
             tier_served(dp, places[index]);
             atoll_count(dp->domain, DEDUP_COUNTER_TIER_READ_BLOCKS, 1);

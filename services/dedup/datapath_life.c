@@ -67,8 +67,10 @@ static void attach_private(struct datapath *dp)
     for (uint32_t number = 0; number < DP_POOLS; number++) {
         dp->pools[number].free = need(dp->pools[number].count, sizeof *dp->pools[number].free);
         dp->pools[number].limbo = need(dp->pools[number].count, sizeof *dp->pools[number].limbo);
+        dp->pools[number].queues = s3fifo_open(dp->pools[number].count == 0 ? 1 : dp->pools[number].count);
+        if (dp->pools[number].queues == 0)
+            abort(); /* as in need */
     }
-    dp->page_used = need(pages, 1);
     dp->page_touched = need(pages, 1);
     dp->page_waiters = need(pages, sizeof *dp->page_waiters);
     memset(dp->page_waiters, 0xff, pages * sizeof *dp->page_waiters);
@@ -89,8 +91,8 @@ static void release_private(struct datapath *dp)
     for (uint32_t number = 0; number < DP_POOLS; number++) {
         free(dp->pools[number].free);
         free(dp->pools[number].limbo);
+        s3fifo_close(dp->pools[number].queues);
     }
-    free(dp->page_used);
     free(dp->page_touched);
     free(dp->page_waiters);
     free(dp->merge_free);
