@@ -1,7 +1,8 @@
 /*
  * Loads and stores of words that another process reads or writes. Every use names its sync point:
  *
- *   SP-TAIL   producer: entries, then store_release(tail)   consumer: load_acquire(tail), then entries
+ *   SP-TAIL   producer: entries, then store_release(ready of the first), store_release(tail)
+ *             consumer: load_acquire(ready of the next), or load_acquire(tail), then entries
  *   SP-HEAD   consumer: done with entries, then store_release(head)   producer: load_acquire(head), then overwrite
  *   SP-SLEEP  sleeper: sleeping = 1, full_fence, look at the tails again
  *             waker:   store_release(tail), full_fence, look at sleeping

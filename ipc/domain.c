@@ -438,6 +438,9 @@ int atoll_arena_adopt(uint32_t role, uint64_t instance, uint64_t arena_bytes, ui
             continue;
         struct atoll_ring_producer *producer = (void *)((char *)header + plan.tx_offset[peer]);
         *producer = (struct atoll_ring_producer){.entry_count = entries[peer], .consumer_role = peer};
+        struct atoll_descriptor *entry = (void *)((char *)producer + ATOLL_PAGE_BYTES);
+        for (uint32_t index = 0; index < entries[peer]; index++) /* positions begin anew: what was ready long ago is not */
+            entry[index].ready = index;
     }
     memset((char *)header + header->control_offset, 0, ATOLL_CONTROL_HEADER_BYTES);
     header->crash_point = header->crash_sequence = header->crash_seen = 0;

@@ -65,7 +65,7 @@ void atoll_domain_awake(struct atoll_domain *domain);
 uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role);
 /* Copies the next message from `role` and counts it as consumed in the running transaction; false if there is none. */
 static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message);
-/* Sends one message to `role` in the running transaction; false if the ring is full. The incarnation is filled in. */
+/* Sends one message to `role` in the running transaction; false if the ring is full. */
 static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
 uint64_t atoll_now_ns(void);
 /* cffi:end */
@@ -128,7 +128,7 @@ static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, 
     struct atoll_descriptor *entry = atoll_ring_reserve(ring);
     if (entry == 0)
         return false;
-    atoll_ring_fill(ring, entry, message, domain->incarnation);
+    atoll_ring_fill(ring, entry, message);
     atoll_ring_push(ring);
     if (atoll_trace_armed(domain))
         atoll_trace_hop(domain, role, 1, entry);

@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 6
+#define ATOLL_LAYOUT_VERSION 7
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -63,7 +63,7 @@ struct atoll_descriptor {
     uint8_t opcode;          /* enum atoll_opcode */
     uint8_t flags;           /* enum atoll_descriptor_flag */
     uint16_t segment_count;  /* 0: `address`,`length` is the payload; else `address` is of atoll_segment[segment_count] */
-    uint32_t incarnation;    /* of the sender */
+    uint32_t ready;          /* the ring's (ring.h): tail behind the messages that were published with this one */
     uint64_t identity;
     uint64_t address;        /* reference into the physical map, or 0 */
     uint32_t length;         /* payload bytes in all */

@@ -13,18 +13,30 @@
  *             atoll_ring_pop(ring, n)              counted in the step
  *   both:     atoll_ring_settle_tail / _head, then atoll_commit(journal), then atoll_ring_publish_tail / _head
  *
+ * The tail of few messages is published twice: first in the first of the entries that it completes (`ready`), then by itself. A
+ * consumer that found its ring empty looks at the entry at its head before it looks at the tail: it is always there that the next
+ * messages begin, and so one line comes over from the producer's core instead of two, one after the other. An entry that is not
+ * the first, or is not published, has its own position there, which makes no message ready; nor does what an earlier turn of the
+ * ring has left, or a fresh ring's 0. The tail alone is what a successor publishes, and what a sleeper is woken by.
+ *
  * After a crash: what a step counted in private memory is gone with the process, what it had settled is rolled back; the
  * successor publishes both; a peer sees each entry exactly once. The producer never overwrites entries that a
- * published head has not passed, so a rolled-back consumer finds them again.
+ * published head has not passed, so a rolled-back consumer finds them again. One that was killed between the two stores has
+ * published what it committed.
  */
 #ifndef ATOLL_IPC_RING_H
 #define ATOLL_IPC_RING_H
 
 #include "ipc/layout.h"
+#include <stdbool.h>
+
 #include "ipc/transaction.h"
 
 /* Entries ahead of the one being filled whose lines are asked for: a step's worth. */
 #define ATOLL_RING_AHEAD 32
+
+/* So many messages at most are published in their first entry, too: of more, the tail's line is a small part. */
+#define ATOLL_RING_FEW 4
 
 /* Private to the process. */
 struct atoll_tx_ring {
@@ -44,8 +56,9 @@ struct atoll_rx_ring {
     uint32_t mask;
     uint32_t head;        /* of the step: the next entry to be taken */
     uint32_t cached_tail; /* entries before it are complete */
-    uint32_t seen_tail;   /* as last loaded, good or bad: what a sleeper compares with */
+    uint32_t seen_tail;   /* as last loaded, good or bad: what a sleeper compares with (it has then found no entry ready) */
     uint32_t published;   /* head as last published */
+    bool idle;            /* nothing was there at the last look */
 };
 
 /* Entries that can still be pushed; a peer's head that claims what is not true leaves none (I8). */
@@ -70,14 +83,14 @@ static inline struct atoll_descriptor *atoll_ring_reserve(struct atoll_tx_ring *
 
 typedef uint64_t atoll_pair __attribute__((vector_size(16)));
 
-/* Copies a message into a reserved entry, with this `incarnation`.
+/* Copies a message into a reserved entry.
  *
  * It is read member by member, as it was written: a wider load of what was just stored in parts waits until those stores
  * have left the processor, behind stores to earlier entries whose lines the consumer's core still has, so that the lines
  * would cross one at a time. (volatile: the compiler would put the loads together.) It is written in pairs of words, so
  * that few stores stand in line. And the line of an entry to come, which the consumer has long read, is asked for. */
 static inline void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atoll_descriptor *entry,
-                                   const struct atoll_descriptor *message, uint32_t incarnation)
+                                   const struct atoll_descriptor *message)
 {
     const volatile struct atoll_descriptor *from = message;
     atoll_pair *pairs = (atoll_pair *)entry;
@@ -88,7 +101,7 @@ static inline void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atol
     __builtin_prefetch(ahead, 1);
 #endif
     uint64_t first = from->opcode | (uint64_t)from->flags << 8 | (uint64_t)from->segment_count << 16 |
-                     (uint64_t)incarnation << 32;
+                     (uint64_t)ring->tail << 32; /* `ready`: not yet */
     uint64_t fourth = from->length | (uint64_t)from->status << 32 | (uint64_t)from->part << 48;
     pairs[0] = (atoll_pair){first, from->identity};
     pairs[1] = (atoll_pair){from->address, fourth};
@@ -109,22 +122,35 @@ static inline int atoll_ring_publish_tail(struct atoll_tx_ring *ring)
 {
     if (ring->tail == ring->published)
         return 0;
+    if (ring->tail - ring->published <= ATOLL_RING_FEW) {
+        atoll_store_release(&ring->entries[ring->published & ring->mask].ready, ring->tail); /* SP-TAIL */
+        ATOLL_STORED();
+    }
     atoll_store_release(&ring->producer->tail, ring->tail); /* SP-TAIL */
     ATOLL_STORED();
     ring->published = ring->tail;
     return 1;
 }
 
-/* Entries that can be read; a peer's tail that claims more than the ring holds counts as none (I8). */
+/* Entries that can be read; a peer's `ready` or tail that claims more than the ring holds counts as none (I8). */
 static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
 {
     uint32_t count = ring->cached_tail - ring->head;
     if (count == 0 && ring->consumer != 0) {
+        /* Not at the first look: in a stream the producer would lose the line that it fills. */
+        uint32_t ready = ring->idle ? atoll_load_acquire(&ring->entries[ring->head & ring->mask].ready) : ring->head; /* SP-TAIL */
+        count = ready - ring->head;
+        if (count != 0 && count <= ring->mask + 1) {
+            ring->cached_tail = ready;
+            ring->idle = false;
+            return count;
+        }
         ring->seen_tail = atoll_load_acquire(&ring->producer->tail); /* SP-TAIL */
         count = ring->seen_tail - ring->head;
         if (count > ring->mask + 1)
             return 0;
         ring->cached_tail = ring->seen_tail;
+        ring->idle = count == 0;
     }
     return count;
 }

@@ -378,7 +378,6 @@ class Stage:
         slot = message.identity >> 32 & 0xFFFF
         assert slot in self.uses, f"reply {message.opcode} to slot {slot}, which is not in use"
         assert message.identity == self.identity(slot), "reply to an earlier use of the slot"
-        assert message.incarnation <= self.incarnation
         use, flags = self.uses[slot], message.flags
         if use.pages:
             if flags & lib.ATOLL_FLAG_TAKEN:
