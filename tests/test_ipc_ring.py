@@ -93,6 +93,21 @@ class RingMachine(RuleBasedStateMachine):
         self.domain[B] = self.instance.open(B, self.incarnation[B])
         self.taken = 0
 
+    @rule()
+    def adopt(self) -> None:
+        """All die, and the arenas are taken over: the rings are empty, whatever their entries hold."""
+        counts = ffi.new("uint32_t[16]", [ENTRIES] * 16)
+        for role, mask in ((A, 1 << B), (B, 0)):
+            size = self.instance.bytes[role]
+            done = lib.atoll_arena_adopt(
+                role, self.instance.number, size, mask, counts, 4096, 0, lib.ATOLL_WAKE_FUTEX, -1
+            )
+            assert done == 0
+        self.put, self.taken = [], 0
+        self.committed.clear()
+        self.crash_producer()
+        self.crash_consumer()
+
     @precondition(lambda self: self.taken == 0)
     @invariant()
     def pending_is_what_was_sent(self) -> None:
@@ -103,6 +118,16 @@ class RingMachine(RuleBasedStateMachine):
 
 RingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestRing = RingMachine.TestCase
+
+
+def test_an_adopted_ring_is_empty_at_each_look() -> None:
+    """The first looks at the tail, those after it at the entry, where a message of before was ready."""
+    machine = RingMachine()
+    machine.send(2)
+    machine.commit_producer()
+    machine.adopt()
+    assert [lib.atoll_domain_pending(machine.domain[B], A) for _ in range(4)] == [0, 0, 0, 0]
+    machine.teardown()
 
 
 class Counters:
