@@ -4,6 +4,7 @@
 
 #include "ipc/control.h"
 #include "ipc/crashpoint.h"
+#include "ipc/spin.h"
 
 #include <errno.h>
 #include <linux/futex.h>
@@ -216,6 +217,7 @@ void atoll_domain_commit(struct atoll_domain *domain)
 {
     struct atoll_rings *rings = domain->rings;
     uint32_t published = 0;
+    rings->worked = true;
     for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
         atoll_ring_settle_head(domain->journal, &rings->rx[__builtin_ctz(left)]);
     for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
@@ -251,7 +253,7 @@ uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role)
     return atoll_ring_available(&domain->rings->rx[role]);
 }
 
-static bool anything_pending(struct atoll_domain *domain, uint32_t ignored_roles)
+bool atoll_domain_anything_pending(struct atoll_domain *domain, uint32_t ignored_roles)
 {
     for (uint32_t role = 1; role < ATOLL_ROLE_COUNT; role++)
         if (!(ignored_roles >> role & 1) && atoll_domain_pending(domain, role) != 0)
@@ -263,11 +265,13 @@ bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles)
 {
     atoll_store_relaxed(&domain->self->sleeping, 1);
     atoll_full_fence(); /* SP-SLEEP */
-    if (!anything_pending(domain, ignored_roles))
+    if (!atoll_domain_anything_pending(domain, ignored_roles))
         return true;
     atoll_domain_awake(domain);
     return false;
 }
+
+void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns) { domain->rings->spin_ns = spin_ns; }
 
 void atoll_domain_awake(struct atoll_domain *domain) { atoll_store_relaxed(&domain->self->sleeping, 0); }
 
@@ -328,7 +332,8 @@ static int sleep_on_tails(struct atoll_domain *domain, uint32_t ignored_roles, i
 
 int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns)
 {
-    if (!atoll_domain_may_sleep(domain, ignored_roles))
+    if (atoll_domain_spin(domain, &domain->rings->spin, ignored_roles, 0, 0) ||
+        !atoll_domain_may_sleep(domain, ignored_roles))
         return 1;
     int result;
     if (domain->rings->eventfd[domain->role] < 0) {

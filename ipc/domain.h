@@ -68,7 +68,15 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
 /* Sends one message to `role` in the running transaction; false if the ring is full. */
 static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
 uint64_t atoll_now_ns(void);
+/* How long the domain may look around for more work before it sleeps (spin.h); 0, as after atoll_domain_open: not at all. */
+void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns);
 /* cffi:end */
+
+/* How one kind of waiting has gone lately (spin.h). */
+struct atoll_spin {
+    uint32_t vain; /* attempts in a row that brought nothing */
+    uint32_t rest; /* sleeps that still begin at once */
+};
 
 struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
@@ -76,7 +84,14 @@ struct atoll_rings {
     uint32_t tx_roles, rx_roles;       /* bit masks: to and from whom there is a ring */
     int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
     int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
+    bool worked;                       /* something was committed since it last began to spin */
+    uint64_t spin_ns, spin_until;
+    struct atoll_spin *lucky;        /* whose waiting has just brought something, NULL none */
+    struct atoll_spin spin;        /* of atoll_domain_sleep */
 };
+
+/* True if a message waits on a ring that is not in the bit mask `ignored_roles`. */
+bool atoll_domain_anything_pending(struct atoll_domain *domain, uint32_t ignored_roles);
 
 /* True if [address, address + length) lies within the arena of `role`: the check before any use of a reference (I8). */
 static inline bool atoll_reference_in(const struct atoll_domain *domain, uint32_t role, uint64_t address, uint64_t length)

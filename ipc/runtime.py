@@ -98,6 +98,7 @@ class Context:
         when = start_time(pid) if started is None else started
         if lib.atoll_domain_open(self.domain, self.number, self.incarnation, pid, when, sizes, error) < 0:
             raise DomainError(f"{self.role}: {ffi.string(error).decode(errors='replace')}")
+        lib.atoll_domain_set_spin(self.domain, int(self.config.get("kernel", {}).get("spin_us", 0)) * 1000)
 
     def serving(self) -> None:
         """Recovered: peers are woken, because the dead may have published without waking."""

@@ -77,6 +77,7 @@ class Nic(Struct, forbid_unknown_fields=True, kw_only=True):
     requests_per_connection: Annotated[int, Meta(ge=1, le=SLOT_COUNT // 2)] = 64
     buffer_bytes: Size = Size(192 * MIB)
     engine: Literal["auto", "io_uring", "sockets"] = "auto"
+    courtesy: bool = True  # a client on nic's processor is not interrupted while it sends
     handshake_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 10.0
     payload_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 30.0
     reply_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 60.0
@@ -114,6 +115,7 @@ class Kernel(Struct, forbid_unknown_fields=True, kw_only=True):
     hang_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 1.0
     restart_backoff_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 5.0
     placement: Literal["auto", "together", "none"] = "auto"  # of the data path's domains: on one processor, or anywhere
+    spin_us: Annotated[int, Meta(ge=0, le=1000)] = 50  # what a domain looks around for more work before it sleeps
     cpus: list[Annotated[int, Meta(ge=0, le=CPU_MAX)]] = field(default_factory=list)  # to be used; none: all allowed
 
 

@@ -1,5 +1,5 @@
 /* Transactions, killed after each single store, recovered by the parent, compared with the state of the last commit. */
-/* link: -DATOLL_STORE_HOOK ipc/domain.c */
+/* link: -DATOLL_STORE_HOOK ipc/domain.c ipc/spin.c */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <sys/wait.h>

@@ -1,6 +1,6 @@
 /* Two processes, a ring in each direction, killed again and again at chosen stores and at random instants: each message
  * arrives exactly once, in order. */
-/* link: -DATOLL_STORE_HOOK ipc/domain.c */
+/* link: -DATOLL_STORE_HOOK ipc/domain.c ipc/spin.c */
 #define _GNU_SOURCE
 #include <sched.h>
 #include <signal.h>

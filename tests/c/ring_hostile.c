@@ -1,5 +1,5 @@
 /* A peer whose arena holds anything: opening, taking and sleeping stay within bounds, return, and use no entry that cannot be. */
-/* link: ipc/domain.c */
+/* link: ipc/domain.c ipc/spin.c */
 #define _GNU_SOURCE
 #include <time.h>
 

@@ -1,5 +1,5 @@
 /* The store between stand-ins: random work against an oracle; killed at any store, after power loss, with flipped bits. */
-/* link: -DATOLL_STORE_HOOK ipc/domain.c services/dedup/store.c services/dedup/store_cache.c services/dedup/store_page.c services/dedup/store_slot.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_print.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_root.c services/dedup/store_load.c services/dedup/store_replay.c services/dedup/store_grow.c services/dedup/store_volume.c services/dedup/store_delete.c */
+/* link: -DATOLL_STORE_HOOK ipc/domain.c ipc/spin.c services/dedup/store.c services/dedup/store_cache.c services/dedup/store_page.c services/dedup/store_slot.c services/dedup/store_map.c services/dedup/store_space.c services/dedup/store_print.c services/dedup/store_log.c services/dedup/store_rewrite.c services/dedup/store_checkpoint.c services/dedup/store_root.c services/dedup/store_load.c services/dedup/store_replay.c services/dedup/store_grow.c services/dedup/store_volume.c services/dedup/store_delete.c */
 /*
  *   store_rig [MODE [SEED [ROUNDS]]]     modes: work, kill, power, flip, full, grow, time; without: all of them, briefly
  *

@@ -1,0 +1,56 @@
+/* See spin.h. */
+#define _GNU_SOURCE
+#include "ipc/spin.h"
+
+#include <sched.h>
+
+#define VAIN_MOST 8
+_Static_assert((1 << VAIN_MOST) - 1 == ATOLL_SPIN_REST, "rests double");
+
+static void in_vain(struct atoll_spin *spin, uint32_t more)
+{
+    spin->vain = spin->vain + more < VAIN_MOST ? spin->vain + more : VAIN_MOST;
+    spin->rest = (1u << spin->vain) - 1;
+}
+
+/* Work has been done since the last attempt: was it what the attempt waited for? Then a new one begins, unless it is to rest. */
+static void begin(struct atoll_rings *rings, struct atoll_spin *spin, uint64_t now)
+{
+    if (rings->lucky != 0)
+        rings->lucky->vain = 0;
+    rings->lucky = 0;
+    rings->worked = false;
+    rings->spin_until = spin->rest == 0 ? now + rings->spin_ns : 0;
+    spin->rest -= spin->rest != 0;
+}
+
+bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uint32_t ignored_roles, atoll_look *look,
+                       void *context)
+{
+    struct atoll_rings *rings = domain->rings;
+    if (rings->spin_ns == 0 || (!rings->worked && rings->spin_until == 0))
+        return false;
+    uint64_t last = atoll_now_ns();
+    if (rings->worked)
+        begin(rings, spin, last);
+    for (;;) {
+        if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && look(context))) {
+            rings->lucky = spin; /* if it turns out to be work */
+            return true;
+        }
+        if (last >= rings->spin_until)
+            break;
+        sched_yield();
+        uint64_t now = atoll_now_ns();
+        if (now - last > ATOLL_SPIN_LOST_NS) {
+            in_vain(spin, VAIN_MOST / 2);
+            rings->spin_until = 0;
+            return false; /* what has come meanwhile is seen by who is about to sleep */
+        }
+        last = now;
+    }
+    if (rings->spin_until != 0)
+        in_vain(spin, 1);
+    rings->spin_until = 0;
+    return false;
+}

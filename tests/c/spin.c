@@ -1,0 +1,110 @@
+/* When a domain spins before it sleeps, for how long, and when it leaves off: by a clock and a sched_yield of the test's own. */
+/* link: ipc/domain.c */
+#define _GNU_SOURCE
+#include <sched.h>
+#include <time.h>
+
+#include "arena_support.h"
+
+static uint64_t clock_ns = 1000000, turn_ns = 1000, turns, message_at_turn;
+static struct atoll_domain domain, peer;
+
+static void send_message(void)
+{
+    struct atoll_descriptor message = {.opcode = 3};
+    CHECK(atoll_domain_put(&peer, ATOLL_ROLE_NBD, &message));
+    atoll_domain_commit(&peer);
+}
+
+static int turn(void)
+{
+    CHECK(domain.self->sleeping == 0); /* who spins need not be woken */
+    clock_ns += turn_ns;
+    if (++turns == message_at_turn)
+        send_message();
+    return 0;
+}
+
+static uint64_t clock_now(void) { return clock_ns; }
+
+#define sched_yield turn
+#define atoll_now_ns clock_now
+#include "ipc/spin.c"
+
+/* One wait of a kind that had `work` before; true if it spun. */
+static bool spins(struct atoll_spin *spin, bool work, bool *found)
+{
+    turns = 0;
+    if (work)
+        atoll_domain_commit(&domain);
+    *found = atoll_domain_spin(&domain, spin, 0, 0, 0);
+    return turns != 0 || *found;
+}
+
+static void take(void)
+{
+    struct atoll_descriptor message;
+    while (atoll_domain_take(&domain, ATOLL_ROLE_NIC, &message))
+        ;
+}
+
+int main(void)
+{
+    char error[256];
+    struct atoll_spin spin = {0};
+    bool found;
+    make_arena(ATOLL_ROLE_KERNEL, 1u << ATOLL_ROLE_NBD | 1u << ATOLL_ROLE_NIC, 64, 0);
+    make_arena(ATOLL_ROLE_NIC, 1u << ATOLL_ROLE_NBD | 1u << ATOLL_ROLE_KERNEL, 64, 0);
+    make_arena(ATOLL_ROLE_NBD, 1u << ATOLL_ROLE_NIC | 1u << ATOLL_ROLE_KERNEL, 64, 0);
+    CHECK(atoll_domain_open(&domain, ATOLL_ROLE_NBD, 1, 1, 0, arena_bytes, error) == 0);
+    CHECK(atoll_domain_open(&peer, ATOLL_ROLE_NIC, 1, 1, 0, arena_bytes, error) == 0);
+
+    CHECK(!spins(&spin, true, &found)); /* not unless it is told to */
+    atoll_domain_set_spin(&domain, 50000);
+    CHECK(spins(&spin, true, &found) && !found && turns == 50);
+    CHECK(!spins(&spin, false, &found)); /* without work in between */
+
+    /* In vain again and again: 1, 3, 7 ... 255 sleeps begin at once in between. */
+    uint32_t expected = 1;
+    for (uint32_t attempt = 0; attempt < 10; attempt++) {
+        for (uint32_t rest = 0; rest < expected; rest++)
+            CHECK(!spins(&spin, true, &found));
+        CHECK(spins(&spin, true, &found) && !found);
+        expected = expected * 2 + 1 < ATOLL_SPIN_REST ? expected * 2 + 1 : ATOLL_SPIN_REST;
+    }
+    CHECK(expected == ATOLL_SPIN_REST);
+
+    /* Something comes: as soon as it turns out to be work, the next wait is a fresh start. */
+    while (!spins(&spin, true, &found))
+        ;
+    for (uint32_t rest = 0; rest < ATOLL_SPIN_REST; rest++)
+        CHECK(!spins(&spin, true, &found));
+    message_at_turn = 20;
+    CHECK(spins(&spin, true, &found) && found && turns == 20);
+    take();
+    message_at_turn = 0;
+    CHECK(spins(&spin, true, &found) && !found && spin.vain == 1 && spin.rest == 1);
+
+    /* What was found was no work: the rest of the same time is spun, not another whole one. */
+    spin = (struct atoll_spin){0};
+    message_at_turn = 30;
+    CHECK(spins(&spin, true, &found) && found);
+    CHECK(atoll_domain_pending(&domain, ATOLL_ROLE_NIC) == 1);
+    take();
+    domain.rings->worked = false;
+    message_at_turn = 0;
+    CHECK(spins(&spin, false, &found) && !found && turns == 20 && spin.vain == 1);
+
+    /* A message that is there at the very end counts, one that comes while somebody else computes is left to the sleep. */
+    spin = (struct atoll_spin){0};
+    message_at_turn = 50;
+    CHECK(spins(&spin, true, &found) && found && spin.vain == 0);
+    take();
+    turn_ns = ATOLL_SPIN_LOST_NS + 1;
+    message_at_turn = 1;
+    CHECK(spins(&spin, true, &found) && !found && turns == 1 && spin.rest == 15);
+    CHECK(!atoll_domain_may_sleep(&domain, 0)); /* and found there */
+    take();
+    puts("spin: ok");
+    return 0;
+}
