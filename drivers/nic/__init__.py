@@ -45,6 +45,7 @@ COUNTERS = (
     "socket_errors",
     "poisoned",
     "lost_messages",
+    "courtesy_ended",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 
@@ -145,6 +146,7 @@ def open_nic(context: Any, engine: str) -> Any:
     options.uring_fd = context.uring.fd if context.uring is not None else -1
     options.listener_count = len(context.listeners)
     options.listeners[0 : len(context.listeners)] = [listener.fd for listener in context.listeners]
+    options.courtesy = bool(context.config["nic"].get("courtesy", False))
     options.poll_in_ring = bool(context.config["testing"].get("fault", {}).get("nic_poll_in_ring", False))
     parameters = (
         ffi.from_buffer("struct atoll_uring_parameters *", context.uring.parameters)

@@ -146,7 +146,8 @@ void nic_connection_life(struct nic *nic, struct nic_connection *connection)
         return;
     if (nic->engine->room(nic) == 0)
         nic_schedule(nic, index); /* what has no place in this turn has one in the next */
-    if ((connection->phase == NIC_OPEN || connection->phase == NIC_ENDING) && connection->socket_open && !hint->registered &&
+    bool watched = hint->registered && (hint->blocks_watched == hint->blocks || nic->poll_in_ring);
+    if ((connection->phase == NIC_OPEN || connection->phase == NIC_ENDING) && connection->socket_open && !watched &&
         !hint->descriptor_pending && nic->engine->room(nic) > 0) {
         hint->descriptor_pending = true;
         nic->engine->watch(nic, index, nic_user_data(NIC_DESCRIPTOR, index, 0));

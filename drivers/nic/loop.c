@@ -23,6 +23,7 @@
 
 #include "drivers/nic/engine.h"
 #include "ipc/control.h"
+#include "ipc/spin.h"
 
 #define TURN_CONNECTIONS 64
 #define TURN_NBD_MESSAGES 64
@@ -155,19 +156,34 @@ void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
     nic->domain->self->current = 0;
 }
 
+/* Into the epoll set, or for other events than before. The set knows a socket by the number that its descriptor had, which is the
+ * lowest free one and so the same each time; if not, there is a second entry, that says the same twice. */
+static int watch(struct nic *nic, uint32_t connection, int fd, bool registered, bool blocks)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.u64 = connection};
+    if (blocks)
+        event.events |= EPOLLOUT;
+    if (epoll_ctl(nic->epoll, registered ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, &event) == 0)
+        return 0;
+    if (errno != ENOENT && errno != EEXIST)
+        return -errno;
+    return epoll_ctl(nic->epoll, errno == ENOENT ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, fd, &event) < 0 ? -errno : 0;
+}
+
 void nic_watch_descriptor(struct nic *nic, uint32_t connection, int fd)
 {
     struct nic_hint *hint = &nic->hints[connection];
-    if (!hint->registered) {
+    if (!hint->registered || hint->blocks_watched != hint->blocks) {
         int on = 1;
-        struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.u64 = connection};
-        (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a Unix socket has no such option */
-        if (epoll_ctl(nic->epoll, EPOLL_CTL_ADD, fd, &event) < 0 && errno != EEXIST) {
+        if (!hint->registered)
+            (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a Unix socket has no such option */
+        if (watch(nic, connection, fd, hint->registered, hint->blocks) < 0) {
             atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
             nic_gone(nic, &nic->area->connections[connection]);
             return;
         }
         hint->registered = true;
+        hint->blocks_watched = hint->blocks;
     }
     if (hint->want_shutdown) {
         hint->want_shutdown = false;
@@ -235,6 +251,14 @@ static void look(struct nic *nic, int timeout_ms)
     }
 }
 
+/* For a spinning nic: has a socket something? */
+static bool socket_calls(void *context)
+{
+    struct nic *nic = context;
+    look(nic, 0);
+    return !nic_queue_empty(&nic->work) || nic->ring_ready;
+}
+
 static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 {
     uint64_t at = nic->next_deadline_ns;
@@ -257,6 +281,8 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         domain->self->progress++;
         atoll_count(domain, NIC_TURNS, 1);
         nic->now_ns = atoll_now_ns();
+        if (nic->now_ns >= nic->courtesy.next_ns)
+            nic_courtesy_look(nic);
         bool control = !ignore_control && atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0;
         if (control || (until_ns != 0 && nic->now_ns >= until_ns)) {
             nic_commit(nic);
@@ -301,7 +327,8 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             continue;
         }
         uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
-        if (!atoll_domain_may_sleep(domain, ignored))
+        struct atoll_spin *spin = nic->free_slot_count < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
+        if (atoll_domain_spin(domain, spin, ignored, socket_calls, nic) || !atoll_domain_may_sleep(domain, ignored))
             continue;
         atoll_count(domain, NIC_WAITS, 1);
         look(nic, timeout_ms(nic, until_ns, blocked));

@@ -83,7 +83,8 @@ enum nic_counter {
     NIC_SOCKET_ERRORS = 24,
     NIC_POISONED = 25,         /* connections dropped because a request or an outcome of theirs crashed nic twice */
     NIC_LOST_MESSAGES = 26,    /* a ring of the contract's size was full: a peer's index is wrong */
-    NIC_COUNTER_COUNT = 27
+    NIC_COURTESY_ENDED = 27,   /* somebody computes on the processor: courtesy.c */
+    NIC_COUNTER_COUNT = 28
 };
 
 enum nic_phase {
@@ -239,6 +240,7 @@ struct nic_options {
     uint32_t previous_signal;
     int32_t uring_fd;
     uint32_t poll_in_ring;     /* do as on a kernel without IORING_OP_FIXED_FD_INSTALL */
+    uint32_t courtesy;         /* 1: clients on the own processor are not interrupted (courtesy.c) */
     uint32_t listener_count;
     int32_t listeners[16];
 };
@@ -299,6 +301,9 @@ _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a 
  * none. */
 #define NIC_CROWDED_AFTER_NS 1000000000u
 #define NIC_RETRY_NS 100000000u
+/* So many sends in a row that found room: the socket is not watched for room any more. Watching costs the client a look at our
+ * sleep with each reply that it reads, and us a wake-up. */
+#define NIC_EASY_SENDS 1000
 
 /* FIFO of connection numbers; each is in it once at most. */
 struct nic_queue {
@@ -330,6 +335,9 @@ struct nic_hint {
     bool readable, writable;   /* until the socket says otherwise */
     bool hangup;               /* the peer's end was seen in epoll, which does not tell it twice: read until it comes */
     bool registered;           /* in this process's epoll set */
+    bool blocks;               /* a send did not find room lately: epoll shall say when there is some */
+    bool blocks_watched;       /* and has been told to */
+    uint16_t easy_sends;       /* that found room, since one did not */
     bool want_shutdown;
     bool descriptor_pending, drain_pending;
     bool speculate;            /* the last receive after a send found something */
@@ -346,6 +354,16 @@ struct nic_outcome {
     uint64_t user_data;
     int32_t result;
     uint32_t flags;            /* of the completion */
+};
+
+/* See courtesy.c. */
+struct nic_courtesy {
+    int schedstat;             /* -1: cannot be read */
+    uint64_t next_ns;          /* when to look again; UINT64_MAX: never */
+    uint64_t since_ns;         /* courteous since */
+    uint64_t again_ns;         /* not before */
+    uint64_t patience_ns;
+    uint64_t waited_ns, turns; /* as last read */
 };
 
 struct nic_pages;
@@ -372,6 +390,7 @@ struct nic {
     int epoll;
     struct nic_sockets *sockets; /* engine_sockets */
 
+    struct nic_courtesy courtesy;
     struct nic_pages *pages;
     struct nic_queue work;     /* connections to look at */
     struct nic_queue page_waiters;
@@ -404,6 +423,7 @@ struct nic {
     struct msghdr messages[NIC_TURN_OPERATIONS];
     struct nic_outcome outcomes[NIC_TURN_OPERATIONS * 2];
     uint32_t turns_since_look;
+    struct atoll_spin peer_spin, client_spin; /* requests are under way with nbd; none is */
     uint64_t next_deadline_ns; /* no timeout can fire before; UINT64_MAX none */
     uint8_t *scratch;          /* NIC_STREAM_BYTES: what is drained */
 };
@@ -505,5 +525,11 @@ uint64_t nic_intent(struct nic *nic, struct nic_connection *connection, enum nic
 
 /* timeouts.c: looks at all connections; called when a deadline may have passed. */
 void nic_timeouts(struct nic *nic);
+
+/* --- courtesy.c --- */
+void nic_courtesy_open(struct nic *nic);
+void nic_courtesy_close(struct nic *nic);
+/* When `courtesy.next_ns` has come. */
+void nic_courtesy_look(struct nic *nic);
 
 #endif

@@ -297,6 +297,7 @@ static int open_all(struct nic *nic, const struct atoll_uring_parameters *parame
     ATOLL_CRASH_POINT(domain, "nic.recover.cleared");
     nic->area->engine = nic->options.engine;
     look_at_all(nic);
+    nic_courtesy_open(nic);
     nic->next_deadline_ns = nic->now_ns; /* the predecessor's deadlines */
     return 0;
 }
@@ -328,6 +329,7 @@ struct nic *nic_open(struct atoll_domain *domain, const struct nic_limits *limit
 void nic_close(struct nic *nic)
 {
     nic->engine->close(nic);
+    nic_courtesy_close(nic);
     nic_pages_free(nic->pages);
     close(nic->epoll);
     free(nic->scratch);

@@ -153,6 +153,13 @@ void nic_send(struct nic *nic, struct nic_connection *connection)
     nic->engine->send(nic, index, vectors, count, nic_intent(nic, connection, NIC_SEND));
 }
 
+static void blocked(struct nic_hint *hint)
+{
+    hint->writable = false;
+    hint->blocks = true;
+    hint->easy_sends = 0;
+}
+
 void nic_sent(struct nic *nic, struct nic_connection *connection, int32_t result)
 {
     struct nic_hint *hint = &nic->hints[nic_index(nic, connection)];
@@ -162,7 +169,7 @@ void nic_sent(struct nic *nic, struct nic_connection *connection, int32_t result
         return; /* its queue was flushed */
     if (result <= 0) {
         if (result == -EAGAIN || result == 0)
-            hint->writable = false;
+            blocked(hint);
         else if (result != -EINTR && result != -ENOMEM && result != -ENOBUFS) {
             atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
             nic_gone(nic, connection);
@@ -171,7 +178,9 @@ void nic_sent(struct nic *nic, struct nic_connection *connection, int32_t result
     }
     uint32_t left = (uint32_t)result;
     if (hint->asked_send != 0 && left < hint->asked_send)
-        hint->writable = false;
+        blocked(hint);
+    else if (hint->blocks && ++hint->easy_sends >= NIC_EASY_SENDS)
+        hint->blocks = false;
     connection->sent_ns = nic->now_ns;
     connection->sent_bytes += left;
     atoll_count(nic->domain, NIC_SENT_BYTES, left);
