@@ -5,8 +5,8 @@
 System calls are counted by `perf trace`, which does not stop a process at each call as strace would: a server that is
 traced so batches differently. Where perf is missing or not permitted, that row says so and is not met.
 
-A *wake cycle* of a domain is one wait for messages: a sleep, or a turn that it gives to the others on its processor while it
-spins (ipc/spin.h). What else it may call is the waking of a peer.
+A *wake cycle* of a domain is one wait for messages: a sleep, or a turn that it gives to the others on its processor
+while it spins (ipc/spin.h). What else it may call is the waking of a peer.
 """
 
 from __future__ import annotations

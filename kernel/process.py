@@ -136,9 +136,7 @@ def look(pid: int) -> Look | None:
         os.close(descriptor)
     # The name in field 2 may hold anything, parentheses too: what counts begins behind the last one.
     fields = text[text.rindex(b")") + 2 :].split()
-    return Look(
-        fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]), int(fields[11]) + int(fields[12])
-    )
+    return Look(fields[0].decode(), int(fields[1]), int(fields[19]), int(fields[49]), int(fields[11]) + int(fields[12]))
 
 
 def start_time(pid: int) -> int:

@@ -313,7 +313,12 @@ class Stage:
         return int(self.lib.dedup_volume(self.state, volume).generation)
 
     def turns_in_child(
-        self, die_after: int = 0, poison: int = 0, turns: int = 1, crashed: bool = False, count: Any = None,
+        self,
+        die_after: int = 0,
+        poison: int = 0,
+        turns: int = 1,
+        crashed: bool = False,
+        count: Any = None,
         poison_block: int | None = None,
     ) -> int:
         """A new incarnation in a child makes `turns` turns. Returns its exit status, negative: the signal it died of.

@@ -127,8 +127,8 @@ def test_a_slow_device_costs_no_savings() -> None:
 
 
 def test_equal_blocks_that_are_logged_are_destaged_together() -> None:
-    """However many other blocks were written in between, nothing of them is read from the device, but for the one at most for
-    which a batch has no room."""
+    """However many other blocks were written in between, nothing of them is read from the device, but for the one at
+    most for which a batch has no room."""
     count = 400
     order = random.Random(5).sample(range(count), count)
     with Stage(nic_pages=8 * count, destage_delay_ms=10_000_000) as stage:

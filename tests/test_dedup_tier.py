@@ -55,8 +55,8 @@ class Tiered(Stage):
         self.until("copies are made", lambda: not self.figures().tier_queued and not self.figures().tier_copies)
 
     def forget_cache(self) -> None:
-        """Reads that fill the cache with other blocks, so that the next ones come from a device. Twice, for what is read
-        once pushes out nothing that was used."""
+        """Reads that fill the cache with other blocks, so that the next ones come from a device. Twice, for what is
+        read once pushes out nothing that was used."""
         for lba in range(2000, 2000 + 520, 64):
             if lba not in self.held:
                 self.put(lba, *(block(9000 + lba + index) for index in range(64)))

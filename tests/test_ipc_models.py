@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(shutil.which("spin") is None, reason="spin is no
 
 
 def verdict(model: str, defines: list[str], folder: Path) -> str:
-    """"" if Spin has seen all states of the model and found nothing wrong, else the error."""
+    """ "" if Spin has seen all states of the model and found nothing wrong, else the error."""
 
     def run(*command: str) -> str:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)

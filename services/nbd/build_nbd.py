@@ -11,7 +11,17 @@ spec.loader.exec_module(cbuild)
 ffi = cbuild.make_ffi(
     "atoll.services.nbd._nbd",
     headers=["protocol.h", "nbd.h"],
-    sources=["request.c", "reply.c", "volumes.c", "lookup.c", "slot.c", "transmission.c", "service.c", "ipc/domain.c", "ipc/spin.c"],
+    sources=[
+        "request.c",
+        "reply.c",
+        "volumes.c",
+        "lookup.c",
+        "slot.c",
+        "transmission.c",
+        "service.c",
+        "ipc/domain.c",
+        "ipc/spin.c",
+    ],
     here=HERE,
     include=["ipc/build_ipc.py"],
 )
