@@ -226,7 +226,8 @@ static uint32_t work(struct nic *nic)
     return done;
 }
 
-static void look(struct nic *nic, int timeout_ms)
+/* True if there was something. */
+static bool look(struct nic *nic, int timeout_ms)
 {
     struct epoll_event events[EVENTS];
     int count = epoll_wait(nic->epoll, events, EVENTS, timeout_ms);
@@ -249,15 +250,11 @@ static void look(struct nic *nic, int timeout_ms)
             nic->listener_ready[what - NIC_READY_LISTENER] = true;
         }
     }
+    return count > 0;
 }
 
-/* For a spinning nic: has a socket something? */
-static bool socket_calls(void *context)
-{
-    struct nic *nic = context;
-    look(nic, 0);
-    return !nic_queue_empty(&nic->work) || nic->ring_ready;
-}
+/* For a spinning nic. Whatever it is: epoll tells it once only. */
+static bool look_at_sockets(void *context) { return look(context, 0); }
 
 static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 {
@@ -328,7 +325,7 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         }
         uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
         struct atoll_spin *spin = nic->free_slot_count < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
-        if (atoll_domain_spin(domain, spin, ignored, socket_calls, nic) || !atoll_domain_may_sleep(domain, ignored))
+        if (atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic) || !atoll_domain_may_sleep(domain, ignored))
             continue;
         atoll_count(domain, NIC_WAITS, 1);
         look(nic, timeout_ms(nic, until_ns, blocked));
