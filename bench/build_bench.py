@@ -11,7 +11,7 @@ spec.loader.exec_module(cbuild)
 ffi = cbuild.make_ffi(
     "atoll.bench._bench",
     headers=cbuild.headers_in(HERE),
-    sources=[*sorted(path.name for path in HERE.glob("*.c")), "ipc/domain.c", "ipc/spin.c"],
+    sources=[*sorted(path.name for path in HERE.glob("*.c")), *cbuild.DOMAIN_SOURCES],
     here=HERE,
     include=["ipc/build_ipc.py"],
 )

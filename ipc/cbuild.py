@@ -48,6 +48,9 @@ COMPILE_ARGS = (
     "-fvisibility=hidden",  # no name of ours meets one of the interpreter's or of another extension
 )
 
+# What each extension of a domain is linked with.
+DOMAIN_SOURCES = ("ipc/domain.c", "ipc/spin.c")
+
 # The code that cffi generates is not ours to tidy: behind the last of our headers these warnings are off.
 GENERATED_CODE_IGNORES = ("-Wunused-parameter", "-Wsign-compare", "-Wtype-limits", "-Wmissing-field-initializers")
 

@@ -73,7 +73,7 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
     cbuild = load("atoll_cbuild", ROOT / "ipc" / "cbuild.py")
     here = ROOT / "services" / "dedup"
     sources = [f"services/dedup/{path.name}" for path in sorted(here.glob("*.c"))]
-    sources += ["ipc/domain.c", "ipc/spin.c", "tests/c/dedup_hook.c"]
+    sources += [*cbuild.DOMAIN_SOURCES, "tests/c/dedup_hook.c"]
     headers = [*cbuild.headers_in(here), "tests/c/dedup_hook.h"]
     before = Path.cwd()
     os.chdir(ROOT)

@@ -45,8 +45,8 @@ def load(name: str, path: Path) -> Any:
 def hooked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The extension with a hook behind each store of the journal."""
     folder = tmp_path_factory.mktemp("nbd")
-    sources = [f"services/nbd/{name}.c" for name in SOURCES] + ["ipc/domain.c", "ipc/spin.c", "tests/c/nbd_hook.c"]
     cbuild = load("atoll_cbuild", ROOT / "ipc/cbuild.py")
+    sources = [*(f"services/nbd/{name}.c" for name in SOURCES), *cbuild.DOMAIN_SOURCES, "tests/c/nbd_hook.c"]
     ffi = cbuild.make_ffi(
         "nbd_hooked",
         headers=["protocol.h", "nbd.h", "tests/c/nbd_hook.h"],

@@ -276,13 +276,8 @@ def hooked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """The extension with a hook behind each store of the journal."""
     folder = tmp_path_factory.mktemp("nic")
     names = sorted(path.name for path in (ROOT / "drivers/nic").glob("*.c") if path.stem != "_nic")
-    sources = [f"drivers/nic/{name}" for name in names] + [
-        "ipc/domain.c",
-        "ipc/spin.c",
-        "ipc/uring.c",
-        "tests/c/nic_hook.c",
-    ]
     cbuild = load("atoll_cbuild", ROOT / "ipc/cbuild.py")
+    sources = [*(f"drivers/nic/{name}" for name in names), *cbuild.DOMAIN_SOURCES, "ipc/uring.c", "tests/c/nic_hook.c"]
     ffi = cbuild.make_ffi(
         "nic_hooked",
         headers=["framing.h", "nic.h", "tests/c/nic_hook.h"],

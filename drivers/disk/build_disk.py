@@ -11,16 +11,7 @@ spec.loader.exec_module(cbuild)
 ffi = cbuild.make_ffi(
     "atoll.drivers.disk._disk",
     headers=["disk.h"],
-    sources=[
-        "disk.c",
-        "io.c",
-        "engine_uring.c",
-        "engine_threads.c",
-        "place.c",
-        "ipc/domain.c",
-        "ipc/spin.c",
-        "ipc/uring.c",
-    ],
+    sources=["disk.c", "io.c", "engine_uring.c", "engine_threads.c", "place.c", *cbuild.DOMAIN_SOURCES, "ipc/uring.c"],
     here=HERE,
     libraries=["uring"],
     include=["ipc/build_ipc.py"],

@@ -13,7 +13,7 @@ DISK = ("disk.c", "io.c", "engine_uring.c", "engine_threads.c", "place.c")
 ffi = cbuild.make_ffi(
     "atoll.drivers.fault._fault",
     headers=["drivers/disk/disk.h", "fault.h"],
-    sources=["fault.c", *(f"drivers/disk/{name}" for name in DISK), "ipc/domain.c", "ipc/spin.c", "ipc/uring.c"],
+    sources=["fault.c", *(f"drivers/disk/{name}" for name in DISK), *cbuild.DOMAIN_SOURCES, "ipc/uring.c"],
     here=HERE,
     libraries=["uring"],
     include=["ipc/build_ipc.py"],

@@ -11,7 +11,7 @@ spec.loader.exec_module(cbuild)
 ffi = cbuild.make_ffi(
     "atoll.drivers.nic._nic",
     headers=["framing.h", "nic.h"],
-    sources=[*sorted(path.name for path in HERE.glob("*.c")), "ipc/domain.c", "ipc/spin.c", "ipc/uring.c"],
+    sources=[*sorted(path.name for path in HERE.glob("*.c")), *cbuild.DOMAIN_SOURCES, "ipc/uring.c"],
     here=HERE,
     libraries=["uring"],
     include=["ipc/build_ipc.py"],
