@@ -217,11 +217,11 @@ void atoll_domain_commit(struct atoll_domain *domain)
 {
     struct atoll_rings *rings = domain->rings;
     uint32_t published = 0;
-    rings->worked = true;
     for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
         atoll_ring_settle_head(domain->journal, &rings->rx[__builtin_ctz(left)]);
     for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
         atoll_ring_settle_tail(domain->journal, &rings->tx[__builtin_ctz(left)]);
+    rings->worked |= domain->journal->count != 0;
     ATOLL_CRASH_POINT_EACH(domain, "commit.before");
     atoll_commit(domain->journal);
     ATOLL_CRASH_POINT_EACH(domain, "commit.after");

@@ -84,10 +84,10 @@ struct atoll_rings {
     uint32_t tx_roles, rx_roles;       /* bit masks: to and from whom there is a ring */
     int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
     int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
-    bool worked;                       /* something was committed since it last began to spin */
-    uint64_t spin_ns, spin_until;
-    struct atoll_spin *lucky;        /* whose waiting has just brought something, NULL none */
-    struct atoll_spin spin;        /* of atoll_domain_sleep */
+    bool worked;                       /* something was changed since it last began to spin */
+    uint64_t spin_ns, spin_until;      /* spin_until 0: it does not spin */
+    struct atoll_spin *lucky;          /* whose waiting has just brought something, NULL none */
+    struct atoll_spin spin;            /* of atoll_domain_sleep */
 };
 
 /* True if a message waits on a ring that is not in the bit mask `ignored_roles`. */

@@ -27,9 +27,9 @@
 #ifndef ATOLL_IPC_RING_H
 #define ATOLL_IPC_RING_H
 
-#include "ipc/layout.h"
 #include <stdbool.h>
 
+#include "ipc/layout.h"
 #include "ipc/transaction.h"
 
 /* Entries ahead of the one being filled whose lines are asked for: a step's worth. */

@@ -33,24 +33,26 @@ bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uin
     uint64_t last = atoll_now_ns();
     if (rings->worked)
         begin(rings, spin, last);
+    if (rings->spin_until == 0) /* it rests */
+        return false;
     for (;;) {
         if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && look(context))) {
             rings->lucky = spin; /* if it turns out to be work */
             return true;
         }
-        if (last >= rings->spin_until)
+        if (last >= rings->spin_until) {
+            in_vain(spin, 1);
             break;
+        }
         sched_yield();
         uint64_t now = atoll_now_ns();
-        if (now - last > ATOLL_SPIN_LOST_NS) {
+        if (now - last > ATOLL_SPIN_LOST_NS) { /* what has come meanwhile is seen by who is about to sleep */
             in_vain(spin, VAIN_MOST / 2);
-            rings->spin_until = 0;
-            return false; /* what has come meanwhile is seen by who is about to sleep */
+            break;
         }
         last = now;
     }
-    if (rings->spin_until != 0)
-        in_vain(spin, 1);
     rings->spin_until = 0;
+    rings->lucky = 0;
     return false;
 }
