@@ -19,9 +19,11 @@
 
 #include "drivers/nic/nic.h"
 
+/* From one look at the waits to the next. */
 #define LOOK_NS 20000000u
 /* Mean wait for a turn on the processor. A client's burst is 0.1 to 0.3 ms, a time slice 2 ms and more. */
 #define WAIT_MOST_NS 700000u
+/* After courtesy has gone wrong: until it is tried again, doubled each time; and how long it must go well to be forgotten. */
 #define PATIENCE_LEAST_NS 1000000000u
 #define PATIENCE_MOST_NS (64ull * PATIENCE_LEAST_NS)
 
@@ -39,19 +41,11 @@ static bool read_waits(const struct nic_courtesy *courtesy, struct waits *waits)
     return sscanf(text, "%llu %llu %llu", &waits->ran_ns, &waits->waited_ns, &waits->turns) == 3;
 }
 
-/* The policy of this process; -1: unknown. */
-static int policy_now(void)
-{
-    int policy = sched_getscheduler(0);
-    return policy < 0 ? -1 : policy & ~SCHED_RESET_ON_FORK;
-}
-
-/* False: not permitted. */
-static bool become(int policy)
+/* False: not permitted. `now`: the policy so far, with its flag. */
+static bool become(int policy, int now)
 {
     struct sched_param parameter = {0};
-    int now = sched_getscheduler(0);
-    return now >= 0 && sched_setscheduler(0, policy | (now & SCHED_RESET_ON_FORK), &parameter) == 0;
+    return sched_setscheduler(0, policy | (now & SCHED_RESET_ON_FORK), &parameter) == 0;
 }
 
 void nic_courtesy_open(struct nic *nic)
@@ -82,10 +76,11 @@ void nic_courtesy_look(struct nic *nic)
     uint64_t waited = waits.waited_ns - courtesy->waited_ns, turns = waits.turns - courtesy->turns;
     courtesy->waited_ns = waits.waited_ns;
     courtesy->turns = waits.turns;
-    switch (policy_now()) {
+    int now = sched_getscheduler(0);
+    switch (now & ~SCHED_RESET_ON_FORK) {
     case SCHED_BATCH:
         if (turns != 0 && waited / turns > WAIT_MOST_NS) {
-            become(SCHED_OTHER);
+            become(SCHED_OTHER, now);
             courtesy->again_ns = nic->now_ns + courtesy->patience_ns;
             if (courtesy->patience_ns < PATIENCE_MOST_NS)
                 courtesy->patience_ns *= 2;
@@ -95,7 +90,7 @@ void nic_courtesy_look(struct nic *nic)
         }
         break;
     case SCHED_OTHER:
-        if (nic->now_ns >= courtesy->again_ns && !become(SCHED_BATCH))
+        if (nic->now_ns >= courtesy->again_ns && !become(SCHED_BATCH, now))
             courtesy->next_ns = UINT64_MAX;
         courtesy->since_ns = nic->now_ns;
         break;

@@ -158,7 +158,7 @@ void nic_apply(struct nic *nic, const struct nic_outcome *outcome)
 
 /* Into the epoll set, or for other events than before. The set knows a socket by the number that its descriptor had, which is the
  * lowest free one and so the same each time; if not, there is a second entry, that says the same twice. */
-static int watch(struct nic *nic, uint32_t connection, int fd, bool registered, bool blocks)
+static int watch_socket(struct nic *nic, uint32_t connection, int fd, bool registered, bool blocks)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.u64 = connection};
     if (blocks)
@@ -177,7 +177,7 @@ void nic_watch_descriptor(struct nic *nic, uint32_t connection, int fd)
         int on = 1;
         if (!hint->registered)
             (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); /* a Unix socket has no such option */
-        if (watch(nic, connection, fd, hint->registered, hint->blocks) < 0) {
+        if (watch_socket(nic, connection, fd, hint->registered, hint->blocks) < 0) {
             atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
             nic_gone(nic, &nic->area->connections[connection]);
             return;
