@@ -98,12 +98,18 @@ void cache_pin(struct datapath *dp, uint32_t page)
     dp_set32(dp, &dp->pages[page].pins, dp->pages[page].pins + 1);
 }
 
+/* Nobody finds the page any more; the queues have been told already. */
+static void forget(struct datapath *dp, uint32_t page)
+{
+    hash_remove(dp, page);
+    dp_set32(dp, &dp->pages[page].attached, 0);
+}
+
 static void detach(struct datapath *dp, uint32_t page)
 {
     struct dp_pool *pool = pool_of(dp, page);
-    hash_remove(dp, page);
     s3fifo_leave(pool->queues, page - pool->first);
-    dp_set32(dp, &dp->pages[page].attached, 0);
+    forget(dp, page);
 }
 
 static void into_limbo(struct datapath *dp, uint32_t page)
@@ -184,8 +190,7 @@ static void evict(struct datapath *dp, struct dp_pool *pool)
             continue;
         }
         s3fifo_evict(queues, number);
-        hash_remove(dp, page);
-        dp_set32(dp, &p->attached, 0);
+        forget(dp, page);
         into_limbo(dp, page);
         evicted++;
     }
