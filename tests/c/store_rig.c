@@ -651,7 +651,8 @@ static void mode_full(uint64_t seed)
     start(seed, 1024, 128, false);
     uint64_t content = 1000, filled = 0, refused = 0, overwritten = 0;
     struct store_space space;
-    for (uint32_t round = 0; round < 6; round++) {
+    bool last = false;
+    for (uint32_t round = 0; !last; round++) {
         for (uint64_t lba = 0; lba < 2000; lba++) {
             uint64_t old, pba;
             while (!store_has_room(&dedup, 1)) {
@@ -693,7 +694,9 @@ static void mode_full(uint64_t seed)
         check_memory();
         store_space(&dedup, &space);
         CHECK(space.available_blocks == 0 && space.stored_blocks > 300 && refused != 0);
-        for (uint64_t lba = 0; round < 5 && lba < 2000; lba++) { /* make room, here and there */
+        CHECK(round < 12);
+        last = round >= 5 && overwritten > 100; /* one seed of thousands needs another round */
+        for (uint64_t lba = 0; !last && lba < 2000; lba++) { /* make room, here and there */
             uint64_t value = peek_value(0, 100000 + lba);
             if (value == 0 || chance(3) != 0)
                 continue;
