@@ -76,6 +76,7 @@ class Context:
     listeners: list[Listener] = field(default_factory=list)
     device_fd: int = -1
     uring: UringHandle | None = None
+    processors: frozenset[int] = frozenset()  # on which the role may run, however it is bound now
     stopping: bool = False
     call_number: int = 0  # of the call whose handler runs
 

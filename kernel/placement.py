@@ -1,13 +1,15 @@
 """Which processors a domain may run on.
 
 - `cores(config, role, allowed)`   those of the role, or None: wherever the process may run
+- `usable(config, allowed)`        those of `allowed` on which Atoll may run
 - `settle(config, role)`           lets this process run there and nowhere else
 - `check(config)`                  raises BootError where the configuration names processors that cannot be used
 - `choose(config, instance)`       which processor the data path shares: init's, once, into `config`
 
 A request crosses the domains of the data path one after the other, so where processors are few these share one: to hand
 a message over on it is a switch of 2 µs, while an idle processor, above all a virtual one, takes some 30 µs to wake.
-Storage drivers work beside the path, on any processor, but for reads that clients wait for: drivers/disk/place.c. Where
+Storage drivers work beside the path, on any processor, but for reads that clients wait for: drivers/disk/place.c. And
+dedup leaves the path's while it has large writes to do: services/dedup/place.c. Where
 there are more than FEW processors the scheduler decides.
 
 Which one it is, is chosen at the start: that with the least to do, and by lot where several have as little, so that
@@ -33,21 +35,23 @@ NOISE_TICKS = 1  # of 10 ms each
 FEW = 3  # with 4 and more the path's domains and a client can have one each
 
 
+def usable(config: Mapping[str, Any], allowed: Set[int]) -> frozenset[int]:
+    return frozenset(allowed & set(config["kernel"].get("cpus") or allowed))
+
+
 def cores(config: Mapping[str, Any], role: str, allowed: Set[int]) -> frozenset[int] | None:
-    kernel = config["kernel"]
-    named = kernel.get("cpus") or []
-    usable = sorted(allowed & set(named)) if named else sorted(allowed)
-    if not usable:
+    kernel, those = config["kernel"], usable(config, allowed)
+    if not those:
         return None
-    if _together(kernel, len(usable)) and role in PATH:
+    if _together(kernel, len(those)) and role in PATH:
         chosen = kernel.get("path_cpu")
-        return frozenset([chosen]) if chosen in usable else frozenset(usable[-1:])
-    return frozenset(usable) if named else None
+        return frozenset([chosen if chosen in those else max(those)])
+    return those if kernel.get("cpus") else None
 
 
-def _together(kernel: Mapping[str, Any], usable: int) -> bool:
+def _together(kernel: Mapping[str, Any], count: int) -> bool:
     placement = kernel.get("placement", "none")
-    return bool(placement == "together" or (placement == "auto" and usable <= FEW))
+    return bool(placement == "together" or (placement == "auto" and count <= FEW))
 
 
 def settle(config: Mapping[str, Any], role: str) -> None:

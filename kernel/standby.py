@@ -48,6 +48,7 @@ def run(world: World, role_name: str) -> NoReturn:
                 physmap.populate(table.ROLES[name].number)
         context = _prepared(world, role)
         started = process.start_time(os.getpid())
+        context.processors = placement.usable(world.config, os.sched_getaffinity(0))
         placement.settle(world.config, role_name)
         process.come_first()  # until it serves: the kernel takes it back
         order, descriptors = _wait(channel)

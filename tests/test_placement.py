@@ -6,6 +6,8 @@ import os
 from typing import Any
 
 import pytest
+from nbdclient import Connection
+from serverkit import wait_for
 
 from atoll.kernel import placement
 from atoll.kernel.instance import BootError
@@ -81,3 +83,34 @@ def test_the_path_shares_a_processor_whoever_is_replaced(make_server: Any) -> No
 def test_anywhere_if_asked_for(make_server: Any) -> None:
     server = make_server(config={"kernel": {"placement": "none"}}).start()
     assert all(row["cpu_affinity"] == sorted(os.sched_getaffinity(0)) for row in server.json("ps"))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor: there is nowhere else to go")
+def test_dedup_leaves_the_path_for_large_writes(make_server: Any) -> None:
+    """Large writes send it away, small requests bring it back, a successor begins on the path."""
+    mine = sorted(os.sched_getaffinity(0))
+    volumes = [{"name": "disk", "size": "16MiB"}]
+    server = make_server(config={"kernel": {"placement": "together"}, "volumes": volumes}).start()
+    path = server.row("nbd")["cpu_affinity"]
+    with Connection.open(str(server.socket)) as client:
+        client.negotiate("disk")
+
+        def load(where: list[int], payload: bytes) -> None:
+            def look() -> bool:
+                for turn in range(32):
+                    client.write(turn * len(payload), payload)
+                return bool(server.row("dedup")["cpu_affinity"] == where)
+
+            wait_for(f"dedup on {where}", look)
+
+        large, small = bytes(range(256)) * 1024, b"s" * 4096
+        load(mine, large)
+        load(path, small)
+        load(mine, large)
+        server.cli("kill", "dedup")
+        load(path, small)
+        load(mine, large)
+        other = [cpu for cpu in mine if cpu not in path][:1]
+        os.sched_setaffinity(server.row("dedup")["pid"], other)  # who else binds it has the last word
+        load(other, small)
+        load(other, large)

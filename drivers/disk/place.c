@@ -7,25 +7,22 @@
  * what it does is such reads, the driver runs on the path's processor. *Measured*: docs/performance.md.
  *
  * Decided every DISK_PLACE_NS by the bytes of that time, with a distance between coming and going, so that a mixed load does
- * not make it go to and fro. What the process was allowed at the moment of coming is what it goes back to; if somebody else
- * has bound it since, it stays where it was put.
+ * not make it go to and fro.
  *
  * After a crash: a successor begins beside the path.
  */
-#define _GNU_SOURCE
 #include "drivers/disk/disk.h"
 
-#include <sched.h>
 #include <stdlib.h>
+
+#include "ipc/place.h"
 
 /* Between two decisions; and so many requests at least, so that a few do not decide. */
 #define DISK_PLACE_NS 5000000
 #define DISK_PLACE_REQUESTS 32
 
 struct disk_place {
-    uint32_t cpu;
-    bool near;                  /* bound to `cpu` */
-    cpu_set_t allowed;          /* before it was */
+    struct atoll_place *where;
     uint32_t requests;
     uint64_t awaited_bytes, bytes;
     uint64_t until_ns;
@@ -33,16 +30,22 @@ struct disk_place {
 
 void disk_set_path_cpu(struct disk *disk, uint32_t cpu)
 {
-    cpu_set_t allowed;
-    if (disk->place != 0 || cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed) != 0 ||
-        !CPU_ISSET(cpu, &allowed) || CPU_COUNT(&allowed) < 2)
+    struct atoll_place *where = disk->place != 0 ? 0 : atoll_place_open(cpu, 0, 0);
+    if (where == 0)
         return;
     disk->place = calloc(1, sizeof *disk->place);
     if (disk->place != 0)
-        disk->place->cpu = cpu;
+        disk->place->where = where;
+    else
+        atoll_place_close(where);
 }
 
-void place_close(struct disk *disk) { free(disk->place); }
+void place_close(struct disk *disk)
+{
+    if (disk->place != 0)
+        atoll_place_close(disk->place->where);
+    free(disk->place);
+}
 
 void place_note(struct disk *disk, const struct atoll_descriptor *message)
 {
@@ -55,23 +58,6 @@ void place_note(struct disk *disk, const struct atoll_descriptor *message)
         place->awaited_bytes += message->length;
 }
 
-static void come(struct disk_place *place)
-{
-    cpu_set_t there;
-    CPU_ZERO(&there);
-    CPU_SET(place->cpu, &there);
-    if (sched_getaffinity(0, sizeof place->allowed, &place->allowed) == 0 && CPU_ISSET(place->cpu, &place->allowed))
-        place->near = sched_setaffinity(0, sizeof there, &there) == 0;
-}
-
-static void go(struct disk_place *place)
-{
-    cpu_set_t now;
-    place->near = false;
-    if (sched_getaffinity(0, sizeof now, &now) == 0 && CPU_COUNT(&now) == 1 && CPU_ISSET(place->cpu, &now))
-        (void)sched_setaffinity(0, sizeof place->allowed, &place->allowed);
-}
-
 void place_settle(struct disk *disk)
 {
     struct disk_place *place = disk->place;
@@ -80,10 +66,11 @@ void place_settle(struct disk *disk)
     uint64_t now = atoll_now_ns();
     if (now < place->until_ns)
         return;
-    if (!place->near && place->awaited_bytes >= place->bytes / 4 * 3)
-        come(place);
-    else if (place->near && place->awaited_bytes < place->bytes / 2)
-        go(place);
+    bool near = atoll_place_near(place->where);
+    if (!near && place->awaited_bytes >= place->bytes / 4 * 3)
+        atoll_place_come(place->where);
+    else if (near && place->awaited_bytes < place->bytes / 2)
+        atoll_place_go(place->where);
     place->requests = 0;
     place->awaited_bytes = place->bytes = 0;
     place->until_ns = now + DISK_PLACE_NS;

@@ -52,6 +52,9 @@ def main(context: Context) -> None:
     state = _open(context)
     _load(context, state)
     control = Control(context, state)
+    path_cpu = context.config.get("kernel", {}).get("path_cpu")
+    if path_cpu is not None:
+        lib.dedup_set_places(state, path_cpu, sorted(context.processors), len(context.processors))
     context.serving()
     while not context.stopping:
         reason = lib.dedup_run(state, lib.DEDUP_GOAL_SERVE, 0)

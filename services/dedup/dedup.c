@@ -167,6 +167,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
             if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
                 break;
+            place_note(&dedup->place, &message);
             datapath_message(dp, &message);
             did = true;
         }
@@ -287,7 +288,9 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
             at_ease(dedup);
             return reason;
         }
-        if (turn(dedup, serve, &wake_ms))
+        bool more = turn(dedup, serve, &wake_ms);
+        place_settle(&dedup->place, dedup->datapath->now_ms);
+        if (more)
             continue;
         if (kind != DEDUP_GOAL_SERVE && (wake_ms == 0 || wake_ms > 100))
             wake_ms = 100; /* messages are ignored: show that this is no hang */
@@ -304,6 +307,12 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
         }
         atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
     }
+}
+
+void dedup_set_places(struct dedup *dedup, uint32_t cpu, const uint32_t *elsewhere, uint32_t count)
+{
+    if (dedup->place.where == 0)
+        dedup->place.where = atoll_place_open(cpu, elsewhere, count);
 }
 
 int dedup_run(struct dedup *dedup, int kind, uint64_t deadline_ns)

@@ -2,6 +2,7 @@
 #ifndef ATOLL_DEDUP_DEDUP_H
 #define ATOLL_DEDUP_DEDUP_H
 
+#include "services/dedup/place.h"
 #include "services/dedup/store.h"
 
 struct store;
@@ -13,6 +14,7 @@ struct dedup {
     struct io_table *io;          /* arena */
     struct store *store;          /* process-private, owned by store.c; points into the arena */
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
+    struct dedup_place place;     /* process-private */
 };
 
 /* Counters of dedup (names in services/dedup/__init__.py, same order). store.c uses those from 64 on. */

@@ -84,6 +84,9 @@ uint64_t dedup_buffer_bytes(const struct dedup_config *config);
  * `crashed`: the predecessor ended by a signal of its own making (I8). */
 struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted,
                          bool crashed, bool quarantine, char *error);
+/* `cpu`: the processor that the data path shares, to which this process is bound; `elsewhere`: those on which it may run at all. It
+ * leaves the path's while that pays (place.c). */
+void dedup_set_places(struct dedup *dedup, uint32_t cpu, const uint32_t *elsewhere, uint32_t count);
 /* Runs until `goal` or until `deadline_ns` (atoll_now_ns; 0 none). Returns enum atoll_reason or dedup_reason. */
 int dedup_run(struct dedup *dedup, int goal, uint64_t deadline_ns);
 /* One turn of the loop without sleeping, for tests; true if there may be more to do. */
