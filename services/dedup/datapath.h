@@ -375,6 +375,12 @@ static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value)
 static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
 
 struct fingerprint dp_fingerprint(const void *block);
+/* Asks for the cache lines of a block. */
+static inline void dp_prefetch(const void *block)
+{
+    for (uint32_t offset = 0; offset < DP_BLOCK; offset += 64)
+        __builtin_prefetch((const char *)block + offset);
+}
 
 /* --- datapath.c: slots, acceptance, completion, waiting ------------------------------------------------------------ */
 void slot_save(struct datapath *dp, struct dp_slot *slot);            /* before changing its hot part */
@@ -401,8 +407,10 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
 /* The record is not the block's content any more (trimmed); its reservation, if it has one, is the caller's.
  * Returns true if it had one. */
 bool log_drop(struct datapath *dp, uint32_t record);
-/* The LOGGED record in the list that holds this block, or DP_NONE. */
-uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba);
+/* The LOGGED record in the list that holds this block, or DP_NONE. `cursor`: {0} at first; it keeps the leaf of the map for the next
+ * look, in the same step. */
+struct log_cursor { const uint64_t *leaf; uint64_t leaf_end; uint32_t volume; };
+uint32_t log_find(const struct datapath *dp, struct log_cursor *cursor, uint32_t volume, uint64_t lba);
 /* A LOGGED record in the list whose content has this fingerprint, or DP_NONE. A hint: those of a predecessor are not known. */
 uint32_t log_equal(const struct datapath *dp, struct fingerprint print);
 void log_prefetch_equal(const struct datapath *dp, struct fingerprint print);
@@ -425,6 +433,7 @@ void merge_put(struct datapath *dp, uint32_t record);    /* back, unused */
 /* --- datapath_cache.c ------------------------------------------------------------------------------------------------ */
 void cache_attach(struct datapath *dp);
 uint32_t cache_find(const struct datapath *dp, uint64_t pba);
+void cache_prefetch(const struct datapath *dp, uint64_t pba); /* what cache_find looks at first */
 void cache_pin(struct datapath *dp, uint32_t page);
 void cache_unpin(struct datapath *dp, uint32_t page);
 /* Finds or begins to load `count` blocks and pins their pages. All or none: false if pages or I/O slots are short or a place holds

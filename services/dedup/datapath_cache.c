@@ -45,6 +45,8 @@ static void hash_remove(struct datapath *dp, uint32_t page)
     *link = dp->cache_next[page];
 }
 
+void cache_prefetch(const struct datapath *dp, uint64_t pba) { __builtin_prefetch(&dp->cache_heads[hash_of(dp, pba)]); }
+
 uint32_t cache_find(const struct datapath *dp, uint64_t pba)
 {
     uint32_t page = dp->cache_heads[hash_of(dp, pba)];

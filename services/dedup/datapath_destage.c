@@ -268,37 +268,42 @@ static uint32_t next_oldest(struct datapath *dp, const uint32_t *taken, uint32_t
 static uint32_t choose(struct datapath *dp, uint32_t *chosen)
 {
     uint32_t count = 0, looked_after = 0;
+    struct log_cursor cursor = {0};
     bool alone = false;
     while (dp->arena->log_head != DP_NONE && !alone) {
         uint32_t oldest = next_oldest(dp, chosen, count, &looked_after), volume = at(dp, oldest)->volume;
-        uint64_t from = at(dp, oldest)->lba, first = from, end = from + 1;
+        uint64_t first = at(dp, oldest)->lba, end = first + 1;
+        uint32_t before[ATOLL_IO_BLOCKS], after[ATOLL_IO_BLOCKS], before_count = 0, after_count = 0, found;
         alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
         if (alone && count != 0)
             break;
-        while (!alone && first != 0 && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, first - 1) != DP_NONE)
+        while (!alone && first != 0 && 1 + before_count < ATOLL_IO_BLOCKS &&
+               (found = log_find(dp, &cursor, volume, first - 1)) != DP_NONE) {
+            before[before_count++] = found;
             first--;
-        while (!alone && end - first < ATOLL_IO_BLOCKS && log_find(dp, volume, end) != DP_NONE)
+        }
+        while (!alone && 1 + before_count + after_count < ATOLL_IO_BLOCKS &&
+               (found = log_find(dp, &cursor, volume, end)) != DP_NONE) {
+            after[after_count++] = found;
             end++;
-        if (end - first > ATOLL_IO_BLOCKS - count) {
+        }
+        if (1 + before_count + after_count > ATOLL_IO_BLOCKS - count) {
             if (looked_after++ < count) /* an equal block's */
                 continue;
             break;
         }
-        for (uint64_t lba = first; lba < end; lba++) {
-            uint32_t record = lba == from ? oldest : log_find(dp, volume, lba);
-            log_unlink(dp, record);
-            dp_set32(dp, &at(dp, record)->state, RECORD_MATCHING);
-            chosen[count++] = record;
+        uint32_t begin = count;
+        while (before_count != 0)
+            chosen[count++] = before[--before_count];
+        chosen[count++] = oldest;
+        for (uint32_t index = 0; index < after_count; index++)
+            chosen[count++] = after[index];
+        for (uint32_t index = begin; index < count; index++) {
+            log_unlink(dp, chosen[index]);
+            dp_set32(dp, &at(dp, chosen[index])->state, RECORD_MATCHING);
         }
     }
     return count;
-}
-
-/* Asks for the cache lines of a page. */
-static void prefetch_page(const void *page)
-{
-    for (uint32_t offset = 0; offset < DP_BLOCK; offset += 64)
-        __builtin_prefetch((const char *)page + offset);
 }
 
 /* Takes a batch off the list into `run`. */
@@ -311,7 +316,7 @@ static void collect(struct datapath *dp, uint32_t number)
     for (uint32_t index = 0; index < chosen_count; index++) {
         uint32_t record = chosen[index];
         if (index + 1 < chosen_count)
-            prefetch_page(record_page(dp, chosen[index + 1]));
+            dp_prefetch(record_page(dp, chosen[index + 1]));
         enum taken taken_so = full ? TAKEN_WAITS : take(dp, record);
         full = full || taken_so == TAKEN_WAITS || dp->journal->count >= 2 * DP_STEP_JOURNAL;
         if (taken_so == TAKEN_WAITS)
@@ -420,6 +425,10 @@ static bool go_on(struct datapath *dp, uint32_t number)
     save_words(dp, &run->state, offsetof(struct dp_run, records) / sizeof(uint32_t));
     save_words(dp, run->records, total);
     save_words(dp, run->link, total);
+    for (uint32_t index = 0; index < placed; index++) {
+        cache_prefetch(dp, pba + index);
+        __builtin_prefetch(inflight_bucket(dp, at(dp, decision.writers[index])->print), 1);
+    }
     for (uint32_t index = 0; index < total; index++) {
         uint32_t record = index < placed ? decision.writers[index] : decision.followers[index - placed];
         run->records[index] = record;
@@ -532,6 +541,7 @@ static void finish_prefetch(struct datapath *dp, const struct dp_run *run, uint3
         const struct dp_record *r = at(dp, run->records[index]);
         store_prefetch_map(dp->dedup, r->volume, r->lba);
         store_prefetch_candidates(dp->dedup, r->print);
+        __builtin_prefetch(inflight_bucket(dp, r->print), 1);
         if (MAP_KIND(r->base) == MAP_PBA)
             store_prefetch_block(dp->dedup, MAP_NUMBER(r->base));
     }

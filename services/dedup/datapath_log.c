@@ -80,9 +80,11 @@ static bool is_listed(const struct dp_record *r)
     return r->state == RECORD_LOGGED && !(r->flags & (RECORD_ASIDE | RECORD_SUSPECT));
 }
 
-uint32_t log_find(const struct datapath *dp, uint32_t volume, uint64_t lba)
+uint32_t log_find(const struct datapath *dp, struct log_cursor *cursor, uint32_t volume, uint64_t lba)
 {
-    uint64_t value = store_map_get(dp->dedup, volume, lba);
+    if (cursor->leaf_end == 0 || cursor->volume != volume || lba - (cursor->leaf_end - 512) >= 512)
+        *cursor = (struct log_cursor){.volume = volume, .leaf_end = (lba | 511) + 1, .leaf = store_map_leaf(dp->dedup, volume, lba / 512)};
+    uint64_t value = cursor->leaf == 0 ? 0 : cursor->leaf[lba % 512];
     if (MAP_KIND(value) != MAP_LOG)
         return DP_NONE;
     uint32_t record = log_record_of(dp, value);

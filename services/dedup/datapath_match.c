@@ -107,9 +107,10 @@ static void rule_of(struct datapath *dp, const uint32_t *records, uint32_t count
 static uint32_t held_back(struct datapath *dp, const uint32_t *records, uint32_t count, uint32_t tail)
 {
     const struct dp_record *last = tail == 0 ? 0 : at(dp, records[count - 1]);
+    struct log_cursor cursor = {0};
     if (last == 0)
         return 0;
-    if (log_find(dp, last->volume, last->lba + 1) != DP_NONE)
+    if (log_find(dp, &cursor, last->volume, last->lba + 1) != DP_NONE)
         return tail; /* the run goes on in the log: with that the next batch takes them */
     if (dp->drain || dp->arena->log_records * 4 > dp->arena->nic_pages)
         return 0;
@@ -405,9 +406,14 @@ void match_decide(struct datapath *dp, uint32_t number, struct match_decision *d
     uint64_t places[ATOLL_IO_BLOCKS];
     uint32_t count = run->record_count;
     decision->rest_count = decision->writer_count = decision->follower_count = 0;
-    for (uint32_t index = 0; index < count; index++)
+    for (uint32_t index = 0; index < count; index++) {
+        if (index + 1 < count && run->link[index + 1] < DP_UNREAD) {
+            dp_prefetch(page_memory(dp, run->link[index + 1]));
+            dp_prefetch(record_page(dp, run->records[index + 1]));
+        }
         places[index] = run->link[index] < DP_UNREAD && at(dp, run->records[index])->state != RECORD_DROPPED
                             ? confirm(dp, run->records[index], run->link[index]) : 0;
+    }
     for (uint32_t first = 0, end; first < count; first = end) {
         end = run_end(dp, run->records, count, first);
         if (at(dp, run->records[first])->state == RECORD_DROPPED)

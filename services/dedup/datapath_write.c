@@ -25,6 +25,7 @@
 static bool payload_pages(struct datapath *dp, const struct atoll_descriptor *request, uint32_t *pages, uint32_t *page_count)
 {
     struct atoll_segment segments[ATOLL_PART_BLOCKS];
+    struct { uint64_t first, last; } runs[ATOLL_PART_BLOCKS]; /* pages of each segment */
     uint32_t count = request->segment_count, pages_found = 0;
     uint64_t offset = request->words[0], total = 0;
     if (count > ATOLL_PART_BLOCKS || request->length != request->words[1] || request->length == 0 ||
@@ -45,12 +46,15 @@ static bool payload_pages(struct datapath *dp, const struct atoll_descriptor *re
             at + length > dp->arena->nic_pages * DP_BLOCK || at % DP_BLOCK != offset % DP_BLOCK ||
             (index != 0 && offset % DP_BLOCK != 0))
             return false;
-        for (uint64_t page = at / DP_BLOCK; page <= (at + length - 1) / DP_BLOCK; page++) {
+        uint64_t first = at / DP_BLOCK, last = (at + length - 1) / DP_BLOCK;
+        for (uint32_t earlier = 0; earlier < index; earlier++)
+            if (first <= runs[earlier].last && runs[earlier].first <= last)
+                return false;
+        runs[index].first = first;
+        runs[index].last = last;
+        for (uint64_t page = first; page <= last; page++) {
             if (pages_found == ATOLL_PART_BLOCKS || dp->records[page].state != RECORD_FREE || dp->records[page].pins != 0)
                 return false;
-            for (uint32_t earlier = 0; count > 1 && earlier < pages_found; earlier++)
-                if (pages[earlier] == page)
-                    return false;
             pages[pages_found++] = (uint32_t)page;
         }
         total += length;
@@ -324,6 +328,8 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     uint32_t done = 0;
     for (uint32_t which = 0; done < count; done++) {
         uint32_t record = pages[done];
+        if (done + 1 < count)
+            dp_prefetch(record_page(dp, pages[done + 1]));
         bool merged = which < ragged_count && ragged[which].lba == first + done;
         if (merged)
             record = merge(dp, &ragged[which++]);

@@ -42,11 +42,26 @@ static bool better(const struct prefix *a, const struct prefix *b)
     return a->joins > b->joins;
 }
 
+/* Nothing to choose: no block has two places, and none is too few. Most runs where the threshold is 1 are like that. */
+static bool match_forced(const struct runs_block *blocks, uint32_t count, const struct runs_rule *rule, uint8_t *choice)
+{
+    if (rule->threshold != 1)
+        return false;
+    for (uint32_t index = 0; index < count; index++) {
+        if (blocks[index].count > 1)
+            return false;
+        choice[index] = blocks[index].count == 1 ? 0 : RUNS_NONE;
+    }
+    return true;
+}
+
 void runs_match(const struct runs_block *blocks, uint32_t count, const struct runs_rule *rule, uint8_t *choice)
 {
     struct prefix best[RUNS_BLOCKS + 1];
     bool known[RUNS_BLOCKS + 1] = {true};
     assert(count >= 1 && count <= RUNS_BLOCKS && rule->threshold >= 1 && rule->track_blocks >= 1);
+    if (match_forced(blocks, count, rule, choice))
+        return;
     best[0] = (struct prefix){.place = RUNS_NONE, .next = rule->before.length != 0 ? rule->before.place + 1 : 0};
 
     for (uint32_t from = 0; from < count; from++) {

@@ -98,7 +98,7 @@ void store_cache_attach(struct store *store)
 
 uint32_t store_find(struct store *store, uint64_t page)
 {
-    uint32_t *memo = &store->memo[FORMAT_PAGE_TREE(page)], frame = *memo;
+    uint32_t *memo = &store->memo[FORMAT_PAGE_TREE(page)][FORMAT_PAGE_NUMBER(page) % STORE_MEMO], frame = *memo;
     if (store->frames[frame].page == page && store->frames[frame].state == FRAME_VALID)
         return frame;
     frame = hash_find(store, page);
@@ -269,7 +269,9 @@ _Static_assert(STORE_PAGE_READS == 64, "a bit each");
 
 enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame)
 {
-    uint32_t found = hash_find(store, page), parent = STORE_NO_FRAME;
+    uint32_t found = store_find(store, page), parent = STORE_NO_FRAME;
+    if (found == STORE_NO_FRAME) /* perhaps it is there, but not to be used */
+        found = hash_find(store, page);
     *frame = STORE_NO_FRAME;
     if (found != STORE_NO_FRAME) {
         const struct store_frame *f = &store->frames[found];

@@ -240,6 +240,8 @@ struct store_area {
 };
 
 /* --- Private to the process --------------------------------------------------------------------------------------- */
+#define STORE_MEMO 8 /* a batch goes to and fro between pages: those of old and new places, their neighbours */
+
 struct store {
     struct dedup *dedup;
     struct atoll_journal *journal;
@@ -269,7 +271,7 @@ struct store {
     uint64_t slot_capacity;            /* bits that slot_bits has room for */
     uint32_t *hash_heads, *hash_next;  /* frames by page */
     uint32_t hash_mask;
-    uint32_t memo[FORMAT_TREES];       /* last frame found of level 0 */
+    uint32_t memo[FORMAT_TREES][STORE_MEMO]; /* last frames found of level 0, by page number */
     uint32_t *free_frames, free_count; /* free at the last commit: may be filled without the journal */
     uint32_t *freed_frames, freed_count; /* free from the next commit on */
     uint8_t *used;                     /* looked at since the clock came by */
