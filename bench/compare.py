@@ -84,6 +84,8 @@ def measure_on(
                 report_round(work, setting, side, sample)
             if load.op != "read" and hasattr(server, "uri"):
                 clients.flush(server.uri, folder)
+            if side == "atoll":
+                server.rest()
     return found
 
 
@@ -122,6 +124,7 @@ def cross_check(folder: Path, rounds: int, runtime_s: float) -> dict[str, Any]:
                     load = replace(work.load, client=client)
                     sample = clients.run(load, server, None, folder, runtime_s, seed=number)
                     found.setdefault(side, {}).setdefault(client, []).append(sample.rate)
+            ours.rest()
     return {side: {client: spread(rates) for client, rates in by.items()} for side, by in found.items()}
 
 

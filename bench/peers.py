@@ -218,6 +218,10 @@ class Atoll(Server):
         with Client(self.data) as client:
             return client.call("status")
 
+    def rest(self) -> None:
+        """Returns when it does not keep idle processors awake any more: what runs next shall have nothing of it."""
+        wait_for("Atoll lets idle processors sleep", lambda: self.status()["cpu_latency"]["state"] != "held", START_S)
+
     def processes(self) -> list[psutil.Process]:
         """All that hold the data directory's lock: children of init and orphans alike."""
         lock = str(self.data / "lock")

@@ -4,7 +4,7 @@ The kernel's standby code makes a `Context`, takes the role lock, maps the arena
 module's `main(context)`; `stopped()` when that returns. A module uses:
 
 - `role` (name), `number`, `incarnation`, `fresh`, `adopted`, `previous_signal`, `config`, `listeners`, `device_fd`,
-  `uring`
+  `uring`, `latency_fd`
 - `domain` (struct atoll_domain *), `ffi`, `lib` of atoll.ipc._ipc; `role_area`, `buffer_area` (addresses), `header`
 - `serving()` once it has recovered; `serve_control(handlers)` on ATOLL_REASON_CONTROL; `stopping`
 - `event(name, **fields)` to the kernel; `fail(reason)` if it cannot start; `reply(number, result)` for a `Deferred`
@@ -77,6 +77,7 @@ class Context:
     device_fd: int = -1
     uring: UringHandle | None = None
     processors: frozenset[int] = frozenset()  # on which the role may run, however it is bound now
+    latency_fd: int = -1  # of the CPU latency request
     stopping: bool = False
     call_number: int = 0  # of the call whose handler runs
 

@@ -56,6 +56,8 @@ FAST_DEVICE_BYTES_MIN = 1 * MIB
 # A year: no timeout makes sense beyond, and it fits every clock.
 CPU_MAX = 8191  # as far as Linux counts
 TIME_S_MAX = 365 * 86400
+# No processor takes longer to wake up.
+CPU_LATENCY_US_MAX = 100_000
 # A run of the largest threshold must find room on one track; beyond a track is no single seek any more.
 TRACK_BYTES_MIN, TRACK_BYTES_MAX = 256 * KIB, 64 * MIB
 # What a block map's signed 64-bit arithmetic and every client can address.
@@ -116,6 +118,7 @@ class Kernel(Struct, forbid_unknown_fields=True, kw_only=True):
     restart_backoff_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 5.0
     placement: Literal["auto", "together", "none"] = "auto"  # of the data path's domains: on one processor, or anywhere
     spin_us: Annotated[int, Meta(ge=0, le=1000)] = 50  # what a domain looks around for more work before it sleeps
+    cpu_latency_us: Annotated[int, Meta(ge=-1, le=CPU_LATENCY_US_MAX)] = 0  # of idle processors under load; -1: any
     cpus: list[Annotated[int, Meta(ge=0, le=CPU_MAX)]] = field(default_factory=list)  # to be used; none: all allowed
 
 

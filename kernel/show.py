@@ -93,6 +93,8 @@ def status(document: Mapping[str, Any]) -> None:
     if isinstance(engines, Mapping):
         engines = ", ".join(f"{role} {engine}" for role, engine in engines.items())
     facts.add_row("engines", text(engines))
+    if isinstance(document.get("cpu_latency"), Mapping):
+        facts.add_row("cpu latency", latency(document["cpu_latency"]))
     for warning in document.get("warnings", []):
         facts.add_row("[yellow]warning[/]", text(warning))
     out.print(facts)
@@ -105,6 +107,13 @@ def status(document: Mapping[str, Any]) -> None:
             for index, (name, value) in enumerate(values.items()):
                 counted.add_row(role if index == 0 else "", text(name), f"{value:,}")
         out.print(counted)
+
+
+def latency(request: Mapping[str, Any]) -> str:
+    if request.get("state") == "off":
+        return "not asked for (kernel.cpu_latency_us)"
+    line = f"{text(request.get('us'))} µs while clients send: {text(request.get('state'))}"
+    return f"{line} ({text(request['error'])})" if request.get("error") else line
 
 
 def amount(key: str, value: Any) -> str:

@@ -88,6 +88,8 @@ def _rights(world: World, role: table.Role) -> set[int]:
         held.add(device.fd)
     if table.URING in role.rights and role.name in world.urings:
         held.add(world.urings[role.name].fd)
+    if table.LATENCY in role.rights and world.latency.fd >= 0:
+        held.add(world.latency.fd)
     return held
 
 
@@ -127,6 +129,7 @@ def _prepared(world: World, role: table.Role) -> Context:
         listeners=world.listeners if table.LISTENERS in role.rights else [],
         device_fd=device.fd if table.DEVICE in role.rights and device is not None else -1,
         uring=world.urings.get(role.name),
+        latency_fd=world.latency.fd if table.LATENCY in role.rights else -1,
     )
 
 

@@ -286,6 +286,8 @@ class Supervisor:
             self._unfollow(life.active)
             life.active = None
         self._watch.disarm(life.role.number)
+        if table.LATENCY in life.role.rights:
+            self.world.latency.let_go()
         life.last_end = "ended" if status is None else process.describe(status)
         if orderly:
             life.phase = Phase.STOPPED

@@ -25,6 +25,7 @@ CONTROL = int(lib.ATOLL_CONTROL_RING_ENTRIES)
 LISTENERS = "listeners"  # the sockets on which clients arrive
 DEVICE = "device"  # the descriptor of the storage device
 URING = "uring"  # an io_uring of its own that outlives it
+LATENCY = "latency"  # the descriptor of the CPU latency request
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ _ROWS = (
         wake="eventfd",
         module="atoll.drivers.nic",
         boot=4,
-        rights=frozenset({LISTENERS, URING}),
+        rights=frozenset({LISTENERS, URING, LATENCY}),
         uring_entries=DATA,
         uring_files=int(lib.ATOLL_CONNECTION_COUNT),
     ),

@@ -120,6 +120,7 @@ class Verbs:
                 "direct": world.fast_device.direct,
             },
             "engines": world.engines,
+            "cpu_latency": world.latency.status(answers["nic"]),
             "counters": counted,
             "warnings": warnings,
             "domains": {

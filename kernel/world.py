@@ -4,7 +4,7 @@
 - `World.close(keep)`   removes the shared objects (all, or all but those that hold acknowledged writes)
 
 What is made: arenas and lock pages (POSIX shared memory), eventfds, io_urings, promotion channels, channels between
-init, zygote and kernel, the control socket, the listeners, the device.
+init, zygote and kernel, the control socket, the listeners, the device, the CPU latency request.
 
 After a crash of everybody: if the last run did not come to a clean end and left the arenas of nic and dedup, these two
 are *adopted*: kept with all they hold and with the sizes that every role had; rolled back to their last commit, their
@@ -29,6 +29,7 @@ from atoll.kernel import device as devices
 from atoll.kernel import listeners as sockets
 from atoll.kernel import placement, process, records, table
 from atoll.kernel.instance import EXIT_CONFIG, BootError, Directory, Record, boot_id
+from atoll.kernel.latency import Request
 
 log = logging.getLogger("atoll")
 
@@ -67,6 +68,7 @@ class World:
     device: devices.Device | None = None
     fast_device: devices.Device | None = None
     fast_error: str = ""  # why there is no fast device although one is configured
+    latency: Request = field(default_factory=Request)
     zygote_channel: tuple[socket.socket, socket.socket] | None = None  # kernel's end, zygote's
     init_channel: tuple[socket.socket, socket.socket] | None = None  # init's end, kernel's
     control: socket.socket | None = None
@@ -153,7 +155,10 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         device=device,
         fast_device=fast,
         fast_error=fast_error,
+        latency=Request.open(config),
     )
+    if world.latency.error:
+        log.info("idle processors are not kept awake for clients (kernel.cpu_latency_us): %s", world.latency.error)
     try:
         record.write(directory.path)  # before the first object exists: the next start finds all of them by it
     except OSError as error:

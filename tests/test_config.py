@@ -103,6 +103,7 @@ def read(tmp_path: Path, text: str, **options: Any) -> dict[str, Any]:
         ("[kernel]\nhang_s = nan", "kernel.hang_s: expected a number > 0.0, got nan"),
         ("[kernel]\nhang_s = inf", "kernel.hang_s: expected a number <="),
         ("[kernel]\nplacement = 'x'", "kernel.placement: expected one of 'auto', 'together', 'none', got 'x'"),
+        ("[kernel]\ncpu_latency_us = -2", "kernel.cpu_latency_us: expected a whole number >= -1, got -2"),
         ("[kernel]\ncpus = [1, -1]", "kernel.cpus[1]: expected a whole number >= 0, got -1"),
         ("listen = 'a:1'", "listen: expected a list, got a text"),
         ("listen = ['a:1', 5]", "listen[1]: expected a text, got a whole number"),

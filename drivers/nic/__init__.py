@@ -11,6 +11,7 @@ With the engine "sockets" all connections end with the process.
 from __future__ import annotations
 
 import ipaddress
+import os
 import time
 from typing import Any
 
@@ -46,6 +47,7 @@ COUNTERS = (
     "poisoned",
     "lost_messages",
     "courtesy_ended",
+    "latency_requests",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 
@@ -146,6 +148,8 @@ def open_nic(context: Any, engine: str) -> Any:
     options.uring_fd = context.uring.fd if context.uring is not None else -1
     options.listener_count = len(context.listeners)
     options.listeners[0 : len(context.listeners)] = [listener.fd for listener in context.listeners]
+    options.latency_fd = context.latency_fd
+    options.latency_us = context.config.get("kernel", {}).get("cpu_latency_us", -1)
     options.courtesy = bool(context.config["nic"].get("courtesy", False))
     options.poll_in_ring = bool(context.config["testing"].get("fault", {}).get("nic_poll_in_ring", False))
     parameters = (
@@ -176,6 +180,8 @@ def status_of(nic: Any, engine: str) -> dict[str, Any]:
         "buffer_pages_free": status.pages_free,
         "buffer_pages_lent": status.pages_lent,
         "buffer_pages_taken": status.pages_taken,
+        "cpu_latency_held": bool(status.latency_held),
+        "cpu_latency_error": os.strerror(status.latency_error) if status.latency_error else None,
     }
 
 

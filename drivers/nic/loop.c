@@ -258,7 +258,9 @@ static bool look_at_sockets(void *context) { return look(context, 0); }
 
 static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 {
-    uint64_t at = nic->next_deadline_ns;
+    uint64_t at = nic->next_deadline_ns, held_until = nic_latency_until(nic);
+    if (held_until < at)
+        at = held_until;
     if (until_ns != 0 && until_ns < at)
         at = until_ns;
     if (blocked && nic->now_ns + NIC_RETRY_NS < at)
@@ -280,6 +282,7 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         nic->now_ns = atoll_now_ns();
         if (nic->now_ns >= nic->courtesy.next_ns)
             nic_courtesy_look(nic);
+        nic_latency_look(nic);
         bool control = !ignore_control && atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0;
         if (control || (until_ns != 0 && nic->now_ns >= until_ns)) {
             nic_commit(nic);

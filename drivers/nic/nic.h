@@ -84,7 +84,8 @@ enum nic_counter {
     NIC_POISONED = 25,         /* connections dropped because a request or an outcome of theirs crashed nic twice */
     NIC_LOST_MESSAGES = 26,    /* a ring of the contract's size was full: a peer's index is wrong */
     NIC_COURTESY_ENDED = 27,   /* somebody computes on the processor: courtesy.c */
-    NIC_COUNTER_COUNT = 28
+    NIC_LATENCY_REQUESTS = 28, /* times that the processors were asked to stay awake: latency.c */
+    NIC_COUNTER_COUNT = 29
 };
 
 enum nic_phase {
@@ -233,6 +234,8 @@ struct nic_status {
     uint64_t pages_free;
     uint64_t pages_lent;
     uint64_t pages_taken;
+    uint32_t latency_held;     /* 1: the processors are asked to stay awake */
+    uint32_t latency_error;    /* errno of the request that failed, after which none is made; 0 none */
 };
 
 struct nic_options {
@@ -241,6 +244,8 @@ struct nic_options {
     int32_t uring_fd;
     uint32_t poll_in_ring;     /* do as on a kernel without IORING_OP_FIXED_FD_INSTALL */
     uint32_t courtesy;         /* 1: clients on the own processor are not interrupted (courtesy.c) */
+    int32_t latency_fd;        /* for the CPU latency request (latency.c), -1: none */
+    int32_t latency_us;
     uint32_t listener_count;
     int32_t listeners[16];
 };
@@ -366,6 +371,14 @@ struct nic_courtesy {
     uint64_t waited_ns, turns; /* as last read */
 };
 
+/* See latency.c. */
+struct nic_latency {
+    bool held;
+    int error;
+    uint64_t requests;         /* NIC_REQUESTS as it was at since_ns */
+    uint64_t since_ns;
+};
+
 struct nic_pages;
 struct nic_engine;
 
@@ -391,6 +404,7 @@ struct nic {
     struct nic_sockets *sockets; /* engine_sockets */
 
     struct nic_courtesy courtesy;
+    struct nic_latency latency;
     struct nic_pages *pages;
     struct nic_queue work;     /* connections to look at */
     struct nic_queue page_waiters;
@@ -531,5 +545,12 @@ void nic_courtesy_open(struct nic *nic);
 void nic_courtesy_close(struct nic *nic);
 /* When `courtesy.next_ns` has come. */
 void nic_courtesy_look(struct nic *nic);
+
+/* --- latency.c --- */
+/* Once a turn: asks, or lets go, as requests come. */
+void nic_latency_look(struct nic *nic);
+/* When to look at the latest, CLOCK_MONOTONIC; UINT64_MAX: nothing is held. */
+uint64_t nic_latency_until(const struct nic *nic);
+void nic_latency_close(struct nic *nic);
 
 #endif

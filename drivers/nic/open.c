@@ -330,6 +330,7 @@ void nic_close(struct nic *nic)
 {
     nic->engine->close(nic);
     nic_courtesy_close(nic);
+    nic_latency_close(nic);
     nic_pages_free(nic->pages);
     close(nic->epoll);
     free(nic->scratch);

@@ -36,6 +36,8 @@ void nic_get_status(const struct nic *nic, struct nic_status *status)
     status->waiting_for_pages = nic_queue_count(&nic->page_waiters);
     status->waiting_for_slots = nic_queue_count(&nic->slot_waiters);
     status->stopping = nic->area->stopping;
+    status->latency_held = nic->latency.held;
+    status->latency_error = (uint32_t)nic->latency.error;
     nic_pages_count(nic, status);
 }
 
