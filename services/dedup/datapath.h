@@ -52,8 +52,9 @@
 #define DP_SEGMENTS (2 * ATOLL_PART_BLOCKS)
 /* Zeros that holes refer to. */
 #define DP_ZERO_BYTES 65536
-/* Gather writes and comparisons under way; with ATOLL_IO_BLOCKS each this is 16 MiB in flight. */
-#define DP_RUNS 32
+/* Batches under way, in comparison or in gather writes; with ATOLL_IO_BLOCKS each this is 32 MiB in flight: with half as many large
+ * writes waited for the device while it waited for them. */
+#define DP_RUNS 64
 /* Records of a run: those written and those found equal to one of them (followers). */
 #define DP_RUN_RECORDS (2 * ATOLL_IO_BLOCKS)
 /* A step takes no more work when its journal holds this many entries: the largest single piece of work (completion of a
