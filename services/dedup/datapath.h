@@ -312,6 +312,9 @@ struct datapath {
     uint32_t *inflight_heads;   /* hash of the records being written, by fingerprint: node = run * DP_RUN_RECORDS + index */
     uint32_t inflight_next[DP_RUNS * DP_RUN_RECORDS];
 
+    /* Of batches that are being matched: pages of candidates, which they pin; records before the first whose page is still to come. */
+    uint32_t run_pages[DP_RUNS], run_loaded[DP_RUNS];
+
     uint32_t give[8];
     uint32_t give_count;
     bool swept;                 /* in this step */

@@ -72,13 +72,23 @@ uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, u
     return node;
 }
 
+static void count_pages(struct datapath *dp, uint32_t number)
+{
+    const struct dp_run *run = &dp->arena->runs[number];
+    dp->run_pages[number] = dp->run_loaded[number] = 0;
+    for (uint32_t index = 0; index < run->record_count; index++)
+        dp->run_pages[number] += run->link[index] < DP_UNREAD;
+}
+
 void destage_attach(struct datapath *dp)
 {
     zero_print = dp_fingerprint(zero_block);
     for (uint32_t bucket = 0; bucket < DP_INFLIGHT_HEADS; bucket++)
         dp->inflight_heads[bucket] = DP_NONE;
     for (uint32_t run = 0; run < DP_RUNS; run++)
-        if (dp->arena->runs[run].state >= RUN_WRITING)
+        if (dp->arena->runs[run].state == RUN_MATCHING)
+            count_pages(dp, run);
+        else if (dp->arena->runs[run].state >= RUN_WRITING)
             for (uint32_t index = dp->arena->runs[run].done; index < dp->arena->runs[run].writer_count; index++)
                 inflight_add(dp, run, index);
 }
@@ -345,13 +355,14 @@ static void collect(struct datapath *dp, uint32_t number)
 
 /* --- 2 match, 3 share: datapath_match.c ------------------------------------------------------------------------------------ */
 
-static bool match_loaded(const struct datapath *dp, uint32_t number)
+static bool match_loaded(struct datapath *dp, uint32_t number)
 {
     const struct dp_run *run = &dp->arena->runs[number];
-    for (uint32_t index = 0; index < run->record_count; index++)
-        if (run->link[index] < DP_UNREAD && dp->pages[run->link[index]].state == PAGE_LOADING)
-            return false;
-    return true;
+    uint32_t *index = &dp->run_loaded[number]; /* a page that is pinned is read once */
+    while (*index < run->record_count &&
+           (run->link[*index] >= DP_UNREAD || dp->pages[run->link[*index]].state != PAGE_LOADING))
+        ++*index;
+    return *index == run->record_count;
 }
 
 /* --- 4 write -------------------------------------------------------------------------------------------------------------- */
@@ -392,6 +403,7 @@ static bool share_ready(struct datapath *dp, uint32_t number)
         }
         cache_unpin(dp, run->link[index]);
         dp_set32(dp, &run->link[index], DP_NONE);
+        dp->run_pages[number]--;
         atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, 1);
     }
     return !waits;
@@ -615,11 +627,8 @@ static uint32_t free_run(const struct datapath *dp)
 static bool pages_left(const struct datapath *dp)
 {
     uint32_t pinned = 0;
-    for (uint32_t number = 0; number < DP_RUNS; number++) {
-        const struct dp_run *run = &dp->arena->runs[number];
-        for (uint32_t index = 0; run->state == RUN_MATCHING && index < run->record_count; index++)
-            pinned += run->link[index] < DP_UNREAD;
-    }
+    for (uint32_t number = 0; number < DP_RUNS; number++)
+        pinned += dp->arena->runs[number].state == RUN_MATCHING ? dp->run_pages[number] : 0;
     return pinned == 0 || 2 * (pinned + ATOLL_IO_BLOCKS) <= dp->pools[POOL_DISK].count;
 }
 
@@ -680,6 +689,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             collect(dp, number);
             if (dp->arena->runs[number].state == RUN_MATCHING) {
                 match_stored(dp, number);
+                count_pages(dp, number);
                 if (dp->arena->runs[number].state == RUN_FREE)
                     ; /* all of it waits for what follows */
                 else if (!match_loaded(dp, number) || !go_on(dp, number))
