@@ -314,6 +314,7 @@ struct datapath {
 
     /* Of batches that are being matched: pages of candidates, which they pin; records before the first whose page is still to come. */
     uint32_t run_pages[DP_RUNS], run_loaded[DP_RUNS];
+    uint32_t newest_run;        /* the one collected last */
 
     uint32_t give[8];
     uint32_t give_count;
@@ -508,6 +509,7 @@ void destage_blame(struct datapath *dp);
 void destage_settled(struct datapath *dp, uint32_t record);
 /* Next record being written with this content: its node (run * DP_RUN_RECORDS + index), or DP_NONE. `after`: DP_NONE begins. */
 uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after);
+void destage_prefetch_inflight(const struct datapath *dp, struct fingerprint print);
 
 /* --- datapath_match.c --------------------------------------------------------------------------------------------------- */
 struct match_decision {

@@ -60,6 +60,11 @@ static void inflight_remove(struct datapath *dp, uint32_t run, uint32_t index)
     *link = dp->inflight_next[node];
 }
 
+void destage_prefetch_inflight(const struct datapath *dp, struct fingerprint print)
+{
+    __builtin_prefetch(&dp->inflight_heads[print.low % DP_INFLIGHT_HEADS], 1);
+}
+
 uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after)
 {
     uint32_t node = after == DP_NONE ? dp->inflight_heads[print.low % DP_INFLIGHT_HEADS] : dp->inflight_next[after];
@@ -439,7 +444,7 @@ static bool go_on(struct datapath *dp, uint32_t number)
     save_words(dp, run->link, total);
     for (uint32_t index = 0; index < placed; index++) {
         cache_prefetch(dp, pba + index);
-        __builtin_prefetch(inflight_bucket(dp, at(dp, decision.writers[index])->print), 1);
+        destage_prefetch_inflight(dp, at(dp, decision.writers[index])->print);
     }
     for (uint32_t index = 0; index < total; index++) {
         uint32_t record = index < placed ? decision.writers[index] : decision.followers[index - placed];
@@ -553,7 +558,7 @@ static void finish_prefetch(struct datapath *dp, const struct dp_run *run, uint3
         const struct dp_record *r = at(dp, run->records[index]);
         store_prefetch_map(dp->dedup, r->volume, r->lba);
         store_prefetch_candidates(dp->dedup, r->print);
-        __builtin_prefetch(inflight_bucket(dp, r->print), 1);
+        destage_prefetch_inflight(dp, r->print);
         if (MAP_KIND(r->base) == MAP_PBA)
             store_prefetch_block(dp->dedup, MAP_NUMBER(r->base));
     }
@@ -690,6 +695,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             if (dp->arena->runs[number].state == RUN_MATCHING) {
                 match_stored(dp, number);
                 count_pages(dp, number);
+                dp->newest_run = number;
                 if (dp->arena->runs[number].state == RUN_FREE)
                     ; /* all of it waits for what follows */
                 else if (!match_loaded(dp, number) || !go_on(dp, number))

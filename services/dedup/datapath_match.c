@@ -46,8 +46,8 @@ static uint32_t run_end(struct datapath *dp, const uint32_t *records, uint32_t c
 /* Where `record` is about to be stored, or is expected to be found equal; 0: not known. */
 static uint64_t planned_place(const struct datapath *dp, uint32_t record)
 {
-    for (uint32_t number = 0; number < DP_RUNS; number++) {
-        const struct dp_run *run = &dp->arena->runs[number];
+    for (uint32_t each = 0; each < DP_RUNS; each++) { /* the newest first: what is written in sequence follows it */
+        const struct dp_run *run = &dp->arena->runs[(dp->newest_run + each) % DP_RUNS];
         for (uint32_t index = 0; run->state != RUN_FREE && index < run->record_count; index++) {
             if (run->records[index] != record)
                 continue;
@@ -318,6 +318,8 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
     uint8_t choice[ATOLL_IO_BLOCKS];
     struct runs_rule rule;
     assert(count >= 1 && count <= ATOLL_IO_BLOCKS);
+    for (uint32_t index = 0; index < count; index++)
+        destage_prefetch_inflight(dp, at(dp, records[index])->print);
     for (uint32_t index = 0; index < count; index++) {
         const struct dp_record *r = at(dp, records[index]);
         struct runs_block *block = &blocks[index];
