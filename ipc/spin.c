@@ -24,6 +24,15 @@ static void begin(struct atoll_rings *rings, struct atoll_spin *spin, uint64_t n
     spin->rest -= spin->rest != 0;
 }
 
+/* Nobody who sends to the domain is awake, so nothing comes before somebody is woken. (The kernel wakes whom it calls.) */
+static bool all_sleep(const struct atoll_domain *domain)
+{
+    for (uint32_t left = domain->rings->rx_roles & ~(1u << ATOLL_ROLE_KERNEL); left != 0; left &= left - 1)
+        if (!atoll_load_relaxed(&domain->peers[__builtin_ctz(left)]->sleeping))
+            return false;
+    return true;
+}
+
 bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uint32_t ignored_roles, atoll_look *look,
                        void *context)
 {
@@ -40,6 +49,8 @@ bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uin
             rings->lucky = spin; /* if it turns out to be work */
             return true;
         }
+        if (look == 0 && all_sleep(domain))
+            break;
         if (last >= rings->spin_until) {
             in_vain(spin, 1);
             break;

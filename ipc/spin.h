@@ -6,7 +6,8 @@
  * offered to whoever else wants it (sched_yield), so domains that share one hand messages over by taking turns.
  *
  * It must not cost what it does not bring. A domain spins only after work, for `spin_ns` at most; where nothing came, it lets
- * more and more of the following sleeps begin at once (up to ATOLL_SPIN_REST), until it is lucky again. And where somebody else
+ * more and more of the following sleeps begin at once (up to ATOLL_SPIN_REST), until it is lucky again. It does not spin while all who
+ * send to it sleep. And where somebody else
  * computes on the processor, so that a turn is long in coming back, it sleeps: who sleeps is put first when it is woken, who yields is
  * put last.
  *

@@ -48,6 +48,7 @@ COUNTERS = (
     "lost_messages",
     "courtesy_ended",
     "latency_requests",
+    "pauses",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

@@ -226,8 +226,7 @@ static uint32_t work(struct nic *nic)
     return done;
 }
 
-/* True if there was something. */
-static bool look(struct nic *nic, int timeout_ms)
+bool nic_look(struct nic *nic, int timeout_ms)
 {
     struct epoll_event events[EVENTS];
     int count = epoll_wait(nic->epoll, events, EVENTS, timeout_ms);
@@ -254,7 +253,7 @@ static bool look(struct nic *nic, int timeout_ms)
 }
 
 /* For a spinning nic. Whatever it is: epoll tells it once only. */
-static bool look_at_sockets(void *context) { return look(context, 0); }
+static bool look_at_sockets(void *context) { return nic_look(context, 0); }
 
 static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 {
@@ -323,15 +322,17 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         if (done > 0 || !nic_queue_empty(&nic->work)) {
             /* Not between an operation and its outcome: "it was empty" would undo "more has come", which is not told again. */
             if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK && nic->operation_count == 0)
-                look(nic, 0);
+                nic_look(nic, 0);
             continue;
         }
         uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
         struct atoll_spin *spin = nic->free_slot_count < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
+        if (nic_coalesce(nic, ignored))
+            continue;
         if (atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic) || !atoll_domain_may_sleep(domain, ignored))
             continue;
         atoll_count(domain, NIC_WAITS, 1);
-        look(nic, timeout_ms(nic, until_ns, blocked));
+        nic_look(nic, timeout_ms(nic, until_ns, blocked));
         atoll_domain_awake(domain);
     }
 }

@@ -85,7 +85,8 @@ enum nic_counter {
     NIC_LOST_MESSAGES = 26,    /* a ring of the contract's size was full: a peer's index is wrong */
     NIC_COURTESY_ENDED = 27,   /* somebody computes on the processor: courtesy.c */
     NIC_LATENCY_REQUESTS = 28, /* times that the processors were asked to stay awake: latency.c */
-    NIC_COUNTER_COUNT = 29
+    NIC_PAUSES = 29,           /* for a client that has replies to read: coalesce.c */
+    NIC_COUNTER_COUNT = 30
 };
 
 enum nic_phase {
@@ -371,6 +372,12 @@ struct nic_courtesy {
     uint64_t waited_ns, turns; /* as last read */
 };
 
+/* See coalesce.c. */
+struct nic_coalesce {
+    uint64_t replies;          /* NIC_REPLIES as it was at since_ns */
+    uint64_t since_ns;
+};
+
 /* See latency.c. */
 struct nic_latency {
     bool held;
@@ -405,6 +412,7 @@ struct nic {
 
     struct nic_courtesy courtesy;
     struct nic_latency latency;
+    struct nic_coalesce coalesce;
     struct nic_pages *pages;
     struct nic_queue work;     /* connections to look at */
     struct nic_queue page_waiters;
@@ -545,6 +553,14 @@ void nic_courtesy_open(struct nic *nic);
 void nic_courtesy_close(struct nic *nic);
 /* When `courtesy.next_ns` has come. */
 void nic_courtesy_look(struct nic *nic);
+
+/* loop.c: looks at sockets and listeners, waiting for so long at most (-1: no limit). True if there was something. */
+bool nic_look(struct nic *nic, int timeout_ms);
+
+/* --- coalesce.c --- */
+void nic_coalesce_open(void);
+/* With nothing else to do: may pause for a client that has replies to read. True: there is something to do. */
+bool nic_coalesce(struct nic *nic, uint32_t ignored_roles);
 
 /* --- latency.c --- */
 /* Once a turn: asks, or lets go, as requests come. */

@@ -298,6 +298,7 @@ static int open_all(struct nic *nic, const struct atoll_uring_parameters *parame
     nic->area->engine = nic->options.engine;
     look_at_all(nic);
     nic_courtesy_open(nic);
+    nic_coalesce_open();
     nic->next_deadline_ns = nic->now_ns; /* the predecessor's deadlines */
     return 0;
 }
