@@ -107,9 +107,9 @@ def test_death_after_each_store(hooked: ModuleType) -> None:
         while nth < 1.5 * phase_stores and nth < 9000:
             load.submit(8)
             for _ in range(4):  # taking, destage, completion, sync
-                kills += stage.turns_in_child(die_after=nth) != 0
+                kills += stage.turns_in_child(die_after=nth, turns=4) != 0
                 phase_stores = max(phase_stores, 1)
-                assert stage.turns_in_child(turns=2, count=count) == 0
+                assert stage.turns_in_child(turns=4, count=count) == 0
                 phase_stores = max(phase_stores, count[0])
                 stage.disk(shuffle=True)
                 stage.answers()
@@ -164,7 +164,7 @@ def test_places_in_flight_are_not_used_before_they_complete(hooked: ModuleType) 
         stage.open()
         volume = stage.create_volume("v", SIZE)
         stage.write(volume, 0, b"".join(block(i) for i in range(4)))
-        assert stage.turns_in_child(turns=2) == 0
+        assert stage.turns_in_child(turns=4) == 0  # taken, collected, matched, written
         stage.take_ios()
         late = [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 4 * BLOCK]
         assert len(late) == 1
@@ -175,7 +175,7 @@ def test_places_in_flight_are_not_used_before_they_complete(hooked: ModuleType) 
             data = b"".join(block(1000 * round_number + i + 10) for i in range(16))
             stage.write(volume, 0, data)
             stage.flush(volume)
-            stage.turns_in_child(die_after=50 + 97 * round_number, turns=4)
+            stage.turns_in_child(die_after=50 + 97 * round_number, turns=6)
             stage.attach()
             stage.turn()
             for _ in range(200):

@@ -161,8 +161,8 @@ def test_what_was_stored_while_a_batch_was_being_read_is_shared() -> None:
         stage.write(volume, 0, block(1))
         stage.drain()
         stage.write(volume, BLOCK, block(1) + block(2))  # waits for block 0 to be read and compared
-        stage.turn()
-        stage.turn()
+        for _ in range(4):  # taken, collected, matched
+            stage.turn()
         stage.take_ios()
         reads = [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_READ]
         assert len(reads) == 1

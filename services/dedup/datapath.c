@@ -455,7 +455,7 @@ void datapath_resume(struct datapath *dp, uint32_t number)
     }
 }
 
-static void commit_now(struct datapath *dp)
+void datapath_commit(struct datapath *dp)
 {
     log_settle(dp);
     give_flush(dp);
@@ -482,10 +482,10 @@ static void execute_again(struct datapath *dp, uint32_t number)
         suspect->crashes = 0;
         return;
     }
-    commit_now(dp); /* nobody else's work is done again if it crashes */
+    datapath_commit(dp); /* nobody else's work is done again if it crashes */
     slot_save(dp, slot);
     execute(dp, number, &slot->request);
-    commit_now(dp);
+    datapath_commit(dp);
     suspect->crashes = 0;
 }
 

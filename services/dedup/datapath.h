@@ -333,6 +333,12 @@ struct datapath {
     uint64_t space_failures;    /* of syncs, when it was drawn */
     struct check *check;        /* that has not come to its end */
     bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
+    uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
+    uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
+    bool asked;                 /* requests have come in this step */
+    bool shared;                /* who else works for them runs on this processor */
+    uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
+    uint64_t resume_ns;         /* the next one, while requests come */
     uint64_t now_ms;
     struct du *du;              /* what `atoll du` counts; NULL before the first time */
     struct dp_damage damage[DP_DAMAGE_NOTES]; /* seen and not told to the log yet */
@@ -393,6 +399,7 @@ void slot_save(struct datapath *dp, struct dp_slot *slot);            /* before 
 void slot_set_segments(struct datapath *dp, struct dp_slot *slot, const struct atoll_segment *segments, uint32_t count);
 void slot_unpin(struct datapath *dp, struct dp_slot *slot);           /* releases the pages of its segments */
 void slot_wait_page(struct datapath *dp, uint32_t number);            /* READ in PHASE_LOADING: queue at its next page, or finish */
+void datapath_commit(struct datapath *dp);                            /* in the middle of a step; what is freed is given back in it */
 void dp_sweep(struct datapath *dp);                                   /* pins whose replies nic has sent */
 /* What comes of a request whose metadata is not there (`want` is not STORE_HAVE): RETRY, or DONE with the slot's status set. */
 enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want);
@@ -492,6 +499,10 @@ void write_refuse_payload(struct datapath *dp, const struct atoll_descriptor *re
 void destage_attach(struct datapath *dp);
 /* One bounded step; true if it did something. *wake_ms: when to look again at the latest (0: no timer). */
 bool destage_step(struct datapath *dp, uint64_t *wake_ms);
+/* The step has been committed, and who was told of it has been woken: this too is time that it took. */
+void destage_step_over(struct datapath *dp);
+/* Before a run's lists, `count` records of them, are written directly. */
+void destage_save_run(struct datapath *dp, struct dp_run *run, uint32_t count);
 /* Lowest order that is not on the device yet (UINT64_MAX: all is). */
 uint64_t destage_pending_order(const struct datapath *dp);
 /* Somebody asks for what a back-off holds up: tried again at once. */

@@ -9,6 +9,10 @@
  *   4 write     the rest goes to a run of free places in one gather write
  *   5 finish    completed writes are placed, followers share them, what was overwritten meanwhile is abandoned
  *
+ * In pieces: where dedup shares a processor with the rest of the data path a step does one of these things to one batch, in some
+ * 50 microseconds, and while clients ask for something the next one follows when they have had as much time; so a request waits for
+ * one of them, not for all.
+ *
  * When: a record is old enough, a flush waits, more than a quarter of the pages is taken, or someone asks for all (drain).
  * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
  * unplaced, flushes fail (I7).
@@ -28,6 +32,14 @@
 #define LOOKUPS 64
 /* Records whose cache lines are asked for together. */
 #define FINISH_AHEAD 32
+/* Pieces of one step where nobody else is held up by it. */
+#define STEP_PIECES 16
+/* Records that are checked in one piece. */
+#define COLLECT_MOST 48
+/* Clients come first for no longer than this after a piece of work. */
+#define GIVE_WAY_NS 500000
+/* Records finished in one piece, if nobody waits for them. */
+#define FINISH_MOST 64
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -87,6 +99,7 @@ static void count_pages(struct datapath *dp, uint32_t number)
 
 void destage_attach(struct datapath *dp)
 {
+    dp->collecting = DP_RUNS;
     zero_print = dp_fingerprint(zero_block);
     for (uint32_t bucket = 0; bucket < DP_INFLIGHT_HEADS; bucket++)
         dp->inflight_heads[bucket] = DP_NONE;
@@ -121,6 +134,13 @@ static void save_words(struct datapath *dp, uint32_t *words, uint32_t count)
     atoll_save(dp->journal, words, (uint64_t)((count + 1) & ~1u) * sizeof words[0]);
 }
 _Static_assert(offsetof(struct dp_run, records) % 8 == 0 && DP_RUN_RECORDS % 2 == 0, "saved by words");
+
+void destage_save_run(struct datapath *dp, struct dp_run *run, uint32_t count)
+{
+    save_words(dp, &run->state, offsetof(struct dp_run, records) / sizeof(uint32_t));
+    save_words(dp, run->records, count);
+    save_words(dp, run->link, count);
+}
 
 static void set_run_state(struct datapath *dp, uint32_t run, enum run_state state)
 {
@@ -278,19 +298,19 @@ static uint32_t next_oldest(struct datapath *dp, const uint32_t *taken, uint32_t
     return dp->arena->log_head;
 }
 
-/* Takes up to ATOLL_IO_BLOCKS records off the list. A run of blocks is not cut but where it is longer than a batch: its matches would
- * be too. A suspect is a batch of its own. */
-static uint32_t choose(struct datapath *dp, uint32_t *chosen)
+/* Takes COLLECT_MOST records off the list, or somewhat more, for a batch that has `room`. A run of blocks is not cut but where it is
+ * longer than a batch: its matches would be too. A suspect is a batch of its own. */
+static uint32_t choose(struct datapath *dp, uint32_t room, uint32_t *chosen)
 {
     uint32_t count = 0, looked_after = 0;
     struct log_cursor cursor = {0};
     bool alone = false;
-    while (dp->arena->log_head != DP_NONE && !alone) {
+    while (dp->arena->log_head != DP_NONE && !alone && count < COLLECT_MOST) {
         uint32_t oldest = next_oldest(dp, chosen, count, &looked_after), volume = at(dp, oldest)->volume;
         uint64_t first = at(dp, oldest)->lba, end = first + 1;
         uint32_t before[ATOLL_IO_BLOCKS], after[ATOLL_IO_BLOCKS], before_count = 0, after_count = 0, found;
         alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
-        if (alone && count != 0)
+        if (alone && (count != 0 || room < ATOLL_IO_BLOCKS))
             break;
         while (!alone && first != 0 && 1 + before_count < ATOLL_IO_BLOCKS &&
                (found = log_find(dp, &cursor, volume, first - 1)) != DP_NONE) {
@@ -302,7 +322,7 @@ static uint32_t choose(struct datapath *dp, uint32_t *chosen)
             after[after_count++] = found;
             end++;
         }
-        if (1 + before_count + after_count > ATOLL_IO_BLOCKS - count) {
+        if (1 + before_count + after_count > room - count) {
             if (looked_after++ < count) /* an equal block's */
                 continue;
             break;
@@ -321,13 +341,15 @@ static uint32_t choose(struct datapath *dp, uint32_t *chosen)
     return count;
 }
 
-/* Takes a batch off the list into `run`. */
-static void collect(struct datapath *dp, uint32_t number)
+/* Takes more of a batch off the list into run `number`, which is free or holds the rest of it. False: that was all. */
+static bool collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], count = 0, chosen_count = choose(dp, chosen);
-    uint64_t lowest = UINT64_MAX;
-    bool full = false;
+    uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = before;
+    uint32_t chosen_count = choose(dp, ATOLL_IO_BLOCKS - before, chosen);
+    uint64_t lowest = before == 0 ? UINT64_MAX : run->min_order;
+    bool full = false, alone = chosen_count == 1 && (at(dp, chosen[0])->flags & RECORD_SUSPECT);
+    memcpy(taken, run->records, before * sizeof taken[0]);
     for (uint32_t index = 0; index < chosen_count; index++) {
         uint32_t record = chosen[index];
         if (index + 1 < chosen_count)
@@ -341,12 +363,10 @@ static void collect(struct datapath *dp, uint32_t number)
         lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
         taken[count++] = record;
     }
-    if (count == 0)
-        return;
+    if (count == before)
+        return false;
     qsort_r(taken, count, sizeof taken[0], by_address, dp);
-    save_words(dp, &run->state, offsetof(struct dp_run, records) / sizeof(uint32_t));
-    save_words(dp, run->records, count);
-    save_words(dp, run->link, count);
+    destage_save_run(dp, run, count);
     memcpy(run->records, taken, count * sizeof taken[0]);
     for (uint32_t index = 0; index < count; index++)
         run->link[index] = DP_NONE;
@@ -356,6 +376,7 @@ static void collect(struct datapath *dp, uint32_t number)
     run->writer_count = 0;
     run->record_count = count;
     run->min_order = lowest;
+    return !full && !alone && count < ATOLL_IO_BLOCKS;
 }
 
 /* --- 2 match, 3 share: datapath_match.c ------------------------------------------------------------------------------------ */
@@ -439,9 +460,7 @@ static bool go_on(struct datapath *dp, uint32_t number)
         set_run_state(dp, number, RUN_FREE);
         return true;
     }
-    save_words(dp, &run->state, offsetof(struct dp_run, records) / sizeof(uint32_t));
-    save_words(dp, run->records, total);
-    save_words(dp, run->link, total);
+    destage_save_run(dp, run, total);
     for (uint32_t index = 0; index < placed; index++) {
         cache_prefetch(dp, pba + index);
         destage_prefetch_inflight(dp, at(dp, decision.writers[index])->print);
@@ -573,9 +592,11 @@ static void finish_prefetch(struct datapath *dp, const struct dp_run *run, uint3
 static bool finish_run(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t writers = run->writer_count, done = run->done;
+    uint32_t writers = run->writer_count, done = run->done, end = run->record_count;
+    if (dp->flush_count == 0 && end - done > FINISH_MOST)
+        end = done + FINISH_MOST;
     ATOLL_CRASH_POINT(dp->domain, "dedup.destage.finish");
-    for (; done < run->record_count; done++) {
+    for (; done < end; done++) {
         uint32_t record = run->records[done], leader = done < writers ? done : run->link[done];
         enum store_want place;
         if ((done - run->done) % FINISH_AHEAD == 0)
@@ -637,9 +658,133 @@ static bool pages_left(const struct datapath *dp)
     return pinned == 0 || 2 * (pinned + ATOLL_IO_BLOCKS) <= dp->pools[POOL_DISK].count;
 }
 
+/* What is written can be followed no more: it is finished first, so that those who go on find it stored. */
+static bool finish_one(struct datapath *dp)
+{
+    bool did = false, urgent = true;
+    for (uint32_t number = 0; number < DP_RUNS && !did; number++) {
+        if (dp->arena->runs[number].state != RUN_WRITTEN)
+            continue;
+        store_urgent(dp->dedup, urgent); /* the first of them */
+        urgent = false;
+        did = finish_run(dp, number); /* without room a sync is under way and will wake */
+    }
+    store_urgent(dp->dedup, false);
+    return did;
+}
+
+/* True if a batch has its candidates, and their pages are there. */
+static bool may_go_on(struct datapath *dp, uint32_t number)
+{
+    return dp->arena->runs[number].state == RUN_MATCHING && !(dp->unmatched >> number & 1) && match_loaded(dp, number);
+}
+
+static bool go_on_one(struct datapath *dp)
+{
+    bool did = false, urgent = true;
+    for (uint32_t number = 0; number < DP_RUNS && !did; number++) {
+        if (!may_go_on(dp, number))
+            continue;
+        store_urgent(dp->dedup, urgent);
+        urgent = false;
+        did = go_on(dp, number);
+    }
+    store_urgent(dp->dedup, false);
+    return did;
+}
+
+/* Places of equal blocks for a batch that was collected in the step before. */
+static bool match_one(struct datapath *dp)
+{
+    if (dp->unmatched == 0 || dp->collecting != DP_RUNS)
+        return false;
+    uint32_t number = (uint32_t)__builtin_ctzll(dp->unmatched);
+    dp->unmatched &= dp->unmatched - 1;
+    handle_run(dp, &dp->arena->runs[number]);
+    match_stored(dp, number);
+    count_pages(dp, number);
+    dp->newest_run = number;
+    dp->waiting_runs = dp->waiting_runs || may_go_on(dp, number);
+    return true;
+}
+
+/* A batch is collected piece by piece, then matched. */
+static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
+{
+    uint32_t number = dp->collecting;
+    if (number == DP_RUNS) {
+        number = dp->arena->log_head == DP_NONE ? DP_RUNS : free_run(dp);
+        if (number == DP_RUNS || !wanted(dp, atoll_now_ns(), wake_ms))
+            return false;
+        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS || !pages_left(dp)) {
+            *wake_ms = 5; /* without I/O slots and pages to read candidates, equal blocks would be stored again; readers need some, too */
+            return false;
+        }
+        if (!looked_up(dp)) {
+            *wake_ms = 5; /* or as soon as a page has been read */
+            return false;
+        }
+    }
+    handle_none(dp);
+    bool more = collect(dp, number);
+    dp->collecting = DP_RUNS;
+    if (dp->arena->runs[number].state == RUN_MATCHING) {
+        dp->unmatched |= (uint64_t)1 << number;
+        count_pages(dp, number);
+        if (more)
+            dp->collecting = number;
+    }
+    return true;
+}
+
+/* Whether the requests of clients come first for a moment: as long as the last piece of work took, unless somebody waits for destage,
+ * or soon will. */
+static bool gives_way(const struct datapath *dp, uint64_t now_ns)
+{
+    const struct dp_arena *arena = dp->arena;
+    return dp->shared && dp->asked && now_ns < dp->resume_ns && dp->flush_count == 0 && dp->retry_count == 0 && !dp->drain &&
+           arena->log_records * 2 < arena->nic_pages;
+}
+
+void destage_step_over(struct datapath *dp)
+{
+    if (dp->piece_ns == 0)
+        return;
+    uint64_t now = atoll_now_ns(), took = now - dp->piece_ns;
+    dp->resume_ns = now + (took < GIVE_WAY_NS ? took : GIVE_WAY_NS);
+    dp->piece_ns = 0;
+}
+
+/* One of the things that a batch goes through; true if there was one to be done. */
+static bool piece(struct datapath *dp, uint64_t *wake_ms)
+{
+    bool did = finish_one(dp);
+    /* Those that lack room or I/O slots are tried each step; those that are loading, when something was loaded. */
+    if (!did && (dp->loaded || dp->waiting_runs)) {
+        dp->loaded = false;
+        did = go_on_one(dp);
+    }
+    dp->waiting_runs = false;
+    uint32_t active = 0;
+    for (uint32_t number = 0; number < DP_RUNS; number++) {
+        active += dp->arena->runs[number].state == RUN_WRITTEN;
+        dp->waiting_runs = dp->waiting_runs || may_go_on(dp, number);
+    }
+    if ((active != 0 || dp->waiting_runs) && *wake_ms == 0)
+        *wake_ms = 5;
+    uint64_t wake = 0;
+    did = did || match_one(dp) || collect_one(dp, &wake);
+    handle_none(dp);
+    dp->retry = dp->retry || did;
+    if (wake != 0 && (*wake_ms == 0 || wake < *wake_ms))
+        *wake_ms = wake;
+    return did;
+}
+
 bool destage_step(struct datapath *dp, uint64_t *wake_ms)
 {
-    bool did = false, matching = dp->loaded, urgent = false;
+    uint64_t now = atoll_now_ns();
+    bool did;
     if (dp->space_ticket != 0) {
         uint32_t status;
         if (store_synced(dp->dedup) >= dp->space_ticket) {
@@ -649,74 +794,17 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             failed(dp);
         }
     }
-    dp->loaded = false;
-    /* What is written can be followed no more: it is finished first, so that those who go on find it stored. */
-    for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
-        struct dp_run *run = &dp->arena->runs[number];
-        if (run->state != RUN_WRITTEN)
-            continue;
-        store_urgent(dp->dedup, !urgent); /* the first of them */
-        urgent = true;
-        did |= finish_run(dp, number); /* without room a sync is under way and will wake */
+    if (gives_way(dp, now)) {
+        *wake_ms = 1;
+        return false;
     }
-    for (uint32_t number = 0; number < DP_RUNS && dp->journal->count < DP_STEP_JOURNAL; number++) {
-        if (dp->arena->runs[number].state != RUN_MATCHING || !(matching || dp->waiting_runs) || !match_loaded(dp, number))
-            continue;
-        store_urgent(dp->dedup, !urgent);
-        urgent = true;
-        did |= go_on(dp, number);
-    }
-    store_urgent(dp->dedup, false);
+    did = piece(dp, wake_ms);
+    for (uint32_t more = 1; did && !dp->shared && more < STEP_PIECES && dp->journal->count < DP_STEP_JOURNAL; more++)
+        if (!piece(dp, wake_ms))
+            break;
     if (did)
-        dp->retry = true;
-    dp->waiting_runs = false;
-    uint32_t active = 0;
-    for (uint32_t number = 0; number < DP_RUNS; number++) {
-        if (dp->arena->runs[number].state == RUN_WRITTEN)
-            active++;
-        /* Those that lack room or I/O slots are tried each step; those that are loading, when something was loaded. */
-        if (dp->arena->runs[number].state == RUN_MATCHING && match_loaded(dp, number))
-            dp->waiting_runs = true;
-    }
-    if ((active != 0 || dp->waiting_runs) && *wake_ms == 0)
-        *wake_ms = 5;
-
-    uint64_t wake = 0;
-    uint32_t number = dp->arena->log_head == DP_NONE ? DP_RUNS : free_run(dp);
-    if (number != DP_RUNS && dp->journal->count < DP_STEP_JOURNAL && wanted(dp, atoll_now_ns(), &wake)) {
-        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS ||
-            !pages_left(dp)) {
-            wake = 5; /* without I/O slots and pages to read candidates, equal blocks would be stored again; readers need some, too */
-        } else if (!looked_up(dp)) {
-            wake = 5; /* or as soon as a page has been read */
-        } else {
-            handle_none(dp);
-            collect(dp, number);
-            if (dp->arena->runs[number].state == RUN_MATCHING) {
-                match_stored(dp, number);
-                count_pages(dp, number);
-                dp->newest_run = number;
-                if (dp->arena->runs[number].state == RUN_FREE)
-                    ; /* all of it waits for what follows */
-                else if (!match_loaded(dp, number) || !go_on(dp, number))
-                    dp->waiting_runs = dp->waiting_runs || match_loaded(dp, number);
-            }
-            dp->retry = true;
-            did = true;
-        }
-    }
-    handle_none(dp);
-    if (wake != 0 && (*wake_ms == 0 || wake < *wake_ms))
-        *wake_ms = wake;
+        dp->piece_ns = now;
     return did;
-}
-
-static void commit(struct datapath *dp)
-{
-    log_settle(dp);
-    give_flush(dp);
-    atoll_domain_commit(dp->domain);
-    log_committed(dp);
 }
 
 void destage_adopt(struct datapath *dp, bool quarantine)
@@ -743,7 +831,7 @@ void destage_adopt(struct datapath *dp, bool quarantine)
                 log_requeue(dp, record);
         }
         set_run_state(dp, number, RUN_FREE);
-        commit(dp);
+        datapath_commit(dp);
     }
 }
 
@@ -774,7 +862,7 @@ void destage_blame(struct datapath *dp)
                 log_requeue(dp, record);
         }
         set_run_state(dp, number, RUN_FREE);
-        commit(dp);
+        datapath_commit(dp);
     }
     for (uint32_t index = 0; index < count; index++) {
         uint32_t record = arena->handled[index];
@@ -787,6 +875,6 @@ void destage_blame(struct datapath *dp)
         else
             log_set_flag(dp, record, poison ? RECORD_CONDEMNED : RECORD_SUSPECT);
     }
-    commit(dp);
+    datapath_commit(dp);
     handle_none(dp);
 }

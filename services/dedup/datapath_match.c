@@ -202,7 +202,7 @@ static void candidates(struct datapath *dp, const uint32_t *records, uint32_t co
     }
 }
 
-/* --- When the batch has been collected ------------------------------------------------------------------------------------ */
+/* --- When the batch has been collected, in a step of its own ------------------------------------------------------------------------------------ */
 
 void match_stored(struct datapath *dp, uint32_t number)
 {
@@ -211,12 +211,18 @@ void match_stored(struct datapath *dp, uint32_t number)
     uint8_t choice[ATOLL_IO_BLOCKS];
     uint64_t pbas[ATOLL_IO_BLOCKS], unknown;
     uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], chosen = 0, kept = 0, count = run->record_count;
-    uint32_t *records = run->records, *link = run->link; /* saved by collect in this transaction */
+    uint32_t *records = run->records, *link = run->link;
 
+    destage_save_run(dp, run, count);
     prefetch_batch(dp, records, count);
     for (uint32_t first = 0, end; first < count; first = end) {
         struct runs_rule rule;
         end = run_end(dp, records, count, first);
+        if (at(dp, records[first])->state == RECORD_DROPPED) { /* overwritten since it was collected */
+            records[kept] = records[first];
+            link[kept++] = DP_NONE;
+            continue;
+        }
         candidates(dp, records + first, end - first, blocks + first);
         rule_of(dp, records + first, end - first, blocks + first, &rule);
         runs_match(blocks + first, end - first, &rule, choice + first);

@@ -6,18 +6,23 @@
  *                struct io_table
  *                datapath (datapath.h), store (store.h)
  *
- * A turn: completions from the disk first (they free what others wait for), up to 64 requests, waiting requests and
- * destage, commit; then one step of the store with transactions of its own. No system call but to sleep and to wake.
+ * A turn: completions from the disk first (they free what others wait for), up to 64 requests, commit: they are answered; waiting
+ * requests and a piece of destage, commit; then one step of the store with transactions of its own. No system call but to sleep
+ * and to wake, and to let others have the processor for a moment when there is always more to do.
  *
  * After a crash: dedup_open of the successor. The common part has rolled the journal back; the arena is as at the last
  * commit, and the rings hold what was not taken yet.
  */
+#define _GNU_SOURCE
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
 
+/* Work after which others are let go first. */
+#define OFFER_NS 20000
 #define ROOT_MAGIC 0x746f6f7270756465u
 
 struct dedup_root {
@@ -137,6 +142,31 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
 
 /* --- The loop ------------------------------------------------------------------------------------------------------------ */
 
+/* Up to DP_STEP_MESSAGES of them. True if there were any. */
+static bool take_requests(struct dedup *dedup)
+{
+    struct atoll_domain *domain = dedup->domain;
+    struct atoll_descriptor message;
+    uint32_t waiting = atoll_domain_pending(domain, ATOLL_ROLE_NBD), taken = 0;
+    for (uint32_t index = 0; index < waiting && index < DP_STEP_MESSAGES / 2; index++)
+        datapath_expect(dedup->datapath, atoll_ring_entry(&domain->rings->rx[ATOLL_ROLE_NBD], index));
+    for (; taken < DP_STEP_MESSAGES && domain->journal->count < DP_STEP_JOURNAL; taken++) {
+        if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
+            break;
+        place_note(&dedup->place, &message);
+        datapath_message(dedup->datapath, &message);
+    }
+    return taken != 0;
+}
+
+static void commit(struct dedup *dedup)
+{
+    ATOLL_CRASH_POINT(dedup->domain, "dedup.step.commit");
+    atoll_domain_commit(dedup->domain);
+    log_committed(dedup->datapath);
+    ATOLL_CRASH_POINT(dedup->domain, "dedup.step.committed");
+}
+
 /* `serve`: requests are taken. *wake_ms: look again then at the latest, 0 no timer. True if there may be more to do. */
 static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
 {
@@ -161,22 +191,17 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         did = true;
     }
     if (serve) {
-        uint32_t waiting = atoll_domain_pending(domain, ATOLL_ROLE_NBD);
-        for (uint32_t index = 0; index < waiting && index < DP_STEP_MESSAGES / 2; index++)
-            datapath_expect(dp, atoll_ring_entry(&domain->rings->rx[ATOLL_ROLE_NBD], index));
-        for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
-            if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
-                break;
-            place_note(&dedup->place, &message);
-            datapath_message(dp, &message);
+        dp->asked = take_requests(dedup);
+        if (dp->asked) { /* who waits for an answer does not wait for a piece of destage, too */
+            give_flush(dp);
+            commit(dedup);
             did = true;
         }
+        dp->shared = place_shared(&dedup->place);
         did |= datapath_step(dp, wake_ms);
     }
-    ATOLL_CRASH_POINT(domain, "dedup.step.commit");
-    atoll_domain_commit(domain);
-    log_committed(dp);
-    ATOLL_CRASH_POINT(domain, "dedup.step.committed");
+    commit(dedup);
+    destage_step_over(dp);
     if (store_step(dedup)) {
         dp->retry = true;
         did = true;
@@ -273,6 +298,17 @@ static void at_ease(struct dedup *dedup)
     dedup->datapath->tier.closing = false;
 }
 
+/* Who always has more to do lets those who wait for their turn on this processor go first, now and then: the clients' requests are
+ * with them. */
+static void offer(struct dedup *dedup)
+{
+    uint64_t now = atoll_now_ns();
+    if (now - dedup->offered_ns < OFFER_NS)
+        return;
+    sched_yield();
+    dedup->offered_ns = atoll_now_ns();
+}
+
 static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
 {
     uint32_t kind = goal->kind;
@@ -290,8 +326,10 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
         }
         bool more = turn(dedup, serve, &wake_ms);
         place_settle(&dedup->place, dedup->datapath->now_ms);
-        if (more)
+        if (more) {
+            offer(dedup);
             continue;
+        }
         if (kind != DEDUP_GOAL_SERVE && (wake_ms == 0 || wake_ms > 100))
             wake_ms = 100; /* messages are ignored: show that this is no hang */
         if (kind != DEDUP_GOAL_SERVE && (reason = look_at_goal(dedup, goal)) != 0) {

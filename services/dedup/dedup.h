@@ -15,6 +15,7 @@ struct dedup {
     struct store *store;          /* process-private, owned by store.c; points into the arena */
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
     struct dedup_place place;     /* process-private */
+    uint64_t offered_ns;          /* when others were last let go first */
 };
 
 /* Counters of dedup (names in services/dedup/__init__.py, same order). store.c uses those from 64 on. */

@@ -28,6 +28,8 @@ void place_note(struct dedup_place *place, const struct atoll_descriptor *messag
         place->bytes += message->length;
 }
 
+bool place_shared(const struct dedup_place *place) { return place->where == 0 || atoll_place_near(place->where); }
+
 void place_settle(struct dedup_place *place, uint64_t now_ms)
 {
     if (place->where == 0 || place->requests < PLACE_REQUESTS || now_ms < place->until_ms)
