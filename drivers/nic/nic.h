@@ -375,6 +375,7 @@ struct nic_courtesy {
 /* See coalesce.c. */
 struct nic_coalesce {
     uint64_t replies;          /* NIC_REPLIES as it was at since_ns */
+    uint64_t received_bytes;   /* at the last look */
     uint64_t since_ns;
 };
 
