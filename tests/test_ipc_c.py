@@ -16,7 +16,7 @@ def run(name: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["journal_crash", "ring_crash", "ring_hostile", "spin"])
+@pytest.mark.parametrize("name", ["journal_crash", "ring_crash", "ring_hostile", "spin", "coalesce"])
 def test_c(name: str) -> None:
     assert f"ok      tests/c/{name}.c (address,undefined)" in run(name)
 
@@ -51,4 +51,4 @@ def test_a_data_race_is_found(tmp_path: Path) -> None:
 
 def test_none_is_forgotten() -> None:
     files = {path.stem for path in (ROOT / "tests/c").glob("*.c") if not path.stem.endswith("_hook")}
-    assert files == {"journal_crash", "ring_crash", "ring_hostile", "spin", "disk_threads"} | ELSEWHERE
+    assert files == {"journal_crash", "ring_crash", "ring_hostile", "spin", "coalesce", "disk_threads"} | ELSEWHERE

@@ -107,6 +107,15 @@ int main(void)
     CHECK(spins(&spin, true, &found) && !found && turns == 1 && spin.rest == 15);
     CHECK(!atoll_domain_may_sleep(&domain, 0)); /* and found there */
     take();
+
+    /* While all who send to it sleep nothing can come; to notice that is not an attempt in vain. */
+    spin = (struct atoll_spin){0};
+    turn_ns = 1000;
+    message_at_turn = 0;
+    atoll_store_relaxed(&peer.self->sleeping, 1);
+    CHECK(!spins(&spin, true, &found) && spin.vain == 0);
+    atoll_store_relaxed(&peer.self->sleeping, 0);
+    CHECK(spins(&spin, true, &found) && !found && turns == 50);
     puts("spin: ok");
     return 0;
 }
