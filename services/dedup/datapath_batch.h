@@ -1,0 +1,39 @@
+/*
+ * The parts of destage: what datapath_destage.c has done when, datapath_batch.c and datapath_finish.c do. Within a transaction.
+ */
+#ifndef ATOLL_DEDUP_DATAPATH_BATCH_H
+#define ATOLL_DEDUP_DATAPATH_BATCH_H
+
+#include "services/dedup/datapath.h"
+
+/* --- datapath_batch.c --- */
+void batch_attach(void);
+/* Records that are in hand, for whoever comes after a crash (I8). */
+void batch_handle_none(struct datapath *dp);
+void batch_handle(struct datapath *dp, uint32_t record);
+void batch_handle_run(struct datapath *dp, const struct dp_run *run);
+/* Logged, and never destaged. */
+void batch_set_aside(struct datapath *dp, uint32_t record);
+/* What the blocks of the next batch may be equal to, and what they replace, is in memory; or was waited for often enough. */
+bool batch_looked_up(struct datapath *dp);
+/* Takes more of a batch off the list into run `number`, which is free or holds the rest of it. False: that was all. */
+bool batch_collect(struct datapath *dp, uint32_t number);
+/* Pages that a batch compares with: counted when they have been chosen; true if all have been read. */
+void batch_count_pages(struct datapath *dp, uint32_t number);
+bool batch_loaded(struct datapath *dp, uint32_t number);
+/* All candidates of a batch are there: shares what is equal and writes the rest. False: not now. */
+bool batch_go_on(struct datapath *dp, uint32_t number);
+
+/* --- datapath_finish.c --- */
+void inflight_clear(struct datapath *dp);
+void inflight_add(struct datapath *dp, uint32_t run, uint32_t index);
+void inflight_remove(struct datapath *dp, uint32_t run, uint32_t index);
+/* A batch that has been written, record by record; true if something was done. */
+bool batch_finish(struct datapath *dp, uint32_t number);
+
+/* --- datapath_destage.c --- */
+void batch_set_state(struct datapath *dp, uint32_t run, enum run_state state);
+/* Something could not be written: the next attempt comes after a while. */
+void destage_failed(struct datapath *dp);
+
+#endif
