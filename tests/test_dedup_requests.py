@@ -126,6 +126,29 @@ def test_a_slow_device_costs_no_savings() -> None:
         verify(stage, second, b"".join(scattered))
 
 
+def test_destage_goes_in_pieces() -> None:
+    """Others on the processor wait for one of them: a step finishes half a batch or writes one, not both."""
+    count = 2 * lib.ATOLL_IO_BLOCKS
+    with Stage(nic_pages=2 * count) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 2 * count * BLOCK)
+        for number in range(count):
+            stage.write(volume, 2 * number * BLOCK, block(number))
+        for _ in range(1000):
+            before = stage.counters()
+            stage.turn()
+            after = stage.counters()
+            finished, written = (after[name] - before[name] for name in ("destaged_blocks", "runs"))
+            assert finished <= lib.ATOLL_IO_BLOCKS // 2 and written <= 1 and not (finished and written)
+            stage.disk()
+            stage.answers()
+            if after["destaged_blocks"] == count:
+                break
+        stage.drain()
+        assert stage.counters()["destaged_blocks"] == count and stage.counters()["runs"] >= 2
+        stage.check()
+
+
 def test_equal_blocks_that_are_logged_are_destaged_together() -> None:
     """However many other blocks were written in between, nothing of them is read from the device, but for the one at
     most for which a batch has no room."""
