@@ -7,9 +7,8 @@
  *
  * It must not cost what it does not bring. A domain spins only after work, for `spin_ns` at most; where nothing came, it lets
  * more and more of the following sleeps begin at once (up to ATOLL_SPIN_REST), until it is lucky again. It does not spin while all who
- * send to it sleep. And where somebody else
- * computes on the processor, so that a turn is long in coming back, it sleeps: who sleeps is put first when it is woken, who yields is
- * put last.
+ * send to it sleep. And where somebody else computes on the processor, so that a turn is long in coming back, it sleeps: who sleeps is
+ * put first when it is woken, who yields is put last.
  *
  * After a crash: nothing; `sleeping` is 0 all the while, and all of this is private to the process.
  */

@@ -8,7 +8,8 @@
  *
  * That a client is such a one shows by its pace, which no client has that waits for each of its replies, and when nic has done all
  * that it knew of and more is there already: one that shares nic's processor has had no chance to send.
- * Not for writes, whose replies are read in no time. Not where idle processors may sleep (latency.c): waking ours would cost more than is gained.
+ * Not for writes, whose replies are read in no time. Not where idle processors may sleep (latency.c): waking ours would cost more
+ * than is gained.
  *
  * After a crash: nothing; it sleeps as any domain does, between two transactions, with `sleeping` set.
  */

@@ -320,7 +320,6 @@ struct datapath {
     uint32_t give_count;
     bool swept;                 /* in this step */
     uint64_t sweep_age;         /* steps since the last sweep */
-    bool loaded;                /* a page has been loaded: batches that compare may go on */
     bool drain;                 /* destage everything */
     uint32_t lookups;           /* steps in which the next batch has waited for pages of metadata */
     uint64_t flush_target;      /* largest of waiting flushes */
@@ -332,7 +331,6 @@ struct datapath {
     uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
     uint64_t space_failures;    /* of syncs, when it was drawn */
     struct check *check;        /* that has not come to its end */
-    bool waiting_runs;          /* a batch has its candidates but lacked room: look again each step */
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
     bool asked;                 /* requests have come in this step */

@@ -375,7 +375,7 @@ void cache_abandon_tier(struct datapath *dp)
         dp_set32(dp, &dp->pages[page].state, PAGE_ABANDONED);
         wake_readers(dp, page);
     }
-    dp->loaded = dp->retry = true;
+    dp->retry = true;
 }
 
 /* `block`: where on its device it was read. */
@@ -433,6 +433,5 @@ void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t sta
             loaded(dp, page + each, block + each, status);
         block += count;
     }
-    dp->loaded = true;
     dp->retry = true;
 }

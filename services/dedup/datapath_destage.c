@@ -189,7 +189,6 @@ static bool match_one(struct datapath *dp)
     match_stored(dp, number);
     batch_count_pages(dp, number);
     dp->newest_run = number;
-    dp->waiting_runs = dp->waiting_runs || may_go_on(dp, number);
     return true;
 }
 
@@ -243,20 +242,10 @@ void destage_step_over(struct datapath *dp)
 /* One of the things that a batch goes through; true if there was one to be done. */
 static bool piece(struct datapath *dp, uint64_t *wake_ms)
 {
-    bool did = finish_one(dp);
-    /* Those that lack room or I/O slots are tried each step; those that are loading, when something was loaded. */
-    if (!did && (dp->loaded || dp->waiting_runs)) {
-        dp->loaded = false;
-        did = go_on_one(dp);
-    }
-    dp->waiting_runs = false;
-    uint32_t active = 0;
-    for (uint32_t number = 0; number < DP_RUNS; number++) {
-        active += dp->arena->runs[number].state == RUN_WRITTEN;
-        dp->waiting_runs = dp->waiting_runs || may_go_on(dp, number);
-    }
-    if ((active != 0 || dp->waiting_runs) && *wake_ms == 0)
-        *wake_ms = 5;
+    bool did = finish_one(dp) || go_on_one(dp);
+    for (uint32_t number = 0; number < DP_RUNS && *wake_ms == 0; number++) /* those that lack room or I/O slots are tried each step */
+        if (dp->arena->runs[number].state == RUN_WRITTEN || may_go_on(dp, number))
+            *wake_ms = 5;
     uint64_t wake = 0;
     did = did || match_one(dp) || collect_one(dp, &wake);
     batch_handle_none(dp);

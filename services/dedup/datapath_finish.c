@@ -21,7 +21,7 @@ void inflight_clear(struct datapath *dp)
         dp->inflight_heads[bucket] = DP_NONE;
 }
 
-static uint32_t *inflight_bucket(struct datapath *dp, struct fingerprint print)
+static uint32_t *inflight_bucket(const struct datapath *dp, struct fingerprint print)
 {
     return &dp->inflight_heads[print.low % DP_INFLIGHT_HEADS];
 }
@@ -47,12 +47,12 @@ void inflight_remove(struct datapath *dp, uint32_t run, uint32_t index)
 
 void destage_prefetch_inflight(const struct datapath *dp, struct fingerprint print)
 {
-    __builtin_prefetch(&dp->inflight_heads[print.low % DP_INFLIGHT_HEADS], 1);
+    __builtin_prefetch(inflight_bucket(dp, print), 1);
 }
 
 uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after)
 {
-    uint32_t node = after == DP_NONE ? dp->inflight_heads[print.low % DP_INFLIGHT_HEADS] : dp->inflight_next[after];
+    uint32_t node = after == DP_NONE ? *inflight_bucket(dp, print) : dp->inflight_next[after];
     for (; node != DP_NONE; node = dp->inflight_next[node]) {
         const struct dp_run *run = &dp->arena->runs[node / DP_RUN_RECORDS];
         const struct dp_record *leader = &dp->records[run->records[node % DP_RUN_RECORDS]];

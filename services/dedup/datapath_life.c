@@ -213,7 +213,6 @@ void datapath_recover(struct datapath *dp)
     for (uint32_t index = 0; index < count; index++)
         datapath_resume(dp, (uint32_t)(waiting[index] - dp->arena->slots));
     dp->retry = true;
-    dp->loaded = true;
 }
 
 void datapath_adopt(struct datapath *dp, bool quarantine)
