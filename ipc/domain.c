@@ -198,6 +198,9 @@ void atoll_domain_serving(struct atoll_domain *domain)
     atoll_domain_wake_all(domain);
 }
 
+/* Values of `sleeping`. What neither of them is counts as ASLEEP. */
+enum { AWAKE = 0, ASLEEP = 1, DOZING = 2 };
+
 /* --- Waking and sleeping ----------------------------------------------------------------------------------------- */
 
 static void wake(struct atoll_domain *domain, uint32_t role)
@@ -234,9 +237,17 @@ void atoll_domain_commit(struct atoll_domain *domain)
         return;
     ATOLL_CRASH_POINT_EACH(domain, "publish.after");
     atoll_full_fence(); /* SP-SLEEP */
-    for (; published != 0; published &= published - 1)
-        if (atoll_load_relaxed(&domain->peers[__builtin_ctz(published)]->sleeping))
-            wake(domain, (uint32_t)__builtin_ctz(published));
+    for (; published != 0; published &= published - 1) {
+        uint32_t role = (uint32_t)__builtin_ctz(published);
+        uint32_t sleeping = atoll_load_relaxed(&domain->peers[role]->sleeping);
+        if (sleeping == 0)
+            continue;
+        const struct atoll_tx_ring *ring = &rings->tx[role];
+        if (sleeping != DOZING || (rings->hurried >> role & 1) ||
+            ring->tail - atoll_load_relaxed(&ring->consumer->head) >= ATOLL_DOZE_MESSAGES)
+            wake(domain, role);
+    }
+    rings->hurried = 0;
     ATOLL_CRASH_POINT_EACH(domain, "wake.after");
 }
 
@@ -263,7 +274,7 @@ bool atoll_domain_anything_pending(struct atoll_domain *domain, uint32_t ignored
 
 bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles)
 {
-    atoll_store_relaxed(&domain->self->sleeping, 1);
+    atoll_store_relaxed(&domain->self->sleeping, ASLEEP);
     atoll_full_fence(); /* SP-SLEEP */
     if (!atoll_domain_anything_pending(domain, ignored_roles))
         return true;
@@ -273,7 +284,7 @@ bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles)
 
 void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns) { domain->rings->spin_ns = spin_ns; }
 
-void atoll_domain_awake(struct atoll_domain *domain) { atoll_store_relaxed(&domain->self->sleeping, 0); }
+void atoll_domain_awake(struct atoll_domain *domain) { atoll_store_relaxed(&domain->self->sleeping, AWAKE); }
 
 /* By the own eventfd, in an epoll set that reports it when it is written to: so it need not be read, and one system call is all.
  * (A futex wait on words of peers costs several times that: the operating system looks each page up the slow way, because it is
@@ -328,6 +339,32 @@ static int sleep_on_tails(struct atoll_domain *domain, uint32_t ignored_roles, i
         error = clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, deadline, 0) == 0 ? ETIMEDOUT : EINTR;
     }
     return !(result < 0 && error == ETIMEDOUT);
+}
+
+/* True if all that waits on the ring from `role` may go on waiting. */
+static bool may_wait(struct atoll_domain *domain, uint32_t role)
+{
+    const struct atoll_rx_ring *ring = &domain->rings->rx[role];
+    uint32_t count = ring->consumer == 0 ? 0 : atoll_load_acquire(&ring->producer->tail) - ring->head;
+    if (count >= ATOLL_DOZE_MESSAGES)
+        return false;
+    for (uint32_t index = 0; index < count; index++)
+        if (!(atoll_load_relaxed(&atoll_ring_entry(ring, index)->flags) & ATOLL_FLAG_POSTED))
+            return false;
+    return true;
+}
+
+int atoll_domain_doze(struct atoll_domain *domain, uint32_t role, int64_t timeout_ns)
+{
+    if (domain->rings->eventfd[domain->role] < 0) /* on the tails it would wake up at once */
+        return atoll_domain_sleep(domain, 0, timeout_ns);
+    atoll_store_relaxed(&domain->self->sleeping, DOZING);
+    atoll_full_fence(); /* SP-SLEEP */
+    int result = 1;
+    if (!atoll_domain_anything_pending(domain, 1u << role) && may_wait(domain, role))
+        result = sleep_in_epoll(domain, timeout_ns);
+    atoll_domain_awake(domain);
+    return result != 0;
 }
 
 int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns)

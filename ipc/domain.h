@@ -6,6 +6,7 @@
  *   atoll_domain_send        reserve an entry to a peer
  *   atoll_domain_commit      commit the step, publish indices, wake peers that sleep
  *   atoll_domain_sleep       until a peer publishes or the timeout ends
+ *   atoll_domain_doze        until a peer publishes something that cannot wait, or many messages, or the timeout ends
  *   atoll_domain_may_sleep / atoll_domain_awake   the same around a wait of one's own (epoll, io_uring)
  *
  * After a crash: atoll_domain_open of the successor rolls back, publishes, and wakes all peers, because the dead may
@@ -58,6 +59,9 @@ void atoll_domain_wake_all(struct atoll_domain *domain);
  * keep awake (by eventfd they do wake); give a timeout then (100 ms), so that `progress` shows that this is no hang.
  * Returns 1 if there may be something to do, 0 on timeout. */
 int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns);
+/* As atoll_domain_sleep, but messages from `role` that were put with atoll_domain_put_unhurried neither wake nor keep awake before there are
+ * ATOLL_DOZE_MESSAGES of them: they are looked at when the timeout ends. 0 <= timeout_ns. Does not spin. */
+int atoll_domain_doze(struct atoll_domain *domain, uint32_t role, int64_t timeout_ns);
 /* For domains that wait in epoll with their eventfd: true if nothing is pending and `sleeping` is set. */
 bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles);
 void atoll_domain_awake(struct atoll_domain *domain);
@@ -67,6 +71,8 @@ uint32_t atoll_domain_pending(struct atoll_domain *domain, uint32_t role);
 static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role, struct atoll_descriptor *message);
 /* Sends one message to `role` in the running transaction; false if the ring is full. */
 static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
+/* The same for a message that a peer who dozes is not woken for. Its flags have ATOLL_FLAG_POSTED. */
+static inline bool atoll_domain_put_unhurried(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message);
 uint64_t atoll_now_ns(void);
 /* How long the domain may look around for more work before it sleeps (spin.h); 0, as after atoll_domain_open: not at all. */
 void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns);
@@ -82,6 +88,7 @@ struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
     struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
     uint32_t tx_roles, rx_roles;       /* bit masks: to and from whom there is a ring */
+    uint32_t hurried;                  /* bit mask: to whom this step puts something that one who dozes is woken for */
     int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
     int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
     bool worked;                       /* something was changed since it last began to spin */
@@ -137,7 +144,7 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
     return true;
 }
 
-static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+static inline bool atoll_domain_put_unhurried(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
 {
     struct atoll_tx_ring *ring = &domain->rings->tx[role];
     struct atoll_descriptor *entry = atoll_ring_reserve(ring);
@@ -148,6 +155,12 @@ static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, 
     if (atoll_trace_armed(domain))
         atoll_trace_hop(domain, role, 1, entry);
     return true;
+}
+
+static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+{
+    domain->rings->hurried |= 1u << role;
+    return atoll_domain_put_unhurried(domain, role, message);
 }
 
 #endif

@@ -37,6 +37,13 @@
 /* Pages that one slot can use without dedup's knowing: a part's, and one so that lists begin on a cache line or half of one. */
 #define ATOLL_USE_PAGES 66
 
+/* Blocks of posted writes on their way at once (1 MiB): several batches of dedup's, and little to keep free on the device for them. */
+#define ATOLL_POSTED_BLOCKS 256
+/* Blocks of one posted write at most: larger ones take long enough in themselves. */
+#define ATOLL_POSTED_WRITE_BLOCKS 16
+/* Messages for which one who dozes is not woken before there are so many. */
+#define ATOLL_DOZE_MESSAGES 64
+
 /* Ring entries: one message per slot and direction can be outstanding, so a reply always has its place. */
 #define ATOLL_DATA_RING_ENTRIES 4096
 /* Entries of rings between dedup and a storage driver: one per I/O slot, with room. */

@@ -97,6 +97,7 @@ class Dedup(Struct, forbid_unknown_fields=True, kw_only=True):
     destage_delay_ms: Annotated[int, Meta(ge=0, le=60000)] = 100
     metadata_log_bytes: Size = Size(16 * MIB)
     metadata_cache_bytes: Size = Size(64 * MIB)  # pages of map, counts and fingerprints in memory
+    posted_blocks: Annotated[int, Meta(ge=0, le=256)] = 256  # answered before dedup has applied them, at most; 0: none
     tier_entries: Annotated[int, Meta(ge=64, le=1 << 28)] = 1048576  # blocks on the fast device at most; 41 bytes each
     track_bytes: Size = Size(0)  # what the main device reads without a seek; 0: as the device says
 

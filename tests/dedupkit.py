@@ -56,6 +56,7 @@ RINGS: dict[int, dict[int, int]] = {
 FAST_RINGS = RINGS | {DEDUP: RINGS[DEDUP] | {LLRRM: 1024}, LLRRM: {DEDUP: 1024}}
 BLOCK = 4096
 LIST_BYTES = 2048  # per slot: segments of a payload, in nic's arena
+NIC_PUBLIC_BYTES = ffi.sizeof("struct atoll_nic_public")
 FUA, NO_HOLE, ONE = lib.ATOLL_FLAG_FUA, lib.ATOLL_FLAG_NO_HOLE, lib.ATOLL_FLAG_ONE
 OK = lib.ATOLL_OK
 
@@ -89,6 +90,7 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
     command += [str(folder / "dedup_hooked.c"), *sources, "-o", str(folder / "dedup_hooked.so")]
     subprocess.run(command, cwd=ROOT, check=True)
     return load("dedup_hooked", folder / "dedup_hooked.so")
+
 
 
 @dataclass
@@ -161,7 +163,7 @@ class Stage:
             self.config.tier_pages = fast_pages
         self.instance = secrets.randbits(64)
         self.sizes: dict[int, int] = {}
-        lists = 8192 + lib.ATOLL_SLOT_COUNT * LIST_BYTES
+        lists = NIC_PUBLIC_BYTES + lib.ATOLL_SLOT_COUNT * LIST_BYTES
         self.shapes = {
             KERNEL: (4096, 0),
             NIC: (lists, nic_pages * BLOCK),
@@ -193,7 +195,9 @@ class Stage:
         nic = physmap.header(NIC)
         self.nic_buffer = physmap.address(NIC) + int(nic.buffer_offset)
         self.nic_public = ffi.cast("struct atoll_nic_public *", physmap.address(NIC) + int(nic.role_offset))
-        self.nic_lists = physmap.address(NIC) + int(nic.role_offset) + 8192
+        self.nic_lists = physmap.address(NIC) + int(nic.role_offset) + NIC_PUBLIC_BYTES
+        self.posted_order = 0
+        self.posted_pages: set[int] = set()  # when all died
 
     # --- Arenas -----------------------------------------------------------------------------------------------------
 
@@ -278,6 +282,14 @@ class Stage:
             found = lib.atoll_arena_adopt(role, self.instance, size, mask, entries, role_bytes, buffer_bytes, futex, -1)
             assert found == 0
         self.domains = {role: self._open_domain(role, 1) for role in (KERNEL, NBD, *self.drivers)}
+        role_area = physmap.address(DEDUP) + int(physmap.header(DEDUP).role_offset)
+        public = ffi.cast("struct atoll_dedup_public *", role_area)
+        self.posted_pages = {
+            (int(entry.address) - self.nic_buffer) // BLOCK + index
+            for entry in self.nic_public.posted
+            if entry.order > public.posted_adopted
+            for index in range(entry.length // BLOCK)
+        }
         self.ios.clear()
         self.requests.clear()
         self.unsent.clear()
@@ -292,6 +304,7 @@ class Stage:
         public = ffi.cast("struct atoll_dedup_public *", role_area)
         held = ffi.buffer(ffi.cast("char *", int(public.held_address)), int(public.held_count))[:]
         self.lent_pages = {page for page in range(self.nic_pages) if held[page]}
+        assert self.lent_pages >= self.posted_pages, "dedup has taken them over"
         self.free_pages = set(range(self.nic_pages)) - self.lent_pages
         self.domains[NIC] = self._open_domain(NIC, 2)
 
@@ -420,6 +433,18 @@ class Stage:
     def write(self, volume: int, offset: int, data: bytes, flags: int = 0, scattered: bool = False) -> Request:
         return self.submit(lib.ATOLL_OP_WRITE, volume, offset, len(data), data, flags, scattered)
 
+    def post(self, volume: int, offset: int, data: bytes) -> Request:
+        """A write of whole blocks whose client is answered now; nic notes it, until DONE."""
+        request = self.submit(lib.ATOLL_OP_WRITE, volume, offset, len(data), data, lib.ATOLL_FLAG_POSTED)
+        message = ffi.from_buffer("struct atoll_descriptor *", request.message)
+        assert message.segment_count == 0, "pages that follow each other"
+        entry = self.nic_public.posted[request.slot]
+        self.posted_order += 1
+        entry.order, entry.identity, entry.address = self.posted_order, request.identity, message.address
+        entry.offset, entry.length, entry.volume = offset, len(data), volume
+        entry.generation = self.generation(volume)
+        return request
+
     def read(self, volume: int, offset: int, length: int) -> Request:
         return self.submit(lib.ATOLL_OP_READ, volume, offset, length)
 
@@ -451,6 +476,7 @@ class Stage:
             assert request is not None and request.identity == message.identity, "an answer to nothing"
             assert int(message.part) == request.part and not request.done
             del self.requests[slot]
+            self.nic_public.posted[slot].order = 0
             request.done, request.status = True, int(message.status)
             request.failed = int(message.words[0])
             found += 1

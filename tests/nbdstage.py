@@ -52,6 +52,7 @@ SLOTS = 48  # that the stage uses
 PAGES = 4096  # of nic's buffers
 DEDUP_PAGES = 66  # per slot: the blocks of a part
 LIST_BYTES = 8192  # per slot: segments or extents
+NIC_PUBLIC_BYTES = ffi.sizeof("struct atoll_nic_public")
 ZEROS = 64  # pages of zeros behind dedup's blocks
 PUBLIC_BYTES = 1 << 18
 CHANGES = (Command.WRITE, Command.WRITE_ZEROES, Command.TRIM)
@@ -100,6 +101,7 @@ class Use:
     executed: set[int] = field(default_factory=set)  # parts that dedup has seen
     expected: bytes = field(default=b"", repr=False)  # what dedup has read for it
     failed: int = 0  # first status with which dedup answered, if not OK
+    posted: bool = False  # answered, END to come
     silent: bool = False  # came after the client's last word: no answer is due
     changes: int = 0  # stage.changes when it was submitted
 
@@ -116,7 +118,7 @@ class Stage:
         self.sizes: dict[int, int] = {}
         shapes = {
             KERNEL: (4096, 0),
-            NIC: (8192 + SLOTS * LIST_BYTES, PAGES * BLOCK),
+            NIC: (NIC_PUBLIC_BYTES + SLOTS * LIST_BYTES, PAGES * BLOCK),
             NBD: nbd.plan(self.config),
             DEDUP: (
                 PUBLIC_BYTES + SLOTS * LIST_BYTES + TABLE_BYTES,
@@ -140,6 +142,7 @@ class Stage:
         self.rule: Rule | None = None  # status for a piece of work
         self.log: list[Work] = []
         self.remember = False
+        self.together = False  # a part's pages follow each other
         self.changes = 0  # requests that change something, executed or under way
         self.memory = Memory(
             public=ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area),
@@ -207,6 +210,11 @@ class Stage:
                 entry.name_bytes = len(volume.name)
                 ffi.memmove(entry.name, volume.name, len(volume.name))
             entry.version += 1
+
+    def post(self, blocks: int) -> None:
+        """So many blocks of posted writes may be on their way."""
+        physmap.header(DEDUP).serving_ns = 1
+        ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area).posted_blocks = blocks
 
     def nic_public(self) -> Any:
         return ffi.cast("struct atoll_nic_public *", self.peers[NIC].role_area)
@@ -345,7 +353,7 @@ class Stage:
         return use.wire.number << 48 | slot << 32 | use.sequence
 
     def nic_list(self, slot: int) -> int:
-        return self.peers[NIC].role_area + 8192 + slot * LIST_BYTES
+        return self.peers[NIC].role_area + NIC_PUBLIC_BYTES + slot * LIST_BYTES
 
     def page_address(self, page: int) -> int:
         return self.peers[NIC].buffer_area + page * BLOCK
@@ -361,6 +369,14 @@ class Stage:
         use.sent_bytes = end
         table = ffi.cast("struct atoll_segment *", self.nic_list(slot))
         count, done = 0, 0
+        if self.together:
+            inside, pages = at % BLOCK, -(-(at % BLOCK + len(part)) // BLOCK)
+            free = set(self.free_pages)
+            first = next(page for page in sorted(free) if all(page + index in free for index in range(pages)))
+            use.pages = list(range(first, first + pages))
+            self.free_pages = [page for page in self.free_pages if page not in use.pages]
+            ffi.memmove(ffi.cast("char *", self.page_address(first) + inside), part, len(part))
+            return {"address": self.page_address(first) + inside, "length": len(part), "segment_count": 0}
         while done < len(part):
             inside = (at + done) % BLOCK
             piece = part[done : done + BLOCK - inside]
@@ -379,6 +395,14 @@ class Stage:
         assert slot in self.uses, f"reply {message.opcode} to slot {slot}, which is not in use"
         assert message.identity == self.identity(slot), "reply to an earlier use of the slot"
         use, flags = self.uses[slot], message.flags
+        if flags & lib.ATOLL_FLAG_POSTED:
+            assert message.opcode == lib.ATOLL_OP_REPLY and flags == lib.ATOLL_FLAG_LAST | lib.ATOLL_FLAG_POSTED
+            assert use.request is not None and use.pages and not use.posted
+            assert message.words[1] == use.request.offset and message.halves[4] in self.volumes
+            use.posted = True
+            use.wire.receive(self._gather(message), message)
+            return
+        assert use.posted == (message.opcode == lib.ATOLL_OP_END)
         if use.pages:
             if flags & lib.ATOLL_FLAG_TAKEN:
                 self.lent_pages.update(use.pages)
@@ -397,9 +421,10 @@ class Stage:
                 fields = self.place_part(slot)
             self.put(NIC, opcode=lib.ATOLL_OP_PART, identity=message.identity, part=use.part & 0xFFFF, **fields)
             return
-        assert message.opcode == lib.ATOLL_OP_REPLY
-        use.wire.receive(self._gather(message), message)
-        if flags & lib.ATOLL_FLAG_LAST:
+        if not use.posted:
+            assert message.opcode == lib.ATOLL_OP_REPLY
+            use.wire.receive(self._gather(message), message)
+        if flags & lib.ATOLL_FLAG_LAST or use.posted:
             del self.uses[slot]
             self.nic_public().done[slot] = use.sequence
             self.free_slots.insert(0, slot)
@@ -618,9 +643,11 @@ class Wire:
             return
         assert self.decoder.buffered == 0, "a reply is not whole"
         result = self.results.get(use.request.cookie)
-        assert result is not None, "the last reply is sent, but the request has no complete answer"
+        assert result is not None or use.posted, "the last reply is sent, but the request has no complete answer"
         if use.request.command in CHANGES:
             self.stage.changes += 1
+        if result is None:
+            return  # the test has looked at it
         if result.error is None and use.request.command == Command.READ and use.executed:
             assert result.data == use.expected
         elif result.error is None and use.request.command == Command.READ and use.changes == self.stage.changes:

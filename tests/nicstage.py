@@ -7,7 +7,8 @@ with Stage() as stage:
 
 The stand-in for nbd is strict: identities must be new, parts must come in order and hold the pattern's bytes, no slot
 may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % period]. Pages are
-taken over by dedup at random and given back later, sometimes before the reply. Single-threaded; sockets do not block.
+taken over by dedup at random and given back later, sometimes before the reply. Some writes are posted: their END comes
+later. Single-threaded; sockets do not block.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ LAST, CLOSE, DISCARD, TAKEN = (
     lib.ATOLL_FLAG_DISCARD,
     lib.ATOLL_FLAG_TAKEN,
 )
+POSTED = lib.ATOLL_FLAG_POSTED
 READ, WRITE = 0, 1
 REQUEST_MAGIC, REPLY_MAGIC = 0x25609513, 0x67446698
 _PERIOD = 65521
@@ -198,6 +200,9 @@ class Stage:
         self.taken_pages: list[int] = []
         self.hold = False  # nbd answers nothing
         self.take_share = 0.5
+        self.post_share = 0.3
+        self.hold_ends = False
+        self.ends: list[tuple[Use, int]] = []  # posted writes, and the flags of their END
         self.service: Any = None  # (ffi, lib) of an extension that takes the real one's place in the child
         self.before: Callable[[Any], None] | None = None  # called with the driver's lib in the new process
         self.framing = lib.ATOLL_FRAMING_REQUEST
@@ -262,6 +267,9 @@ class Stage:
     def counters(self) -> dict[str, int]:
         words = ffi.cast("uint64_t *", physmap.address(NIC) + 8192)
         return {name: int(words[index]) for index, name in enumerate(nic.COUNTERS)}
+
+    def nic_public(self) -> Any:
+        return ffi.cast("struct atoll_nic_public *", physmap.address(NIC) + int(physmap.header(NIC).role_offset))
 
     # --- nic's process ---
 
@@ -377,6 +385,7 @@ class Stage:
             busy = True
             self._take(message)
         self._give_back(0.3)
+        self.end_posted(0.3)
         for role in (NBD, DEDUP):
             lib.atoll_domain_commit(self.peers[role].domain)
         return busy
@@ -391,8 +400,16 @@ class Stage:
 
     def settle(self) -> None:
         self.until(
-            lambda: not any(client.expected or client.out for client in self.clients if not client.closed), "settle"
+            lambda: not self.ends
+            and not any(client.expected or client.out for client in self.clients if not client.closed),
+            "settle",
         )
+
+    def end_posted(self, share: float = 2.0) -> None:
+        while self.ends and not self.hold_ends and self.random.random() < share:
+            use, flags = self.ends.pop(self.random.randrange(len(self.ends)))
+            del self.uses[use.identity >> 32 & 0xFFFF]
+            self.put(NBD, opcode=lib.ATOLL_OP_END, identity=use.identity, flags=flags)
 
     def _give_back(self, share: float) -> None:
         while self.taken_pages and self.random.random() < share:
@@ -508,7 +525,12 @@ class Stage:
             if self.random.random() < 0.3:  # some are back before the word that they were taken
                 self._give_back(0.9)
                 lib.atoll_domain_commit(self.peers[DEDUP].domain)
-        if use.done == use.length:
+        posts = use.done == use.length > 0 and use.part == 0 and message.segment_count == 0
+        posts = posts and self.mixing.get(use.identity >> 48) is None and self.random.random() < self.post_share
+        if posts:
+            self.ends.append((use, flags))
+            self.reply(use, struct.pack(">II", REPLY_MAGIC, 0) + use.cookie, LAST | POSTED)
+        elif use.done == use.length:
             self.reply(use, struct.pack(">II", REPLY_MAGIC, 0) + use.cookie, LAST | flags)
         else:
             self.put(NBD, opcode=lib.ATOLL_OP_NEXT, identity=use.identity, part=use.part, flags=flags)
@@ -550,7 +572,7 @@ class Stage:
                 length = left
             runs.append((begin, length))
             begin, left = begin + length, left - length
-        if flags & LAST:
+        if flags & LAST and not flags & POSTED:
             del self.uses[slot]
         fields: dict[str, Any] = {"segment_count": 0, "address": 0, "length": sum(length for _, length in runs)}
         if len(runs) == 1:
@@ -566,7 +588,7 @@ class Stage:
             identity=use.identity,
             flags=flags,
             part=use.part & 0xFFFF,
-            halves=[framing],
+            halves=[framing, 0, use.offset & 0xFFFFFFFF, use.offset >> 32],
             **fields,
         )
 

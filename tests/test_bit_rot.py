@@ -236,6 +236,42 @@ def test_one_copy_of_metadata_is_enough(
     assert server.json("check", "--repair")["ok"]
 
 
+def written_and_kept(server: Server, lost: int) -> None:
+    """A write that was answered before it was found that its page of the map is lost: no flush of its volume succeeds,
+    and what it touches cannot be had; nobody else is concerned. It is kept until its volume is no more."""
+    with (
+        Connection.open(str(server.socket), timeout_s=60) as connection,
+        Connection.open(str(server.socket), timeout_s=60) as other,
+    ):
+        connection.negotiate("disk")
+        other.negotiate("two")
+
+        def posts() -> bool:
+            other.write(0, b"p" * BLOCK)
+            return int(server.json("status")["counters"]["nbd"]["posted_writes"]) > 0
+
+        wait_for("writes are posted", posts)
+        connection.write(lost * BLOCK, b"kept" * (BLOCK // 4))
+        for action in (
+            connection.flush,
+            lambda: connection.read(lost * BLOCK, 512),
+            lambda: connection.write(lost * BLOCK, b"again" * 100),
+            connection.flush,
+        ):
+            with pytest.raises(NbdError) as caught:
+                action()
+            assert caught.value.code == 5
+        other.write(BLOCK, b"q" * BLOCK)
+        other.flush()
+    server.die()
+    server.start()
+    with Connection.open(str(server.socket), timeout_s=60) as connection:
+        connection.negotiate("disk")
+        with pytest.raises(NbdError):
+            connection.flush()
+    wait_for("nobody uses it", lambda: server.cli("volume", "delete", "disk", status=None).returncode == 0)
+
+
 def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices: Devices) -> None:
     """What it held cannot be read, and says so; everything else can."""
     device = devices.closed.copy()
@@ -254,6 +290,7 @@ def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices:
     assert read_all(server, "disk") == lost
     assert read_all(server, "two") == []
     assert server.json("scrub", "--rate", "0", status=1)["lost_pages"] == 1
+    written_and_kept(server, lost[0])
     wait_for("it still serves", lambda: server.serves())
 
 

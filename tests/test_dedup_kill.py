@@ -45,7 +45,13 @@ class Load:
         length = room - (offset - start) - (chance.randrange(BLOCK - 1) if chance.random() < 0.3 else 0)
         length = max(1, min(length, start + room - offset))
         stage, volume, data = self.stage, self.volume, None
-        match chance.choice(["write", "write", "write", "fua", "read", "read", "trim", "zero", "promise", "cache"]):
+        kinds = ["write", "write", "write", "fua", "posted", "posted", "read", "read"]
+        kinds += ["trim", "zero", "promise", "cache"]
+        match chance.choice(kinds):
+            case "posted":
+                payload = b"".join(block(chance.randrange(400)) for _ in range(min(room // BLOCK, 16)))
+                request = stage.write(volume, start, payload, lib.ATOLL_FLAG_POSTED)
+                self.expected[start : start + len(payload)] = payload
             case "write" | "fua" as kind:
                 content = chance.randrange(4)
                 payload = b"".join(block(content * 100 + i % 3) for i in range(length // BLOCK + 1))[:length]
@@ -296,6 +302,12 @@ def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None
         expected = bytearray(SIZE)
         for _ in range(12):
             for _ in range(6):
+                if chance.random() < 0.5:  # as many as there is room for; most are not applied when all die
+                    first, blocks = chance.randrange(SIZE // BLOCK - 3), chance.randint(1, 3)
+                    data = b"".join(block(chance.randrange(500)) for _ in range(blocks))
+                    stage.post(volume, first * BLOCK, data)
+                    expected[first * BLOCK : first * BLOCK + len(data)] = data
+                    continue
                 offset = chance.randrange(SIZE - 1)
                 length = min(chance.randrange(1, 9 * BLOCK), SIZE - offset)
                 data = b"".join(block(chance.randrange(500)) for _ in range(9))[:length]

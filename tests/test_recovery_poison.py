@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nbdclient import Command, Connection, ErrorCode, request_bytes
+from nbdclient import Command, CommandFlag, Connection, ErrorCode, request_bytes
 from nbdclient import Request as NbdRequest
 from recoverybugs import CRASH, ENDLESS
 from recoverykit import Eyes, Load, check_all, check_nothing_left, patiently, rows, settled
@@ -28,9 +28,13 @@ def trapped(make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch)
     ).start()
 
 
+@pytest.mark.parametrize("posted", [False, True], ids=["awaited", "posted"])
 @pytest.mark.parametrize("text", [CRASH, ENDLESS], ids=["crash", "hang"])
-def test_a_write_that_crashes_dedup(trapped: Server, text: bytes) -> None:
-    """Its first page arrives, the trap is set on it, then the rest arrives and dedup executes it."""
+def test_a_write_that_crashes_dedup(trapped: Server, text: bytes, posted: bool) -> None:
+    """Its first page arrives, the trap is set on it, then the rest arrives and dedup executes it.
+
+    One that its client waits for (here: FUA) is refused. One that has been answered is kept, unseen: it can be read,
+    and no flush succeeds before it is overwritten."""
     server = trapped
     with (
         Eyes(server) as eyes,
@@ -43,7 +47,7 @@ def test_a_write_that_crashes_dedup(trapped: Server, text: bytes) -> None:
         bystander.write(1 << 20, b"innocent" * 512)
         began = eyes.incarnation("dedup")
         poison = text.ljust(8192, b"!")
-        request = NbdRequest(Command.WRITE, 0, 77, 0, len(poison))
+        request = NbdRequest(Command.WRITE, 0 if posted else CommandFlag.FUA, 77, 0, len(poison))
         culprit.decoder.expect(request)
         culprit.send(request_bytes(request, poison[:-1]))
         wait_for("the trap is set", lambda: call_bug(server, "trap")["pages"] >= 1)
@@ -51,20 +55,32 @@ def test_a_write_that_crashes_dedup(trapped: Server, text: bytes) -> None:
         writes = [bystander.submit(Command.WRITE, (2 << 20) + at * 4096, payload=b"%4096d" % at) for at in range(20)]
         culprit.send(poison[-1:])
         result = culprit.wait(77)
-        assert result.error is not None and result.error.code == ErrorCode.EIO
+        assert (result.error is None) == posted
+        assert posted or result.error.code == ErrorCode.EIO
         for cookie in reads:
             assert bystander.wait(cookie).check().data == b"innocent" * 512
         for cookie in writes:
             bystander.wait(cookie).check()
         assert bystander.read(2 << 20, 20 * 4096) == b"".join(b"%4096d" % at for at in range(20))
-        assert bystander.read(0, 8192) == bytes(8192)
+        assert bystander.read(0, 8192) == (poison if posted else bytes(8192))
+        if posted:
+            assert flushed(culprit) == ErrorCode.EIO
         assert eyes.incarnation("dedup") - began == 2
         load.goes_on("the poison")
         culprit.write(0, b"well" * 1024)
         assert culprit.read(0, 4096) == b"well" * 1024
+        if posted:
+            assert flushed(culprit) == ErrorCode.EIO, "half of it is still there"
+            culprit.write(4096, b"well" * 1024)
+        assert flushed(culprit) is None
         load.goes_on("the end of the trap")
     check_all(server)
     check_nothing_left(server)
+
+
+def flushed(connection: Connection) -> ErrorCode | None:
+    error = connection.wait(connection.submit(Command.FLUSH)).error
+    return None if error is None else ErrorCode(error.code)
 
 
 def call_bug(server: Server, kind: str) -> dict:

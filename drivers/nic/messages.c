@@ -1,7 +1,10 @@
 /*
- * Messages from nbd (REPLY, NEXT) and dedup (GIVE_BACK): copied, checked against the slot they name, applied.
+ * Messages from nbd (REPLY, NEXT, END) and dedup (GIVE_BACK): copied, checked against the slot they name, applied.
  *
  * A message that fits no slot, or comes out of turn, is refused and counted; it changes nothing (I8).
+ *
+ * A REPLY that is POSTED answers a WRITE that dedup has perhaps not applied: what the write was is noted in the public part, for the case
+ * that all domains die, and its pages stay as they are until END.
  *
  * After a crash: messages of a step that did not commit are in the ring again.
  */
@@ -32,6 +35,43 @@ static void on_next(struct nic *nic, struct nic_slot *slot, const struct atoll_d
     nic_receive_next(nic, slot);
 }
 
+/* What a posted WRITE is, for whoever comes after the death of all. False: such a request is not posted. */
+static bool note_posted(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
+{
+    uint32_t bank = slot->lent_part % NIC_PART_LISTS;
+    struct atoll_posted *posted = &nic->public->posted[slot - nic->area->slots];
+    if (!(slot->flags & NIC_SLOT_LENT) || slot->state != NIC_SLOT_REQUEST || slot->segments[bank] != 1 ||
+        slot->part_bytes[bank] != slot->payload_bytes ||
+        (message->flags & (ATOLL_FLAG_LAST | ATOLL_FLAG_CLOSE | ATOLL_FLAG_DISCARD | ATOLL_FLAG_TAKEN)) != ATOLL_FLAG_LAST)
+        return false;
+    if (posted->order != 0) /* of an earlier run; dedup has taken it over */
+        atoll_save(nic->journal, posted, sizeof *posted);
+    *posted = (struct atoll_posted){.identity = message->identity,
+                                    .address = nic_segments(nic, slot, slot->lent_part)[0].address,
+                                    .offset = message->words[1],
+                                    .length = slot->payload_bytes,
+                                    .volume = message->halves[4],
+                                    .generation = message->halves[5]};
+    atoll_set64(nic->journal, &nic->public->posted_order, nic->public->posted_order + 1);
+    atoll_set64(nic->journal, &posted->order, nic->public->posted_order);
+    nic->hints[slot->connection].posted++;
+    return true;
+}
+
+static void on_end(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
+{
+    if (!(slot->flags & NIC_SLOT_POSTED)) {
+        refuse(nic);
+        return;
+    }
+    part_returned(nic, slot, message->flags & ATOLL_FLAG_TAKEN);
+    atoll_set64(nic->journal, &nic->public->posted[slot - nic->area->slots].order, 0);
+    nic_set32(nic, &slot->flags, slot->flags & ~(uint32_t)NIC_SLOT_POSTED);
+    nic->hints[slot->connection].posted--;
+    if (!(slot->flags & NIC_SLOT_QUEUED))
+        nic_slot_free(nic, slot);
+}
+
 static void on_reply(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *message)
 {
     bool last = message->flags & ATOLL_FLAG_LAST;
@@ -41,7 +81,13 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
         nic_gone(nic, connection);
         return;
     }
-    if ((slot->flags & NIC_SLOT_LENT) && (last || (message->flags & ATOLL_FLAG_TAKEN)))
+    bool posted = message->flags & ATOLL_FLAG_POSTED;
+    if (posted && !note_posted(nic, slot, message)) {
+        refuse(nic);
+        nic_gone(nic, connection);
+        return;
+    }
+    if ((slot->flags & NIC_SLOT_LENT) && !posted && (last || (message->flags & ATOLL_FLAG_TAKEN)))
         part_returned(nic, slot, message->flags & ATOLL_FLAG_TAKEN);
     slot->reply_address = message->address; /* not queued: unreferenced */
     slot->reply_length = message->length;
@@ -50,7 +96,7 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
     slot->reply_part = message->part;
 
     if (last) {
-        nic_set32(nic, &slot->flags, slot->flags | NIC_SLOT_ANSWERED);
+        nic_set32(nic, &slot->flags, slot->flags | NIC_SLOT_ANSWERED | (posted ? NIC_SLOT_POSTED : 0));
         if (slot->state == NIC_SLOT_OPEN || slot->state == NIC_SLOT_OPTION) {
             uint32_t framing = message->halves[0];
             if (framing != ATOLL_FRAMING_KEEP && nic_frame_header_bytes(framing) != 0)
@@ -95,6 +141,8 @@ static void from_nbd(struct nic *nic, const struct atoll_descriptor *message)
         on_reply(nic, &nic->area->connections[index], slot, message);
     else if (message->opcode == ATOLL_OP_NEXT)
         on_next(nic, slot, message);
+    else if (message->opcode == ATOLL_OP_END)
+        on_end(nic, slot, message);
     else
         refuse(nic);
     nic->domain->self->current = 0;

@@ -162,7 +162,8 @@ enum nic_slot_flag {
     NIC_SLOT_COMPLETE = 8,  /* part `part` is received */
     NIC_SLOT_ABORTED = 16,  /* no more payload will come */
     NIC_SLOT_QUEUED = 32,   /* its reply is in the send queue */
-    NIC_SLOT_ANSWERED = 64  /* nbd sent LAST */
+    NIC_SLOT_ANSWERED = 64, /* nbd sent LAST */
+    NIC_SLOT_POSTED = 128   /* and END is still to come: the part stays lent until then */
 };
 
 struct nic_slot {
@@ -352,6 +353,7 @@ struct nic_hint {
     uint32_t asked;            /* bytes that the pending receive asked for; 0 unknown */
     uint32_t asked_send;
     uint32_t reply_pages;      /* of its slots */
+    uint32_t posted;           /* of its slots: answered, END to come; they count for none of its limit */
     uint64_t linger_until_ns;
     uint64_t poll;             /* user_data of its poll in the ring */
 };
@@ -501,6 +503,8 @@ void nic_pages_change(struct nic *nic, const struct atoll_segment *segments, uin
 void nic_page_give_back(struct nic *nic, uint32_t page);
 void nic_pages_committed(struct nic *nic);
 void nic_pages_adopt(struct nic *nic, const uint8_t *held, uint64_t held_count);
+/* After that: the pages of these bytes are dedup's, too. Outside of transactions. */
+void nic_pages_keep(struct nic *nic, uint64_t address, uint64_t length);
 void nic_pages_count(const struct nic *nic, struct nic_status *status);
 
 /* connection.c */

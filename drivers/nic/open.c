@@ -95,7 +95,18 @@ static int make_fresh(struct nic *nic, char *error)
     return 0;
 }
 
-/* All of an earlier run are dead: sockets and peers' tables are gone, pages are dedup's exactly where it says so. */
+/* Posted writes that the dedup of the earlier run had perhaps not applied: its successor does so, and their pages are its own. What it has
+ * taken over already, in an adoption that was cut short, it holds. */
+static void keep_posted(struct nic *nic, uint64_t adopted)
+{
+    for (uint32_t index = 0; index < ATOLL_SLOT_COUNT; index++) {
+        const struct atoll_posted *posted = &nic->public->posted[index];
+        if (posted->order > adopted)
+            nic_pages_keep(nic, posted->address, posted->length);
+    }
+}
+
+/* All of an earlier run are dead: sockets and peers' tables are gone, pages are dedup's exactly where it says so, and where it will. */
 static int adopt(struct nic *nic, char *error)
 {
     struct atoll_domain *domain = nic->domain;
@@ -105,7 +116,7 @@ static int adopt(struct nic *nic, char *error)
         return -EINVAL;
     }
     const uint8_t *held = 0;
-    uint64_t count = 0;
+    uint64_t count = 0, adopted = UINT64_MAX;
     if (dedup != 0) {
         uint64_t offset = dedup->role_offset;
         const struct atoll_dedup_public *public = (const void *)((const char *)dedup + offset);
@@ -114,6 +125,7 @@ static int adopt(struct nic *nic, char *error)
             return -EINVAL;
         }
         uint64_t address = public->held_address;
+        adopted = atoll_load_acquire(&public->posted_adopted); /* before `held`: what it counts stands there */
         count = public->held_count;
         if (count > nic->area->page_count)
             count = nic->area->page_count;
@@ -126,6 +138,7 @@ static int adopt(struct nic *nic, char *error)
     nic->chunks = (void *)((char *)nic->public + nic->area->chunks_offset);
     clear_tables(nic);
     nic_pages_adopt(nic, held, count);
+    keep_posted(nic, adopted);
     return 0;
 }
 
@@ -149,6 +162,7 @@ static void make_lists(struct nic *nic)
         } else {
             nic->reply_pages += slot->reply_pages;
             nic->hints[slot->connection].reply_pages += slot->reply_pages;
+            nic->hints[slot->connection].posted += (slot->flags & NIC_SLOT_POSTED) != 0;
         }
     }
     for (uint32_t index = NIC_STREAM_COUNT; index-- > 0;)

@@ -267,6 +267,15 @@ void nic_pages_adopt(struct nic *nic, const uint8_t *held, uint64_t held_count)
     }
 }
 
+void nic_pages_keep(struct nic *nic, uint64_t address, uint64_t length)
+{
+    uint64_t base = (uint64_t)(uintptr_t)nic->buffers, first = (address - base) / ATOLL_BLOCK_BYTES;
+    for (uint64_t page = first; page < first + length / ATOLL_BLOCK_BYTES && page < nic->area->page_count; page++) {
+        uint64_t *masks = &nic->chunks[page / NIC_CHUNK_PAGES].masks, bit = (uint64_t)1 << page % NIC_CHUNK_PAGES;
+        *masks = (*masks & ~bit) | bit << 32;
+    }
+}
+
 void nic_pages_count(const struct nic *nic, struct nic_status *status)
 {
     status->pages = nic->area->page_count;

@@ -352,7 +352,7 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
     assert(needed != 0);
     if (window->end - window->begin < needed)
         return PARSED_MORE;
-    if (connection->outstanding >= nic->limits.requests_per_connection)
+    if (connection->outstanding - nic->hints[nic_index(nic, connection)].posted >= nic->limits.requests_per_connection)
         return PARSED_BLOCKED; /* looked at again when a slot of it is freed */
     if (nic->message_budget == 0) {
         nic_schedule(nic, nic_index(nic, connection));

@@ -36,7 +36,8 @@ void nic_reply_done(struct nic *nic, struct nic_connection *connection, struct n
     (void)connection;
     nic_set32(nic, &slot->flags, slot->flags & ~(uint32_t)NIC_SLOT_QUEUED);
     if (slot->reply_flags & ATOLL_FLAG_LAST) {
-        nic_slot_free(nic, slot);
+        if (!(slot->flags & NIC_SLOT_POSTED)) /* else END frees it */
+            nic_slot_free(nic, slot);
         return;
     }
     struct atoll_descriptor message = {.opcode = ATOLL_OP_SENT, .identity = nic_identity(nic, slot), .part = slot->reply_part};

@@ -29,6 +29,7 @@ COUNTERS: tuple[str, ...] = (
     *("flush_failures", "threshold_blocks", "held_back_blocks"),
     *("tier_read_blocks", "tier_copied_blocks", "tier_shared_blocks", "tier_evictions", "tier_kept_out"),
     *("tier_skipped", "tier_mismatches", "tier_read_errors", "tier_aways"),
+    "posted_adopted",
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
     *("leaves_made", "fingerprint_evictions"),
@@ -76,6 +77,7 @@ def _sizes(config: dict[str, Any]) -> Any:
     sizes.fingerprint_slots = dedup["fingerprint_entries"]
     sizes.log_blocks = dedup.get("metadata_log_bytes", 0) // BLOCK_BYTES
     sizes.destage_delay_ms = dedup["destage_delay_ms"]
+    sizes.posted_blocks = dedup.get("posted_blocks", 0)
     if config.get("fast_device_bytes"):
         fast_blocks = config["fast_device_bytes"] // BLOCK_BYTES
         sizes.tier_places = lib.dedup_tier_places(fast_blocks, dedup["tier_entries"])
@@ -83,6 +85,10 @@ def _sizes(config: dict[str, Any]) -> Any:
     sizes.track_blocks = dedup["track_bytes"] // BLOCK_BYTES
     if sizes.track_blocks < lib.ATOLL_THRESHOLD_MAX:
         raise ValueError(f"dedup.track_bytes is {dedup['track_bytes']}, at least 256 KiB are needed")
+    if sizes.posted_blocks > lib.ATOLL_POSTED_BLOCKS:
+        raise ValueError(
+            f"dedup.posted_blocks is {sizes.posted_blocks}, at most {lib.ATOLL_POSTED_BLOCKS} are possible"
+        )
     if sizes.metadata_frames < 512:
         raise ValueError(f"dedup.metadata_cache_bytes is {dedup['metadata_cache_bytes']}, at least 2 MiB are needed")
     if sizes.cache_pages < 512:

@@ -51,7 +51,8 @@ enum dedup_counter {
     DEDUP_COUNTER_TIER_MISMATCHES = 44,    /* read there, and not what it should be: read from the main device instead */
     DEDUP_COUNTER_TIER_READ_ERRORS = 45,   /* likewise: the fast device failed */
     DEDUP_COUNTER_TIER_AWAYS = 46,         /* times that the fast device was given up for a while */
-    DEDUP_COUNTER_DATAPATH_COUNT = 47
+    DEDUP_COUNTER_POSTED_ADOPTED = 47,     /* posted writes applied after the death of all */
+    DEDUP_COUNTER_DATAPATH_COUNT = 48
 };
 /* cffi:end */
 

@@ -170,7 +170,7 @@ void dp_sweep(struct datapath *dp)
             break;
         if (slot->state != SLOT_DONE)
             continue;
-        uint32_t done = atoll_load_acquire(&dp->nic_done[number]); /* SP-DONE */
+        uint32_t done = atoll_load_acquire(&dp->nic_public->done[number]); /* SP-DONE */
         if ((int32_t)(done - atoll_identity_sequence(slot->identity)) >= 0)
             slot_unpin(dp, slot);
     }
@@ -212,8 +212,14 @@ static void finish(struct datapath *dp, uint32_t number)
     struct dp_slot *slot = &dp->arena->slots[number];
     slot->state = SLOT_DONE;
     slot->phase = PHASE_START;
+    if (dp->posted_count != 0)
+        posted_over(dp, number);
     if (slot->status != ATOLL_OK)
         slot_unpin(dp, slot);
+    if (number >= ATOLL_SLOT_COUNT) { /* nobody waits for it */
+        slot->state = SLOT_FREE;
+        return;
+    }
     ATOLL_CRASH_POINT(dp->domain, "dedup.done.before");
     send_done(dp, number);
     ATOLL_CRASH_POINT(dp->domain, "dedup.done.after");
@@ -310,10 +316,26 @@ enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum 
     return OUTCOME_DONE;
 }
 
+/* What the request touches is in the hands of a posted write that cannot be applied; the slot's status is that one's. */
+static enum dp_outcome refuse_behind(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
+{
+    (void)number;
+    if (request->opcode == ATOLL_OP_WRITE)
+        write_refuse_payload(dp, request);
+    return OUTCOME_DONE;
+}
+
 static enum dp_outcome dispatch(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
 {
     if (dp->blocked & RESOURCE_PAGE) /* one that is older lacks pages of metadata */
         return OUTCOME_RETRY;
+    if (__builtin_expect(dp->posted_count != 0, 0)) {
+        uint32_t status;
+        if (posted_before(dp, &dp->arena->slots[number], request, &status)) {
+            dp->arena->slots[number].status = status;
+            return status == ATOLL_OK || posted_request(request) ? OUTCOME_RETRY : refuse_behind(dp, number, request);
+        }
+    }
     switch (request->opcode) {
     case ATOLL_OP_READ: return exec_read(dp, number, request);
     case ATOLL_OP_WRITE: return exec_write(dp, number, request);
@@ -331,6 +353,9 @@ static enum dp_outcome dispatch(struct datapath *dp, uint32_t number, const stru
 static void execute(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
 {
     struct dp_slot *slot = &dp->arena->slots[number];
+    bool posted = posted_request(request);
+    if (posted)
+        slot->status = ATOLL_OK; /* why the last attempt failed is history */
     dp->arena->current_part = slot->part;
     atoll_compiler_barrier();
     dp->domain->self->current = slot->identity;
@@ -343,6 +368,17 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
         finish(dp, number);
         return;
     }
+    if (posted && slot->status != ATOLL_OK) {
+        uint32_t kept = posted_keep(dp, number, request);
+        if (kept != DP_NO_SLOT) {
+            queue_retry(dp, kept);
+            slot->status = ATOLL_OK;
+            finish(dp, number);
+            return;
+        }
+    }
+    if (posted)
+        posted_wait(dp, number);
     if (request != &slot->request) {
         atoll_save(dp->journal, &slot->request, sizeof slot->request);
         slot->request = *request;
@@ -433,6 +469,8 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     if (__builtin_expect(find_suspect(dp, message->identity, message->part) != 0, 0)) {
         atoll_save(dp->journal, &slot->request, sizeof slot->request);
         slot->request = *message;
+        if (posted_request(message))
+            posted_wait(dp, number);
         queue_retry(dp, number); /* executed alone, in a transaction of its own */
         dp->retry = true;
         return;
@@ -451,6 +489,8 @@ void datapath_resume(struct datapath *dp, uint32_t number)
         begin_flush(dp, number);
         break;
     default:
+        if (posted_request(&dp->arena->slots[number].request))
+            posted_wait(dp, number);
         queue_retry(dp, number);
     }
 }
@@ -474,6 +514,16 @@ static void execute_again(struct datapath *dp, uint32_t number)
     slot_save(dp, slot);
     if (__builtin_expect(suspect == 0, 1)) {
         execute(dp, number, &slot->request);
+        return;
+    }
+    if (suspect->crashes >= 2 && posted_request(&slot->request)) {
+        atoll_count(dp->domain, DEDUP_COUNTER_POISONED, 1);
+        dp->unseen = true; /* acknowledged: it is kept, and nobody looks at it */
+        execute(dp, number, &slot->request);
+        dp->unseen = false;
+        datapath_commit(dp);
+        if (slot->state != SLOT_ACCEPTED)
+            suspect->crashes = 0;
         return;
     }
     if (suspect->crashes >= 2) {
@@ -517,6 +567,12 @@ static bool run_retry(struct datapath *dp)
     return dp->retry_count < count || dp->retry;
 }
 
+/* A page that the device did not take, or one of this volume that is never to be destaged. (One of another volume is not waited for.) */
+static bool is_unflushable(const struct datapath *dp, uint32_t volume)
+{
+    return dp->arena->failed_records != dp->arena->aside_records || dp->arena->aside[volume % ATOLL_VOLUME_COUNT] != 0;
+}
+
 /* Finishes the flushes that are reached; the others stay queued. */
 static bool run_flushes(struct datapath *dp)
 {
@@ -538,7 +594,7 @@ static bool run_flushes(struct datapath *dp)
             continue;
         }
         slot_save(dp, slot);
-        if (slot->phase == PHASE_DESTAGE && dp->arena->failed_records != 0 && tried) {
+        if (slot->phase == PHASE_DESTAGE && is_unflushable(dp, slot->request.halves[4]) && tried) {
             over = true;
             status = ATOLL_EUNFLUSHED;
         } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
@@ -578,6 +634,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     uint64_t wake = 0;
     if (++dp->sweep_age >= 1024 || dp->arena->pinned_records > dp->log_limbo_count || dp->blocked != 0)
         dp_sweep(dp);
+    posted_settle(dp);
     if (dp->retry_count == 0)
         dp->retry = false, dp->blocked = 0, dp->space_target = 0;
     else if (dp->retry || dp->now_ms - dp->retry_ms >= 5)

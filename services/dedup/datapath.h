@@ -73,6 +73,8 @@
 #define DP_SCRUB_PAGES 64
 #define DP_SCRUB_DAMAGED 64
 #define DP_SCRUB_REFERRERS 4
+/* Request slots: nbd's, and those of posted writes that were taken over after the death of all. */
+#define DP_SLOTS (ATOLL_SLOT_COUNT + ATOLL_POSTED_BLOCKS)
 /* Blocks that one step can put into the look-up table; more are not put there. */
 #define DP_LOOKUP_NOTES 4096
 /* Pages that the read cache makes free at once when it has none: one look at who uses them serves all. */
@@ -225,6 +227,7 @@ struct dp_arena {
     uint64_t next_order, next_acceptance;
     uint64_t log_records;        /* not FREE and not RETURNING */
     uint64_t failed_records;     /* FAILED, CORRUPT or POISON */
+    uint64_t aside_records;      /* of these: CORRUPT or POISON */
     uint64_t pinned_records;     /* RECORD_PINNED */
     uint64_t control_number;     /* last control call that changed something */
     uint64_t adopting;           /* 1: adoption has begun and is to be begun again */
@@ -232,13 +235,14 @@ struct dp_arena {
     uint32_t returning;          /* head of the RETURNING list */
     uint32_t pinned_count;
     uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
+    uint32_t aside[ATOLL_VOLUME_COUNT]; /* the same by volume: of no concern to the flushes of others */
     uint32_t current_part;       /* with header.current: not transactional */
     /* Records that are being destaged at this moment, for whoever finds out what crashed: not transactional. */
     uint32_t handled_count;
     uint32_t handled[DP_RUN_RECORDS];
     struct dp_scrub scrub;
     struct dp_run runs[DP_RUNS];
-    struct dp_slot slots[ATOLL_SLOT_COUNT];
+    struct dp_slot slots[DP_SLOTS];
 };
 
 /* A damaged or unreadable place, for the log. */
@@ -277,20 +281,27 @@ struct datapath {
     uint64_t nic_buffer, merge_buffer, zero_buffer, scrub_buffer; /* addresses */
     struct dp_pool pools[DP_POOLS];
     struct tier tier;
-    const uint32_t *nic_done;   /* atoll_nic_public.done */
+    const struct atoll_nic_public *nic_public;
     uint64_t destage_delay_ms;
     uint64_t track_blocks;      /* a run that is shared stands on one track of so many */
 
     /* queues of waiting slots: singly linked through slot_next */
-    uint16_t slot_next[ATOLL_SLOT_COUNT];
+    uint16_t slot_next[DP_SLOTS];
     uint32_t retry_head, retry_tail, retry_count;
     uint32_t flush_head, flush_tail, flush_count;
-    uint64_t flush_since[ATOLL_SLOT_COUNT]; /* destage_failures when the flush was asked: one that came before is not its own */
+    uint64_t flush_since[DP_SLOTS]; /* destage_failures when the flush was asked: one that came before is not its own */
     uint16_t *page_waiters;     /* per cache page: head of the READs that wait for it, DP_NO_SLOT none */
     bool retry;                 /* something happened for which waiting requests may have waited */
     bool ranges;                /* a TRIM or ZERO goes on in the next step */
     uint64_t retry_ms;          /* when waiting requests were last tried */
     uint32_t blocked;           /* bit mask of enum dp_resource that an earlier waiter lacks */
+
+    uint16_t posted[DP_SLOTS];  /* slots of posted writes that wait (datapath_posted.c) */
+    uint32_t posted_count;
+    uint32_t posted_most;       /* blocks of them that may be on their way; configuration */
+    uint64_t posted_ms;         /* when one last came */
+    bool posted_keeps;          /* space is kept for them */
+    bool posted_ends;           /* the store is about to be closed: no more of them */
 
     uint32_t *merge_free;
     uint32_t merge_free_count;
@@ -334,6 +345,7 @@ struct datapath {
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
     bool asked;                 /* requests have come in this step */
+    bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
     bool shared;                /* who else works for them runs on this processor */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
     uint64_t resume_ns;         /* the next one, while requests come */
@@ -439,6 +451,33 @@ void log_attach(struct datapath *dp);
 void log_committed(struct datapath *dp);                 /* after each commit: pages freed before it can be used */
 uint32_t merge_take(struct datapath *dp);                /* record number of a free merge page, or DP_NONE */
 void merge_put(struct datapath *dp, uint32_t record);    /* back, unused */
+
+/* `held`, for a page that is not in the log. */
+void log_hold(struct datapath *dp, uint32_t page, bool hold);
+
+/* --- datapath_posted.c ------------------------------------------------------------------------------------------------- */
+bool posted_request(const struct atoll_descriptor *request);
+/* The slot's posted write waits; it does not any more. */
+void posted_wait(struct datapath *dp, uint32_t number);
+void posted_over(struct datapath *dp, uint32_t number);
+/* True if `request`, of `slot`, must be executed after a posted write that waits; *status other than OK: that one cannot be had, and
+ * neither can this. */
+bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t *status);
+/* How many of those that wait cannot be applied for the time being. */
+uint32_t posted_failing(const struct datapath *dp);
+/* The slot's posted write, whose status says why it cannot be applied, gets a slot that nbd does not know, and waits there. Returns its number;
+ * DP_NO_SLOT: it has one, or none is free. */
+uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
+/* Space for them is kept. */
+void posted_attach(struct datapath *dp);
+/* Ends posting; true if nothing is on its way any more and their space is anybody's. */
+bool posted_shut(struct datapath *dp);
+/* Once a step: posting begins or ends with the room that there is. */
+void posted_settle(struct datapath *dp);
+/* True if the page is of one that was taken over after the death of all and is not applied yet. For the checker. */
+bool posted_holds(const struct datapath *dp, uint32_t page);
+/* First thing after the death of all, while slots still say what was applied. Commits. */
+void posted_adopt(struct datapath *dp);
 
 /* --- datapath_cache.c ------------------------------------------------------------------------------------------------ */
 void cache_attach(struct datapath *dp);

@@ -132,12 +132,13 @@ static void check_records(struct datapath *dp, struct check *check)
     struct findings *findings = &check->findings;
     const uint8_t *named = check->named;
     const struct dp_arena *arena = dp->arena;
-    uint64_t live = 0, failed = 0, pinned = 0, listed = 0, logged = 0, in_runs = 0, members = 0;
+    uint64_t live = 0, failed = 0, aside = 0, pinned = 0, listed = 0, logged = 0, in_runs = 0, members = 0;
     for (uint64_t record = 0; record < dp->record_count; record++) {
         const struct dp_record *r = &dp->records[record];
         bool current = r->state >= RECORD_LOGGED && r->state <= RECORD_WRITING;
         live += r->state != RECORD_FREE && r->state != RECORD_RETURNING;
         failed += current && (r->flags & ~(RECORD_SUSPECT | RECORD_CONDEMNED)) != 0;
+        aside += current && (r->flags & RECORD_ASIDE) != 0;
         pinned += r->state == RECORD_PINNED;
         logged += r->state == RECORD_LOGGED && !(r->flags & RECORD_ASIDE);
         in_runs += r->state == RECORD_MATCHING || r->state == RECORD_WRITING || r->state == RECORD_DROPPED;
@@ -145,15 +146,16 @@ static void check_records(struct datapath *dp, struct check *check)
         if (named[record] != (current ? 1 : 0) &&
             !(current && dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY))
             found(findings, "log record %llu (state %u) is named %u times by the map", U(record), r->state, named[record]);
-        if (record < arena->nic_pages && (dp->held[record] != 0) != (r->state != RECORD_FREE))
+        if (record < arena->nic_pages && (dp->held[record] != 0) != (r->state != RECORD_FREE) && !posted_holds(dp, (uint32_t)record))
             found(findings, "page %llu: held says %u, its record's state is %u", U(record), dp->held[record], r->state);
-        if (current && !(r->flags & RECORD_CORRUPT) &&
+        bool unseen = (r->flags & RECORD_POISON) && print_equal(r->print, (struct fingerprint){0}); /* datapath_posted.c */
+        if (current && !(r->flags & RECORD_CORRUPT) && !unseen &&
             !print_equal(dp_fingerprint(record_page(dp, (uint32_t)record)), r->print))
             found(findings, "log record %llu: page is not what was acknowledged", U(record));
     }
-    if (live != arena->log_records || failed != arena->failed_records || pinned != arena->pinned_records)
-        found(findings, "records: %llu live, %llu failed, %llu pinned; counts say %llu, %llu, %llu", U(live), U(failed),
-              U(pinned), U(arena->log_records), U(arena->failed_records), U(arena->pinned_records));
+    if (live != arena->log_records || failed != arena->failed_records || aside != arena->aside_records || pinned != arena->pinned_records)
+        found(findings, "records: %llu live, %llu failed, %llu aside, %llu pinned; counts say %llu, %llu, %llu, %llu", U(live), U(failed),
+              U(aside), U(pinned), U(arena->log_records), U(arena->failed_records), U(arena->aside_records), U(arena->pinned_records));
     uint32_t before = DP_NONE;
     for (uint32_t record = arena->log_head; record != DP_NONE && listed <= dp->record_count; record = dp->records[record].next) {
         const struct dp_record *r = &dp->records[record];

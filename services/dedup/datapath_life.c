@@ -139,7 +139,7 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
         arena->tier_places = geometry->tier_places;
         arena->next_order = arena->next_acceptance = 1;
         arena->log_head = arena->log_tail = arena->returning = DP_NONE;
-        for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++)
+        for (uint32_t number = 0; number < DP_SLOTS; number++)
             arena->slots[number].pinned_place = DP_NONE;
     }
     struct dp_geometry kept = {arena->nic_pages, arena->merge_pages, arena->cache_pages, arena->tier_pages, arena->tier_places};
@@ -182,7 +182,7 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
         free(dp);
         return 0;
     }
-    dp->nic_done = ((const struct atoll_nic_public *)(uintptr_t)(atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset))->done;
+    dp->nic_public = (const void *)(uintptr_t)(atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset);
     dp->now_ms = atoll_now_ns() / 1000000;
     dedup->datapath = dp;
     attach_tier(dp, (char *)memory + parts.tier, fresh);
@@ -204,9 +204,9 @@ static int by_acceptance(const void *a, const void *b)
 
 void datapath_recover(struct datapath *dp)
 {
-    const struct dp_slot *waiting[ATOLL_SLOT_COUNT];
+    const struct dp_slot *waiting[DP_SLOTS];
     uint32_t count = 0;
-    for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++)
+    for (uint32_t number = 0; number < DP_SLOTS; number++)
         if (dp->arena->slots[number].state == SLOT_ACCEPTED)
             waiting[count++] = &dp->arena->slots[number];
     qsort(waiting, count, sizeof waiting[0], by_acceptance);
@@ -220,6 +220,7 @@ void datapath_adopt(struct datapath *dp, bool quarantine)
     struct dp_arena *arena = dp->arena;
     /* In pieces, each a transaction; a successor that finds `adopting` set begins again. */
     *(volatile uint64_t *)&arena->adopting = 1;
+    posted_adopt(dp);
     for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++) {
         struct dp_slot *slot = &arena->slots[number];
         slot_save(dp, slot);

@@ -192,11 +192,16 @@ static void set_flags(struct datapath *dp, uint32_t record, uint16_t flags)
     bool was = (r->flags & ~no_failure) != 0, is = (flags & ~no_failure) != 0;
     if (r->flags == flags)
         return;
+    bool was_aside = (r->flags & RECORD_ASIDE) != 0, is_aside = (flags & RECORD_ASIDE) != 0;
     uint64_t *word = (uint64_t *)(void *)&r->volume; /* volume, flags and logged_ms share an aligned word */
     atoll_save(dp->journal, word, 8);
     r->flags = flags;
     if (was != is)
         dp_set64(dp, &dp->arena->failed_records, dp->arena->failed_records + (is ? 1 : (uint64_t)-1));
+    if (was_aside != is_aside) {
+        dp_set64(dp, &dp->arena->aside_records, dp->arena->aside_records + (is_aside ? 1 : (uint64_t)-1));
+        dp_set32(dp, &dp->arena->aside[r->volume], dp->arena->aside[r->volume] + (is_aside ? 1 : (uint32_t)-1));
+    }
 }
 _Static_assert(offsetof(struct dp_record, volume) % 8 == 0, "saved as a word");
 
@@ -223,6 +228,8 @@ static void set_held(struct datapath *dp, uint32_t page, uint8_t value)
     dp_set64(dp, word, (*word & ~mask) | bits); /* little-endian, as is every machine Atoll runs on */
 }
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "set_held");
+
+void log_hold(struct datapath *dp, uint32_t page, bool hold) { set_held(dp, page, hold); }
 
 static bool give_message(struct datapath *dp, const uint32_t *pages, uint32_t count)
 {

@@ -208,7 +208,7 @@ static bool in_force(const struct datapath *dp, uint32_t slot, uint64_t use)
 {
     if (use == 0)
         return false;
-    uint32_t done = atoll_load_acquire(&dp->nic_done[slot]); /* SP-DONE */
+    uint32_t done = atoll_load_acquire(&dp->nic_public->done[slot]); /* SP-DONE */
     return (int32_t)(done - atoll_use_sequence(use)) < 0;
 }
 

@@ -213,10 +213,17 @@ static enum store_want frees_as_much(struct datapath *dp, const uint64_t *values
 }
 
 /* Reserves space for `blocks`, which are those of `values` that need it. DONE: reserved, or the slot's status is ENOSPC. */
-static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, uint64_t blocks, const uint64_t *values, uint32_t count)
+static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, bool posted, uint64_t blocks, const uint64_t *values,
+                               uint32_t count)
 {
     bool frees = false;
     if (blocks == 0 || (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks)))
+        return OUTCOME_DONE;
+    if (posted) /* never refused for want of space */
+        return store_reserve_posted(dp->dedup, blocks) ? OUTCOME_DONE : OUTCOME_RETRY;
+    if (!posted_shut(dp)) /* what is kept for posted writes can be had soon */
+        return wait_for(dp, RESOURCE_SPACE);
+    if (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks))
         return OUTCOME_DONE;
     if (frees_as_much(dp, values, count, &frees) == STORE_WAIT)
         return dp_want_outcome(dp, slot, STORE_WAIT);
@@ -273,6 +280,8 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     enum store_want want = store_want_map(dp->dedup, volume, first, count, STORE_LOG);
     if (want != STORE_HAVE) {
         enum dp_outcome waits = dp_want_outcome(dp, slot, want);
+        if (posted_request(request)) /* it is kept, and tried again; meanwhile the slot's status is what flushes and others are told */
+            return OUTCOME_RETRY;
         return waits == OUTCOME_RETRY ? waits : refuse_write(dp, slot, pages, count);
     }
     map_values(dp, volume, first, count, values);
@@ -303,14 +312,14 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
         if (prepared == PREPARED_FAILED)
             return refuse_write(dp, slot, pages, count);
     }
-    enum dp_outcome outcome = reserve(dp, slot, needed - zero_count, values, count);
+    enum dp_outcome outcome = reserve(dp, slot, posted_request(request), needed - zero_count, values, count);
     /* A promised block (MAP_ZERO) has its space: the promise is given up and the space taken at once. */
     for (uint32_t index = 0; outcome == OUTCOME_DONE && slot->status == ATOLL_OK && zero_count != 0 && index < count; index++) {
         if (MAP_KIND(values[index]) != MAP_ZERO)
             continue;
         store_unmap(dp->dedup, volume, first + index, values[index]);
         values[index] = 0;
-        if (!store_reserve(dp->dedup, 1)) {
+        if (!store_reserve_posted(dp->dedup, 1)) { /* of the space that has just become free */
             store_unreserve(dp->dedup, needed - zero_count);
             slot->status = ATOLL_ENOSPC;
         } else {
@@ -328,13 +337,16 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     uint32_t done = 0;
     for (uint32_t which = 0; done < count; done++) {
         uint32_t record = pages[done];
-        if (done + 1 < count)
+        if (done + 1 < count && !dp->unseen)
             dp_prefetch(record_page(dp, pages[done + 1]));
         bool merged = which < ragged_count && ragged[which].lba == first + done;
         if (merged)
             record = merge(dp, &ragged[which++]);
         bool had = log_has_reservation(dp, values[done]);
-        slot->status = log_append(dp, record, volume, first + done, dp_fingerprint(record_page(dp, record)));
+        struct fingerprint print = dp->unseen ? (struct fingerprint){0} : dp_fingerprint(record_page(dp, record));
+        slot->status = log_append(dp, record, volume, first + done, print);
+        if (slot->status == ATOLL_OK && dp->unseen)
+            log_set_flag(dp, record, RECORD_POISON);
         if (slot->status != ATOLL_OK) {
             if (merged)
                 merge_put(dp, record);
@@ -371,7 +383,7 @@ static enum dp_outcome clear_block(struct datapath *dp, struct dp_slot *slot, ui
     if (store_want_base(dp->dedup, base) == STORE_WAIT)
         return dp_want_outcome(dp, slot, STORE_WAIT);
     if (promise && !had) {
-        enum dp_outcome outcome = reserve(dp, slot, 1, &value, 1);
+        enum dp_outcome outcome = reserve(dp, slot, false, 1, &value, 1);
         if (outcome != OUTCOME_DONE || slot->status != ATOLL_OK)
             return outcome;
     }
@@ -424,7 +436,7 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
     case PREPARED: break;
     }
     uint64_t values[2] = {ragged[0].value, ragged[count - 1].value};
-    enum dp_outcome outcome = reserve(dp, slot, needed, values, count);
+    enum dp_outcome outcome = reserve(dp, slot, false, needed, values, count);
     for (uint32_t index = 0; outcome == OUTCOME_DONE && slot->status == ATOLL_OK && index < count; index++) {
         uint32_t record = merge(dp, &ragged[index]);
         slot->status = log_append(dp, record, volume, ragged[index].lba, dp_fingerprint(record_page(dp, record)));

@@ -23,6 +23,9 @@
 
 /* Work after which others are let go first. */
 #define OFFER_NS 20000
+/* How long a posted write may lie before it is applied; and how long after the last one dedup dozes rather than sleeps. */
+#define DOZE_NS 1000000
+#define DOZE_AFTER_MS 5
 #define ROOT_MAGIC 0x746f6f7270756465u
 
 struct dedup_root {
@@ -110,6 +113,8 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
         return 0;
     }
     store_attach(dedup, area + layout.store, &store, made);
+    posted_attach(dp);
+    dp->posted_most = (uint32_t)config->posted_blocks;
     dp->destage_delay_ms = config->destage_delay_ms;
     dp->track_blocks = config->track_blocks;
     if (made) {
@@ -129,6 +134,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
         datapath_adopt(dp, quarantine);
         io_adopt(dedup);
         store_reopen(dedup);
+        datapath_recover(dp); /* posted writes */
         atoll_set64(domain->journal, &dp->arena->control_number, 0); /* the new kernel counts its calls from 1 */
         atoll_set64(domain->journal, &dp->arena->adopting, 0);
     } else {
@@ -154,6 +160,8 @@ static bool take_requests(struct dedup *dedup)
         if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
             break;
         place_note(&dedup->place, &message);
+        if (posted_request(&message))
+            dedup->datapath->posted_ms = dedup->datapath->now_ms;
         datapath_message(dedup->datapath, &message);
     }
     return taken != 0;
@@ -221,6 +229,7 @@ bool dedup_turn(struct dedup *dedup)
 /* Progress of a goal beyond serving. Returns 0 while it is not reached. */
 struct goal {
     uint32_t kind, phase;
+    uint32_t asked;           /* messages of nbd that were waiting when it was set: posted writes may be among them */
     uint64_t ticket, failures;
     uint32_t volume;          /* of DEDUP_GOAL_MAP: [lba, end) is still to be looked up */
     uint64_t lba, end;
@@ -265,6 +274,12 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
     if (goal->kind == DEDUP_GOAL_MAP)
         return look_at_map(dedup, goal);
     if (goal->phase == 0) {
+        dp->posted_ends = goal->kind == DEDUP_GOAL_CLOSE;
+        if (posted_failing(dp) != 0 && goal->kind != DEDUP_GOAL_SYNC)
+            return DEDUP_REASON_UNFLUSHED;
+        if ((int32_t)(goal->asked - dedup->domain->rings->rx[ATOLL_ROLE_NBD].head) > 0 ||
+            dp->posted_count != posted_failing(dp))
+            return 0;
         dp->drain = goal->kind != DEDUP_GOAL_SYNC;
         if (dp->drain && destage_pending_order(dp) != UINT64_MAX)
             return 0;
@@ -296,6 +311,7 @@ static void at_ease(struct dedup *dedup)
 {
     dedup->datapath->drain = false;
     dedup->datapath->tier.closing = false;
+    dedup->datapath->posted_ends = false;
 }
 
 /* Who always has more to do lets those who wait for their turn on this processor go first, now and then: the clients' requests are
@@ -309,10 +325,21 @@ static void offer(struct dedup *dedup)
     dedup->offered_ns = atoll_now_ns();
 }
 
+/* Nothing more to do. While posted writes come it dozes: nobody waits for them, and many at a time cost less. */
+static void rest(struct dedup *dedup, uint32_t ignored, uint64_t wake_ms)
+{
+    struct datapath *dp = dedup->datapath;
+    if (ignored == 0 && dp->now_ms - dp->posted_ms < DOZE_AFTER_MS)
+        atoll_domain_doze(dedup->domain, ATOLL_ROLE_NBD, DOZE_NS);
+    else
+        atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
+}
+
 static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
 {
     uint32_t kind = goal->kind;
     bool serve = kind != DEDUP_GOAL_LOAD;
+    goal->asked = dedup->domain->rings->rx[ATOLL_ROLE_NBD].head + atoll_domain_pending(dedup->domain, ATOLL_ROLE_NBD);
     /* Control messages wait while a control call is being answered; requests wait while the store is being loaded. */
     uint32_t ignored = kind == DEDUP_GOAL_SERVE ? 0 : 1u << ATOLL_ROLE_KERNEL;
     if (!serve)
@@ -343,7 +370,7 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
                 return DEDUP_REASON_TIMEOUT;
             }
         }
-        atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
+        rest(dedup, ignored, wake_ms);
     }
 }
 

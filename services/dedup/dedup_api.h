@@ -21,6 +21,7 @@ struct dedup_config {
     uint64_t tier_pages;        /* of the fast device's driver, all of them */
     uint64_t tier_places;       /* blocks on the fast device; 0: there is none */
     uint64_t track_blocks;      /* of the main device; at least ATOLL_THRESHOLD_MAX */
+    uint64_t posted_blocks;     /* of posted writes on their way at once, at most ATOLL_POSTED_BLOCKS; 0: none is posted */
 };
 
 /* Until when dedup_run runs. */

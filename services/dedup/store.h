@@ -175,6 +175,12 @@ bool store_reserve(struct dedup *dedup, uint64_t blocks);
 /* The same for blocks whose persistent value names a place with one reference, which becomes free when they are placed: a few
  * blocks are kept for these, so that a full device can be overwritten. */
 bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks);
+/* For a posted write, whose client has been answered: takes of what store_keep_posted keeps. */
+bool store_reserve_posted(struct dedup *dedup, uint64_t blocks);
+/* So many blocks are promised to nobody but posted writes; private to the process, 0 at first. */
+void store_keep_posted(struct dedup *dedup, uint64_t blocks);
+/* What store_reserve would grant if nothing were kept for posted writes; may be negative. */
+int64_t store_unpromised(struct dedup *dedup);
 void store_unreserve(struct dedup *dedup, uint64_t blocks);
 /* A run of at most `want` free blocks in sequence, after the last one handed out where possible; consumes as many reservations;
  * *pba is its start; the blocks are "in flight" (in use, no reference) until store_place or store_abandon. 0 if free blocks exist only after a

@@ -247,6 +247,7 @@ struct store {
     struct atoll_journal *journal;
     struct store_area *area;
     uint64_t arena_bytes;              /* of area and all below */
+    int64_t kept_posted;               /* store_keep_posted */
     uint8_t *log_buffer;               /* STORE_LOG_BUFFER_BLOCKS blocks */
     uint8_t *staging;                  /* STORE_BATCHES * STORE_BATCH_PAGES pages */
     uint8_t *super_buffer;             /* 2 blocks: the copies */

@@ -169,12 +169,26 @@ static bool reserve(struct store *store, uint64_t blocks, int64_t available)
     return true;
 }
 
-bool store_reserve(struct dedup *dedup, uint64_t blocks) { return reserve(dedup->store, blocks, store_available(dedup->store)); }
+bool store_reserve(struct dedup *dedup, uint64_t blocks)
+{
+    struct store *store = dedup->store;
+    return reserve(store, blocks, store_available(store) - store->kept_posted);
+}
 
 bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks)
 {
+    struct store *store = dedup->store;
+    return reserve(store, blocks, store_available(store) - store->kept_posted + kept_for_overwrites(store));
+}
+
+bool store_reserve_posted(struct dedup *dedup, uint64_t blocks)
+{
     return reserve(dedup->store, blocks, store_available(dedup->store) + kept_for_overwrites(dedup->store));
 }
+
+void store_keep_posted(struct dedup *dedup, uint64_t blocks) { dedup->store->kept_posted = (int64_t)blocks; }
+
+int64_t store_unpromised(struct dedup *dedup) { return store_available(dedup->store); }
 
 void store_unreserve(struct dedup *dedup, uint64_t blocks)
 {

@@ -30,6 +30,7 @@ COUNTERS: tuple[str, ...] = (
     *("errors_enotsup", "errors_eshutdown"),
     *("connections_opened", "connections_closed", "options", "bad_magic"),
     *("poisoned", "stale_messages", "peer_faults", "steps", "messages", "reads_from_memory"),
+    *("posted_writes", "posted_lost"),
 )
 
 CONNECTION_STATES = ("free", "greeted", "options", "transmission", "draining", "closing")

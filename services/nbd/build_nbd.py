@@ -16,6 +16,7 @@ ffi = cbuild.make_ffi(
         "reply.c",
         "volumes.c",
         "lookup.c",
+        "posted.c",
         "slot.c",
         "transmission.c",
         "service.c",

@@ -86,6 +86,8 @@ bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segme
 
     if (lookup->entries == 0 || blocks > ATOLL_PART_BLOCKS || atoll_trace_armed(nbd->domain)) /* a trace shows the long way */
         return false;
+    if (nbd_posted_covers(nbd, slot->volume, first, blocks))
+        return false;
     if (public->use[number] != 0) /* over; or of this very request, when a predecessor's step was rolled back */
         atoll_store_release(&public->use[number], 0);
     for (uint32_t index = 0; index < blocks; index++) {

@@ -107,7 +107,9 @@ struct nbd_slot {
     uint32_t reply_length;
     uint16_t reply_segment_count;
     uint16_t reply_flags;
-    uint64_t reserved[4];
+    uint32_t posted;                 /* DEDUP: blocks of a posted WRITE, 0: it is none */
+    uint32_t reserved_a;
+    uint64_t reserved[3];
 };
 
 struct nbd_reply {
@@ -151,7 +153,9 @@ enum nbd_counter {
     NBD_COUNTER_STEPS = 25,
     NBD_COUNTER_MESSAGES = 26,
     NBD_COUNTER_READS_FROM_MEMORY = 27, /* answered without asking dedup */
-    NBD_COUNTER_COUNT = 28
+    NBD_COUNTER_POSTED_WRITES = 28,  /* answered before dedup had applied them */
+    NBD_COUNTER_POSTED_LOST = 29,    /* of these: refused by dedup (the volume is no more, or has shrunk) */
+    NBD_COUNTER_COUNT = 30
 };
 
 /* A request's header, decoded. */
@@ -240,6 +244,15 @@ struct nbd_lookup {
     uint64_t hits;
 };
 
+/* Posted writes on their way (posted.c): which blocks, and how many. */
+#define NBD_POSTED_BUCKETS 4096
+struct nbd_posted {
+    uint32_t blocks;
+    uint32_t allowed;                /* in this step; looked at once in it */
+    bool looked;
+    uint8_t buckets[NBD_POSTED_BUCKETS]; /* by block: how many; at most ATOLL_POSTED_BLOCKS in all, of which no bucket holds 256 */
+};
+
 struct nbd {
     struct atoll_domain *domain;
     struct nbd_area *area;
@@ -252,6 +265,7 @@ struct nbd {
     struct nbd_frame frame;
     struct atoll_descriptor message; /* of `frame`, still in the ring */
     struct nbd_lookup lookup;
+    struct nbd_posted posted;
     struct nbd_volume volumes[ATOLL_VOLUME_COUNT];
 };
 
@@ -280,6 +294,20 @@ void nbd_lookup_attach(struct nbd *nbd);
 bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segment *data, uint32_t *count);
 /* Once per step: dedup need not look at slots whose uses are over. */
 void nbd_lookup_tidy(struct nbd *nbd);
+
+/* --- posted.c --- */
+void nbd_posted_attach(struct nbd *nbd);
+/* At the beginning of a step. */
+void nbd_posted_begin(struct nbd *nbd);
+/* After its commit. */
+void nbd_posted_committed(struct nbd *nbd);
+/* The WRITE in `slot`, of one part, may be answered before dedup has applied it; its payload is as in `message`. */
+bool nbd_may_post(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *message);
+/* It is on its way, or has been applied. */
+void nbd_posted_add(struct nbd *nbd, const struct nbd_slot *slot);
+void nbd_posted_remove(struct nbd *nbd, const struct nbd_slot *slot);
+/* True if a posted write may be on its way to one of these blocks: they must be asked for behind it. */
+bool nbd_posted_covers(const struct nbd *nbd, uint32_t volume, uint64_t first, uint64_t blocks);
 
 /* --- reply.c --- Each fills address, length and segment_count of `message` with what is to be sent. */
 void nbd_reply_success(const struct nbd_slot *slot, struct nbd_reply *reply, struct atoll_descriptor *message);

@@ -116,6 +116,7 @@ struct nbd *nbd_attach(struct atoll_domain *domain, int previous_signal, int res
         atoll_set64(domain->journal, &domain->self->current, 0);
     atoll_domain_commit(domain);
     nbd_lookup_attach(nbd);
+    nbd_posted_attach(nbd);
     count_suspects(nbd);
     return nbd;
 }
@@ -173,6 +174,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     if (dedup != 0 && atoll_load_relaxed(&dedup->incarnation) != nbd->lookup.incarnation)
         nbd_lookup_attach(nbd);
     nbd->unstable = 0;
+    nbd_posted_begin(nbd);
     for (; taken < limit && peek(nbd, ATOLL_ROLE_DEDUP, &message); taken++) {
         set_current(nbd, message.identity);
         nbd_take_done(nbd, &message);
@@ -197,6 +199,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     nbd->stalled = limit == 0;
     if (taken != 0) {
         commit_step(nbd);
+        nbd_posted_committed(nbd);
         nbd_lookup_tidy(nbd);
     }
     if (!nbd->framed) {

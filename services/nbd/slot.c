@@ -156,6 +156,31 @@ void nbd_finish_success(struct nbd *nbd, struct nbd_slot *slot)
     nbd_send_reply(nbd, slot, &reply);
 }
 
+void nbd_answer_posted(struct nbd *nbd, const struct nbd_slot *slot)
+{
+    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity};
+    nbd_reply_success(slot, reply_of(nbd, slot->identity), &reply);
+    reply.flags = ATOLL_FLAG_LAST | ATOLL_FLAG_POSTED;
+    reply.words[1] = slot->offset;
+    reply.halves[4] = slot->volume;
+    reply.halves[5] = slot->generation;
+    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
+    nbd_posted_add(nbd, slot);
+    atoll_count(nbd->domain, NBD_COUNTER_POSTED_WRITES, 1);
+}
+
+void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status)
+{
+    struct atoll_descriptor end = {.opcode = ATOLL_OP_END, .identity = slot->identity, .flags = ATOLL_FLAG_TAKEN};
+    if (status != ATOLL_OK) { /* of what was acknowledged nothing is left to be kept: see dedup's post_refused */
+        nbd_count_error(nbd, status);
+        atoll_count(nbd->domain, NBD_COUNTER_POSTED_LOST, 1);
+    }
+    nbd_posted_remove(nbd, slot);
+    nbd_put(nbd, ATOLL_ROLE_NIC, &end);
+    release(nbd, slot);
+}
+
 /* `taken`: dedup has the payload of the current part. */
 void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, int taken)
 {
@@ -204,6 +229,12 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
         message.address = payload->address;
         message.length = payload->length;
         message.segment_count = payload->segment_count;
+    }
+    if (slot->posted != 0) {
+        message.flags |= ATOLL_FLAG_POSTED;
+        bool there_was_room = atoll_domain_put_unhurried(nbd->domain, ATOLL_ROLE_DEDUP, &message);
+        assert(there_was_room);
+        return;
     }
     nbd_put(nbd, ATOLL_ROLE_DEDUP, &message);
 }

@@ -4,6 +4,7 @@
  *   FREE ──REQUEST──► DEDUP ──DONE──► FREE                      one part, or an error: REPLY with LAST
  *                     DEDUP ──DONE──► PAYLOAD ──PART──► DEDUP   WRITE of several parts: NEXT
  *                     DEDUP ──DONE──► SENDING ──SENT──► DEDUP   READ of several parts: REPLY without LAST
+ *         ──REQUEST──► DEDUP ──DONE──► FREE                     a posted WRITE: REPLY at once, END with DONE (posted.c)
  *                     DEDUP ──DONE──► DEDUP                     TRIM, WRITE_ZEROES, CACHE: the next part at once
  *
  * One part of a request is under way at a time. Parts are cut by nbd_part_bytes, as nic cuts payloads.
@@ -160,9 +161,14 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     atoll_set64(journal, &connection->requests, connection->requests + 1);
     if (request.type == NBD_CMD_READ && read_from_memory(nbd, slot))
         return NBD_OUTCOME_TAKEN;
+    bool post = request.type == NBD_CMD_WRITE && nbd_may_post(nbd, slot, message);
+    if (post)
+        slot->posted = (uint32_t)(slot->length / ATOLL_BLOCK_BYTES);
     atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
     atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
     nbd_send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
+    if (post)
+        nbd_answer_posted(nbd, slot);
     return NBD_OUTCOME_TAKEN;
 }
 
@@ -395,6 +401,10 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
     struct nbd_slot *slot = slot_in(nbd, message, NBD_SLOT_DEDUP, 0);
     if (slot == 0)
         return;
+    if (slot->posted != 0) {
+        nbd_end_posted(nbd, slot, message->status);
+        return;
+    }
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : message->status;
     if (status != ATOLL_OK) {
         /* words[1]: the block's LBA + 1, if dedup knows it; believed where it lies in the request. */

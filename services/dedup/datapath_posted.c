@@ -1,0 +1,250 @@
+/*
+ * Posted writes, as dedup sees them: WRITEs of whole blocks whose clients have been answered when they arrive (services/nbd/posted.c).
+ *
+ * Most are applied at once, like any other. One that must wait (for a page of the map, for a flush that covers the block) is in
+ * `posted` as long, and no later request overtakes it: those that touch its blocks, and flushes, are executed again after it. One that
+ * cannot be applied because the map's page cannot be had is kept in a slot of dedup's own and tried again; meanwhile those that touch its
+ * blocks get its status, and its volume's flushes fail, as while a page of the log is unplaced (I7). One that has crashed dedup twice is entered in the log unseen, as a block
+ * that can be read and is never destaged.
+ *
+ * Space: `posted_blocks` in the public part says how many blocks may be on their way; ordinary requests leave as many free. Where space
+ * grows short it becomes 0, and when nbd has seen that and nothing is on its way any more (SP-POST), the rest is anybody's.
+ *
+ * After a crash: the list is made again from the slots. After the death of all: what nic has noted as posted and no slot has
+ * applied gets a slot of dedup's own, too, before anything else is served.
+ */
+#include <stdlib.h>
+
+#include "services/dedup/datapath.h"
+
+/* Posting begins with so many times what may be on its way, and ends with half as many. */
+#define ROOM_TO_BEGIN 4
+
+static bool is_posted(const struct atoll_descriptor *request)
+{
+    return request->opcode == ATOLL_OP_WRITE && (request->flags & ATOLL_FLAG_POSTED);
+}
+
+bool posted_request(const struct atoll_descriptor *request) { return is_posted(request); }
+
+/* --- Order ------------------------------------------------------------------------------------------------------------ */
+
+void posted_wait(struct datapath *dp, uint32_t number)
+{
+    for (uint32_t index = 0; index < dp->posted_count; index++)
+        if (dp->posted[index] == number)
+            return;
+    assert(dp->posted_count < DP_SLOTS);
+    dp->posted[dp->posted_count++] = (uint16_t)number;
+}
+
+void posted_over(struct datapath *dp, uint32_t number)
+{
+    for (uint32_t index = 0; index < dp->posted_count; index++)
+        if (dp->posted[index] == number) {
+            dp->posted[index] = dp->posted[--dp->posted_count];
+            dp->retry = true; /* who waited for it */
+            return;
+        }
+}
+
+static bool touches(const struct atoll_descriptor *request, const struct atoll_descriptor *posted)
+{
+    uint64_t begin = posted->words[0], end = begin + posted->words[1];
+    return request->halves[4] == posted->halves[4] &&
+           (request->opcode == ATOLL_OP_FLUSH || (request->words[0] < end && begin < request->words[0] + request->words[1]));
+}
+
+bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t *status)
+{
+    bool waits = false;
+    *status = ATOLL_OK;
+    for (uint32_t index = 0; index < dp->posted_count; index++) {
+        const struct dp_slot *other = &dp->arena->slots[dp->posted[index]];
+        if (other == slot || other->acceptance > slot->acceptance || !touches(request, &other->request))
+            continue;
+        waits = true;
+        if (other->status != ATOLL_OK)
+            *status = request->opcode == ATOLL_OP_FLUSH ? ATOLL_EUNFLUSHED : other->status;
+    }
+    return waits;
+}
+
+uint32_t posted_failing(const struct datapath *dp)
+{
+    uint32_t count = 0;
+    for (uint32_t index = 0; index < dp->posted_count; index++)
+        count += dp->arena->slots[dp->posted[index]].status != ATOLL_OK;
+    return count;
+}
+
+/* --- Space ------------------------------------------------------------------------------------------------------------ */
+
+static void allow(struct datapath *dp, uint64_t blocks)
+{
+    if (dp->dedup->public->posted_blocks != blocks)
+        atoll_store_release(&dp->dedup->public->posted_blocks, blocks);
+}
+
+void posted_attach(struct datapath *dp)
+{
+    dp->posted_keeps = true;
+    store_keep_posted(dp->dedup, ATOLL_POSTED_BLOCKS);
+}
+
+bool posted_shut(struct datapath *dp)
+{
+    if (!dp->posted_keeps)
+        return true;
+    allow(dp, 0);
+    atoll_full_fence(); /* SP-POST */
+    if (posted_failing(dp) != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
+        return false;
+    dp->posted_keeps = false;
+    store_keep_posted(dp->dedup, 0);
+    return true;
+}
+
+void posted_settle(struct datapath *dp)
+{
+    int64_t room = store_unpromised(dp->dedup);
+    uint64_t allowed = dp->dedup->public->posted_blocks;
+    if (dp->posted_most == 0 || dp->posted_ends || room < ROOM_TO_BEGIN / 2 * ATOLL_POSTED_BLOCKS) {
+        if (allowed != 0)
+            allow(dp, 0);
+    } else if (allowed == 0 && dp->lookup.uses != 0 && room >= ROOM_TO_BEGIN * ATOLL_POSTED_BLOCKS) {
+        posted_attach(dp); /* first they are kept */
+        allow(dp, dp->posted_most);
+    }
+}
+
+/* --- Slots of dedup's own ------------------------------------------------------------------------------------------------ */
+
+/* From `number` on; DP_SLOTS: none is free. */
+static uint32_t free_slot(const struct datapath *dp, uint32_t number)
+{
+    while (number < DP_SLOTS && dp->arena->slots[number].state != SLOT_FREE)
+        number++;
+    return number;
+}
+
+/* A posted write, out of nbd's reach. Its pages are dedup's from now on. */
+static void own(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request, uint64_t acceptance, uint32_t status)
+{
+    struct dp_slot *slot = &dp->arena->slots[number];
+    uint32_t page = (uint32_t)((request->address - dp->nic_buffer) / DP_BLOCK);
+    slot_save(dp, slot);
+    atoll_save(dp->journal, &slot->request, sizeof slot->request);
+    slot->request = *request;
+    slot->identity = request->identity;
+    slot->part = request->part;
+    slot->state = SLOT_ACCEPTED;
+    slot->phase = PHASE_START;
+    slot->status = status;
+    slot->acceptance = acceptance;
+    slot->target = slot->ticket = slot->progress = 0;
+    slot->result_bytes = slot->extent_count = 0;
+    for (uint32_t end = page + request->length / DP_BLOCK; page < end; page++)
+        log_hold(dp, page, true);
+}
+
+uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
+{
+    const struct dp_slot *slot = &dp->arena->slots[number];
+    uint32_t kept = free_slot(dp, ATOLL_SLOT_COUNT);
+    if (number >= ATOLL_SLOT_COUNT || kept == DP_SLOTS)
+        return DP_NO_SLOT;
+    own(dp, kept, request, slot->acceptance, slot->status);
+    posted_wait(dp, kept);
+    return kept;
+}
+
+/* --- After the death of all --------------------------------------------------------------------------------------------- */
+
+static int by_order(const void *a, const void *b)
+{
+    const struct atoll_posted *x = a, *y = b;
+    return x->order < y->order ? -1 : x->order > y->order;
+}
+
+/* As nbd posts them; anything else is nic's memory gone wrong. */
+static bool is_sound(const struct datapath *dp, const struct atoll_posted *posted, uint32_t number)
+{
+    uint64_t at = posted->address - dp->nic_buffer;
+    return atoll_identity_slot(posted->identity) == number && posted->address >= dp->nic_buffer && posted->length != 0 &&
+           posted->length <= ATOLL_POSTED_WRITE_BLOCKS * DP_BLOCK && (at | posted->offset | posted->length) % DP_BLOCK == 0 &&
+           at + posted->length <= dp->arena->nic_pages * DP_BLOCK;
+}
+
+/* Applied: what of its pages is not in the log any more goes back to nic, which has kept them for us. */
+static void give_pages(struct datapath *dp, const struct atoll_posted *posted)
+{
+    uint32_t page = (uint32_t)((posted->address - dp->nic_buffer) / DP_BLOCK);
+    for (uint32_t end = page + posted->length / DP_BLOCK; page < end; page++)
+        if (dp->records[page].state == RECORD_FREE)
+            give_back(dp, page);
+}
+
+/* One that nic has noted and that is not applied. */
+static void take_over(struct datapath *dp, const struct atoll_posted *posted, uint32_t number)
+{
+    struct atoll_descriptor request = {.opcode = ATOLL_OP_WRITE,
+                                       .flags = ATOLL_FLAG_POSTED,
+                                       .identity = posted->identity,
+                                       .address = posted->address,
+                                       .length = posted->length};
+    request.words[0] = posted->offset;
+    request.words[1] = posted->length;
+    request.halves[4] = posted->volume;
+    request.halves[5] = posted->generation;
+    own(dp, number, &request, dp->arena->next_acceptance, ATOLL_OK);
+    dp_set64(dp, &dp->arena->next_acceptance, dp->arena->next_acceptance + 1);
+    atoll_count(dp->domain, DEDUP_COUNTER_POSTED_ADOPTED, 1);
+}
+
+bool posted_holds(const struct datapath *dp, uint32_t page)
+{
+    for (uint32_t number = ATOLL_SLOT_COUNT; number < DP_SLOTS; number++) {
+        const struct dp_slot *slot = &dp->arena->slots[number];
+        uint64_t at = record_address(dp, page) - slot->request.address;
+        if (slot->state == SLOT_ACCEPTED && at < slot->request.length)
+            return true;
+    }
+    return false;
+}
+
+void posted_adopt(struct datapath *dp)
+{
+    const struct atoll_nic_public *nic = dp->nic_public;
+    uint64_t adopted = dp->dedup->public->posted_adopted, last = adopted;
+    struct atoll_posted *found = malloc(ATOLL_SLOT_COUNT * sizeof *found);
+    uint32_t count = 0, number = ATOLL_SLOT_COUNT;
+    if (found == 0)
+        abort(); /* 128 KiB at the start of a process */
+    for (uint32_t index = 0; index < ATOLL_SLOT_COUNT; index++) {
+        found[count] = nic->posted[index];
+        if (found[count].order > adopted && is_sound(dp, &found[count], index))
+            count++;
+    }
+    qsort(found, count, sizeof *found, by_order);
+    for (uint32_t index = 0; index < count; index++) {
+        const struct atoll_posted *posted = &found[index];
+        const struct dp_slot *slot = &dp->arena->slots[atoll_identity_slot(posted->identity)];
+        last = posted->order;
+        if (slot->identity == posted->identity && slot->state == SLOT_DONE) {
+            give_pages(dp, posted);
+            continue;
+        }
+        number = free_slot(dp, number);
+        if (number == DP_SLOTS) /* nbd never posts so many */
+            atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
+        else
+            take_over(dp, posted, number++);
+    }
+    give_flush(dp);
+    dp_set64(dp, &dp->dedup->public->posted_adopted, last);
+    allow(dp, 0);
+    free(found);
+    atoll_domain_commit(dp->domain);
+    log_committed(dp);
+}

@@ -1,0 +1,98 @@
+"""Posted writes in dedup: what waits is not overtaken, and what cannot be applied is kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from dedupkit import BLOCK, OK, Request, Stage
+
+from atoll.ipc._ipc import lib
+
+SIZE = 64 * BLOCK
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def until_written(stage: Stage) -> None:
+    """Blocks are on their way to the device, and stay there."""
+    while not any(io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 10 * BLOCK for io in stage.ios):
+        stage.turn()
+        stage.take_ios()
+
+
+def turns(stage: Stage, count: int = 20) -> None:
+    for _ in range(count):
+        stage.turn()
+        stage.answers()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
+    """A flush covers a block that is being written, so a posted write to it waits; so does all that touches it then."""
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume, other = stage.create_volume("v", SIZE), stage.create_volume("w", SIZE)
+        stage.run_until_idle()
+        for number in range(10):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.run_until_idle()
+        flush = stage.flush(volume)
+        until_written(stage)
+        posted = stage.post(volume, 3 * BLOCK, block(100) + block(101))
+        behind: list[Request] = [
+            stage.read(volume, 2 * BLOCK, 3 * BLOCK),
+            stage.write(volume, 4 * BLOCK + 100, b"!" * 100),
+            stage.extents(volume, 0, SIZE),
+            stage.flush(volume),
+        ]
+        last = stage.post(volume, 3 * BLOCK, block(102))
+        beside = [stage.read(volume, 5 * BLOCK, BLOCK), stage.read(other, 3 * BLOCK, BLOCK)]
+        turns(stage)
+        if dies:
+            stage.attach()
+            turns(stage)
+        assert [request.done for request in (flush, posted, last, *behind)] == [False] * 7
+        assert [request.done for request in beside] == [True] * 2
+        stage.run_until_idle()
+        assert all(request.status == OK for request in (flush, posted, last, *behind))
+        assert behind[0].data == block(2) + block(100) + block(101)
+        read = stage.read(volume, 2 * BLOCK, 3 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == block(2) + block(102) + block(101)[:100] + b"!" * 100 + block(101)[200:]
+        stage.flush(volume)
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
+
+
+def test_one_that_waits_when_all_die() -> None:
+    """It waits for the device, then everybody dies: twice, for it waits for its turn in the next run, too."""
+    with Stage(destage_delay_ms=10_000_000, device_blocks=4096) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        for number in range(10):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.run_until_idle()
+        stage.flush(volume)
+        until_written(stage)
+        for number in range(5):
+            stage.post(volume, 3 * BLOCK, block(100 + number))
+        turns(stage)
+        for _ in range(2):
+            stage.take_ios()
+            stage.everybody_dies()
+            stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.check()
+        assert stage.counters()["posted_adopted"] == 5
+        read = stage.read(volume, 2 * BLOCK, 2 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == block(2) + block(104)
+        stage.flush(volume)
+        stage.drain()
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
