@@ -165,6 +165,42 @@ def test_death_again_and_again(hooked: ModuleType, seed: int) -> None:
         print(f"seed {seed}: {kills} kills")
 
 
+def test_dies_between_the_pieces_of_a_batch(hooked: ModuleType) -> None:
+    """A batch is collected, matched and shared in pieces, each committed: whoever comes then finds blocks that are
+    shared already beside others that are not."""
+    chance = random.Random(11)
+    count = 48
+    with Stage(device_blocks=2048, nic_pages=512, extension=hooked, seed=11) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 8 * count * BLOCK)
+        expected: dict[int, bytes] = {4 * i: block(i) for i in range(count)}
+        for lba, data in expected.items():
+            stage.write(volume, lba * BLOCK, data)
+        stage.drain()
+        kills = 0
+        for round_number in range(5):
+            for i in range(count):  # every second one is stored, one of three of the rest twice in the batch
+                fresh = block(1000 * (round_number + 1) + (i if i % 3 else 0))
+                lbas = (4 * count + 2 * i, 4 * count + 2 * i + 96)
+                for lba, data in zip(lbas, (block(i), fresh), strict=True):
+                    stage.write(volume, lba * BLOCK, data)
+                    expected[lba] = data
+            died = True
+            while died:  # the next one dies as well, unless it comes to the end
+                died = stage.turns_in_child(die_after=chance.randrange(100, 8000), turns=60) != 0
+                kills += died
+                stage.attach()
+                stage.answers()
+                stage.disk()
+            stage.drain()
+            stage.check()
+            reads = {lba: stage.read(volume, lba * BLOCK, BLOCK) for lba in expected}
+            stage.run_until_idle()
+            assert all(read.data == expected[lba] for lba, read in reads.items())
+        assert kills >= 5
+        assert stage.counters()["shared_blocks"] >= 5 * count
+
+
 def test_places_in_flight_are_not_used_before_they_complete(hooked: ModuleType) -> None:
     with Stage(device_blocks=1024, nic_pages=256, extension=hooked, seed=5) as stage:
         stage.open()

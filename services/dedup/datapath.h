@@ -332,7 +332,9 @@ struct datapath {
     bool swept;                 /* in this step */
     uint64_t sweep_age;         /* steps since the last sweep */
     bool drain;                 /* destage everything */
-    uint32_t lookups;           /* steps in which the next batch has waited for pages of metadata */
+    uint32_t lookups;           /* times that the next batch has waited for pages of metadata */
+    uint32_t looked;            /* records of the next batch that have been looked up this time */
+    bool look_waits;            /* some of them wait */
     uint64_t flush_target;      /* largest of waiting flushes */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
     uint64_t destage_failures;  /* failed writes, damaged pages; counted by this process */
@@ -342,12 +344,17 @@ struct datapath {
     uint64_t space_ticket;      /* free blocks exist only after this sync; 0 none */
     uint64_t space_failures;    /* of syncs, when it was drawn */
     struct check *check;        /* that has not come to its end */
+    uint64_t runs_in[4];        /* bit per run, by enum run_state */
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
+    uint32_t matched;           /* records of the run that is being matched for which it has been done */
+    uint32_t deciding, decided; /* run that is being shared (DP_RUNS: none), and how many of its records are left to be written so far */
     bool asked;                 /* requests have come in this step */
     bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
+    bool alone;                 /* requests come one by one */
     bool shared;                /* who else works for them runs on this processor */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
+    uint64_t worked_ns;         /* pieces since clients have had their time */
     uint64_t resume_ns;         /* the next one, while requests come */
     uint64_t now_ms;
     struct du *du;              /* what `atoll du` counts; NULL before the first time */
@@ -566,10 +573,16 @@ struct match_decision {
     uint32_t writers[ATOLL_IO_BLOCKS], writer_count;     /* of these: to be written in this order */
     uint32_t followers[ATOLL_IO_BLOCKS], leaders[ATOLL_IO_BLOCKS], follower_count; /* equal to writers[leaders[i]] */
 };
-/* Chooses what the blocks of a batch that has just been collected may be equal to, and has it read: link[i]. Blocks that wait for
- * what follows them go back to the list; the run becomes FREE if all do. */
-void match_stored(struct datapath *dp, uint32_t number);
-/* Shares, and decides what else becomes of the batch. All records but those in `decision` are settled or in another place. */
+/* Chooses what the blocks of a batch that has just been collected may be equal to, and has it read: link[i]; of those from
+ * `dp->matched` on, so many as make a piece. Blocks that wait for what follows them go back to the list; the run becomes FREE if all do.
+ * True: that was all. */
+bool match_stored(struct datapath *dp, uint32_t number, uint32_t most);
+/* Shares what is equal among the records [first, end) of the batch, which end where a run of blocks does; what is left of them stays,
+ * its links DP_NONE or DP_REJECTED. Returns how many. */
+uint32_t match_share(struct datapath *dp, uint32_t number, uint32_t first, uint32_t end);
+/* Where the run of blocks ends that records[first] begins. */
+uint32_t match_run_end(struct datapath *dp, const struct dp_run *run, uint32_t first);
+/* Nothing is left to be shared: what of the batch is written, and what follows that. Overwritten blocks are let go. */
 void match_decide(struct datapath *dp, uint32_t number, struct match_decision *decision);
 /* The first `placed` writers have got places from `pba` on: followers whose rows do not fit them go back to the list. Returns how
  * many are left. */

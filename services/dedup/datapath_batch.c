@@ -11,8 +11,6 @@
 
 /* Steps that wait for the pages that say what may be equal to a batch. */
 #define LOOKUPS 64
-/* Records that are checked in one piece. */
-#define COLLECT_MOST 48
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -40,11 +38,11 @@ void batch_handle(struct datapath *dp, uint32_t record)
     atoll_compiler_barrier();
 }
 
-void batch_handle_run(struct datapath *dp, const struct dp_run *run)
+void batch_handle_all(struct datapath *dp, const uint32_t *records, uint32_t count)
 {
     batch_handle_none(dp);
-    for (uint32_t index = 0; index < run->record_count; index++)
-        batch_handle(dp, run->records[index]);
+    for (uint32_t index = 0; index < count; index++)
+        batch_handle(dp, records[index]);
 }
 
 /* Logged, and never destaged. */
@@ -95,13 +93,13 @@ static enum taken take(struct datapath *dp, uint32_t record)
     return TAKEN_SETTLED;
 }
 
-/* What the blocks of the next batch may be equal to, and what they replace, is in memory. True as well if that has been waited for
- * often enough: matching saves space, waiting for ever costs more. */
-bool batch_looked_up(struct datapath *dp)
+/* Waited for often enough: matching saves space, waiting for ever costs more. */
+enum batch_looked batch_look_up(struct datapath *dp)
 {
-    uint32_t records[ATOLL_IO_BLOCKS], count = 0;
-    bool waits = false;
-    for (uint32_t record = dp->arena->log_head; record != DP_NONE && count < ATOLL_IO_BLOCKS; record = at(dp, record)->next) {
+    uint32_t records[BATCH_PIECE], count = 0, record = dp->arena->log_head, piece = batch_piece(dp);
+    for (uint32_t skipped = 0; record != DP_NONE && skipped < dp->looked; skipped++)
+        record = at(dp, record)->next;
+    for (; record != DP_NONE && count < piece; record = at(dp, record)->next) {
         records[count++] = record;
         store_prefetch_candidates(dp->dedup, at(dp, record)->print);
         log_prefetch_equal(dp, at(dp, record)->print);
@@ -109,19 +107,25 @@ bool batch_looked_up(struct datapath *dp)
     for (uint32_t index = 0; index < count; index++) {
         const struct dp_record *r = at(dp, records[index]);
         store_prefetch_map(dp->dedup, r->volume, r->lba);
-        waits |= store_want_candidates(dp->dedup, r->print) == STORE_WAIT;
-        waits |= store_want_base(dp->dedup, r->base) == STORE_WAIT;
+        dp->look_waits |= store_want_candidates(dp->dedup, r->print) == STORE_WAIT;
+        dp->look_waits |= store_want_base(dp->dedup, r->base) == STORE_WAIT;
         if (store_starved(dp->dedup))
             break;
     }
-    if (waits && !store_starved(dp->dedup) && dp->lookups++ < LOOKUPS)
-        return false;
+    dp->looked += count;
+    if (record != DP_NONE && dp->looked < ATOLL_IO_BLOCKS && !store_starved(dp->dedup))
+        return LOOKED_ON;
+    bool waits = dp->look_waits && !store_starved(dp->dedup) && dp->lookups++ < LOOKUPS;
+    dp->looked = 0;
+    dp->look_waits = false;
+    if (waits)
+        return LOOKED_WAITS;
     dp->lookups = 0;
-    return true;
+    return LOOKED_UP;
 }
 
 /* The record around which the batch goes on: one equal to what it has taken, so that it need not be read from the device later; else
- * the oldest. taken[0..*looked_after) have no equals any more. */
+ * the oldest, or none at the end of a piece. taken[0..*looked_after) have no equals any more. */
 static uint32_t next_oldest(struct datapath *dp, const uint32_t *taken, uint32_t count, uint32_t *looked_after)
 {
     for (; *looked_after < count; ++*looked_after) {
@@ -129,18 +133,18 @@ static uint32_t next_oldest(struct datapath *dp, const uint32_t *taken, uint32_t
         if (equal != DP_NONE)
             return equal;
     }
-    return dp->arena->log_head;
+    return count < batch_piece(dp) ? dp->arena->log_head : DP_NONE;
 }
 
-/* Takes COLLECT_MOST records off the list, or somewhat more, for a batch that has `room`. A run of blocks is not cut but where it is
+/* Takes a piece of records off the list, or somewhat more, for a batch that has `room`. A run of blocks is not cut but where it is
  * longer than a batch: its matches would be too. A suspect is a batch of its own. */
 static uint32_t choose(struct datapath *dp, uint32_t room, uint32_t *chosen)
 {
     uint32_t count = 0, looked_after = 0;
     struct log_cursor cursor = {0};
     bool alone = false;
-    while (dp->arena->log_head != DP_NONE && !alone && count < COLLECT_MOST) {
-        uint32_t oldest = next_oldest(dp, chosen, count, &looked_after), volume = at(dp, oldest)->volume;
+    for (uint32_t oldest; !alone && (oldest = next_oldest(dp, chosen, count, &looked_after)) != DP_NONE;) {
+        uint32_t volume = at(dp, oldest)->volume;
         uint64_t first = at(dp, oldest)->lba, end = first + 1;
         uint32_t before[ATOLL_IO_BLOCKS], after[ATOLL_IO_BLOCKS], before_count = 0, after_count = 0, found;
         alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
@@ -175,15 +179,26 @@ static uint32_t choose(struct datapath *dp, uint32_t room, uint32_t *chosen)
     return count;
 }
 
+/* Puts `more` records among records[0..count), which are in order. */
+static void sort_in(struct datapath *dp, uint32_t *records, uint32_t count, uint32_t *added, uint32_t more)
+{
+    qsort_r(added, more, sizeof added[0], by_address, dp);
+    while (more != 0) {
+        bool before = count != 0 && by_address(&records[count - 1], &added[more - 1], dp) > 0;
+        records[count + more - 1] = before ? records[count - 1] : added[more - 1];
+        count -= before;
+        more -= !before;
+    }
+}
+
 /* Takes more of a batch off the list into run `number`, which is free or holds the rest of it. False: that was all. */
 bool batch_collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
-    uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = before;
+    uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = 0;
     uint32_t chosen_count = choose(dp, ATOLL_IO_BLOCKS - before, chosen);
     uint64_t lowest = before == 0 ? UINT64_MAX : run->min_order;
     bool full = false, alone = chosen_count == 1 && (at(dp, chosen[0])->flags & RECORD_SUSPECT);
-    memcpy(taken, run->records, before * sizeof taken[0]);
     for (uint32_t index = 0; index < chosen_count; index++) {
         uint32_t record = chosen[index];
         if (index + 1 < chosen_count)
@@ -197,20 +212,19 @@ bool batch_collect(struct datapath *dp, uint32_t number)
         lowest = at(dp, record)->order < lowest ? at(dp, record)->order : lowest;
         taken[count++] = record;
     }
-    if (count == before)
+    if (count == 0)
         return false;
-    qsort_r(taken, count, sizeof taken[0], by_address, dp);
-    destage_save_run(dp, run, count);
-    memcpy(run->records, taken, count * sizeof taken[0]);
-    for (uint32_t index = 0; index < count; index++)
+    destage_save_run(dp, run, before);
+    sort_in(dp, run->records, before, taken, count);
+    for (uint32_t index = before; index < before + count; index++)
         run->link[index] = DP_NONE;
-    run->state = RUN_MATCHING;
+    batch_enter_state(dp, number, RUN_MATCHING);
     run->status = ATOLL_OK;
     run->pba = 0;
     run->writer_count = 0;
-    run->record_count = count;
+    run->record_count = before + count;
     run->min_order = lowest;
-    return !full && !alone && count < ATOLL_IO_BLOCKS;
+    return !full && !alone && run->record_count < ATOLL_IO_BLOCKS;
 }
 
 /* --- 2 match, 3 share: datapath_match.c ----------------------------------------------------------------------------- */
@@ -253,12 +267,12 @@ static void submit_run(struct datapath *dp, uint32_t number)
     atoll_count(dp->domain, DEDUP_COUNTER_RUNS, 1);
 }
 
-/* The pages that sharing the batch's candidates changes are there. Those for which no room can be had are given up. */
-static bool share_ready(struct datapath *dp, uint32_t number)
+/* The pages that sharing the candidates of records [first, end) changes are there. Those for which no room can be had are given up. */
+static bool share_ready(struct datapath *dp, uint32_t number, uint32_t first, uint32_t end)
 {
     struct dp_run *run = &dp->arena->runs[number];
     bool waits = false;
-    for (uint32_t index = 0; index < run->record_count; index++) {
+    for (uint32_t index = first; index < end; index++) {
         if (run->link[index] >= DP_UNREAD)
             continue;
         uint64_t pba = dp->pages[run->link[index]].pba;
@@ -277,16 +291,12 @@ static bool share_ready(struct datapath *dp, uint32_t number)
     return !waits;
 }
 
-/* All candidates of a batch are there: shares what is equal and writes the rest. False: not now. */
-bool batch_go_on(struct datapath *dp, uint32_t number)
+/* What is left of a batch is written. */
+static void write_rest(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     struct match_decision decision;
     uint64_t lowest = UINT64_MAX, pba = 0;
-    if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0 || !share_ready(dp, number) ||
-        store_want_space(dp->dedup) != STORE_HAVE)
-        return false;
-    batch_handle_run(dp, run);
     match_decide(dp, number, &decision);
     uint32_t writer_count = decision.writer_count;
     uint32_t placed = writer_count == 0 ? 0 : store_allocate(dp->dedup, writer_count, &pba);
@@ -300,7 +310,7 @@ bool batch_go_on(struct datapath *dp, uint32_t number)
     uint32_t total = placed + match_trim(dp, &decision, pba, placed);
     if (placed == 0) {
         batch_set_state(dp, number, RUN_FREE);
-        return true;
+        return;
     }
     destage_save_run(dp, run, total);
     for (uint32_t index = 0; index < placed; index++) {
@@ -318,7 +328,7 @@ bool batch_go_on(struct datapath *dp, uint32_t number)
             tier_drop(dp, pba + index); /* freed places have left; a table read from the device may have named this one */
         }
     }
-    run->state = RUN_WRITING;
+    batch_enter_state(dp, number, RUN_WRITING);
     run->pba = pba;
     run->writer_count = placed;
     run->record_count = total;
@@ -333,5 +343,31 @@ bool batch_go_on(struct datapath *dp, uint32_t number)
             store_want_prints(dp->dedup, &place, 1);
         store_want_base(dp->dedup, at(dp, run->records[index])->base);
     }
+}
+
+bool batch_go_on(struct datapath *dp, uint32_t number)
+{
+    struct dp_run *run = &dp->arena->runs[number];
+    if (dp->deciding != number)
+        dp->decided = 0;
+    uint32_t first = dp->decided, end = first;
+    while (end < run->record_count && end - first < batch_piece(dp))
+        end = match_run_end(dp, run, end);
+    if (!store_has_room(dp->dedup, run->record_count) || io_room(dp->dedup, IO_DESTAGE) == 0 || !share_ready(dp, number, first, end) ||
+        store_want_space(dp->dedup) != STORE_HAVE)
+        return false;
+    batch_handle_all(dp, run->records + first, end - first);
+    dp->deciding = number;
+    if (first != end) {
+        dp->decided += match_share(dp, number, first, end);
+        batch_count_pages(dp, number);
+        ATOLL_CRASH_POINT(dp->domain, "dedup.destage.share");
+        bool whole = first == 0 && dp->decided == run->record_count; /* a batch of one piece */
+        if (run->record_count != 0 && !whole)
+            return true;
+    }
+    batch_handle_all(dp, run->records, run->record_count);
+    write_rest(dp, number);
+    dp->deciding = DP_RUNS;
     return true;
 }

@@ -11,16 +11,18 @@
  *
  * 1 and 4 are in datapath_batch.c, 5 in datapath_finish.c; here is what is done when.
  *
- * In pieces: where dedup shares a processor with the rest of the data path a step does one of these things to one batch, in some
- * 50 microseconds, and while clients ask for something the next one follows when they have had as much time; so a request waits for
- * one of them, not for all.
+ * In pieces: where dedup shares a processor with the rest of the data path a step does one of these things to some records of one
+ * batch (batch_piece), and while clients ask for something the next ones follow when they have had as much time as the last ones
+ * took; so a request waits for a few of them, not for all. What one piece has shared is committed. One batch at a time is being shared,
+ * so that what is left of it has no equal that was written meanwhile.
  *
  * When: a record is old enough, a flush waits, more than a quarter of the pages is taken, or someone asks for all (drain).
  * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
  * unplaced, flushes fail (I7).
  *
  * After a crash: runs lie in the arena with their places; writes under way complete to the successor, which finishes
- * them. Only the hash of what is being written is private, and made again.
+ * them. Private are the hash of what is being written, which is made again, and how far a batch had been collected, matched and
+ * shared: it goes on to be shared as it is.
  */
 #include "services/dedup/datapath_batch.h"
 
@@ -37,9 +39,11 @@ static struct dp_record *at(struct datapath *dp, uint32_t record) { return &dp->
 
 void destage_attach(struct datapath *dp)
 {
-    dp->collecting = DP_RUNS;
+    dp->collecting = dp->deciding = DP_RUNS;
     batch_attach();
     inflight_clear(dp);
+    for (uint32_t run = 0; run < DP_RUNS; run++)
+        dp->runs_in[dp->arena->runs[run].state] |= (uint64_t)1 << run;
     for (uint32_t run = 0; run < DP_RUNS; run++)
         if (dp->arena->runs[run].state == RUN_MATCHING)
             batch_count_pages(dp, run);
@@ -79,9 +83,18 @@ void destage_save_run(struct datapath *dp, struct dp_run *run, uint32_t count)
     save_words(dp, run->link, count);
 }
 
+void batch_enter_state(struct datapath *dp, uint32_t run, enum run_state state)
+{
+    uint64_t bit = (uint64_t)1 << run;
+    dp->runs_in[dp->arena->runs[run].state] &= ~bit;
+    dp->runs_in[state] |= bit;
+    dp->arena->runs[run].state = state;
+}
+
 void batch_set_state(struct datapath *dp, uint32_t run, enum run_state state)
 {
-    dp_set32(dp, &dp->arena->runs[run].state, state);
+    atoll_journal_push(dp->journal, (uintptr_t)&dp->arena->runs[run].state | 1, dp->arena->runs[run].state);
+    batch_enter_state(dp, run, state);
 }
 
 /* A record of a run has its persistent value; its reservation is not needed. */
@@ -128,18 +141,15 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
 
 static uint32_t free_run(const struct datapath *dp)
 {
-    for (uint32_t run = 0; run < DP_RUNS; run++)
-        if (dp->arena->runs[run].state == RUN_FREE)
-            return run;
-    return DP_RUNS;
+    return dp->runs_in[RUN_FREE] == 0 ? DP_RUNS : (uint32_t)__builtin_ctzll(dp->runs_in[RUN_FREE]);
 }
 
 /* True if one more batch finds pages for its candidates in the half of the cache that batches may pin, or is the only one. */
 static bool pages_left(const struct datapath *dp)
 {
     uint32_t pinned = 0;
-    for (uint32_t number = 0; number < DP_RUNS; number++)
-        pinned += dp->arena->runs[number].state == RUN_MATCHING ? dp->run_pages[number] : 0;
+    for (uint64_t left = dp->runs_in[RUN_MATCHING]; left != 0; left &= left - 1)
+        pinned += dp->run_pages[__builtin_ctzll(left)];
     return pinned == 0 || 2 * (pinned + ATOLL_IO_BLOCKS) <= dp->pools[POOL_DISK].count;
 }
 
@@ -147,28 +157,27 @@ static bool pages_left(const struct datapath *dp)
 static bool finish_one(struct datapath *dp)
 {
     bool did = false, urgent = true;
-    for (uint32_t number = 0; number < DP_RUNS && !did; number++) {
-        if (dp->arena->runs[number].state != RUN_WRITTEN)
-            continue;
+    for (uint64_t left = dp->runs_in[RUN_WRITTEN]; left != 0 && !did; left &= left - 1) {
         store_urgent(dp->dedup, urgent); /* the first of them */
         urgent = false;
-        did = batch_finish(dp, number); /* without room a sync is under way and will wake */
+        did = batch_finish(dp, (uint32_t)__builtin_ctzll(left)); /* without room a sync is under way and will wake */
     }
     store_urgent(dp->dedup, false);
     return did;
 }
 
-/* True if a batch has its candidates, and their pages are there. */
-static bool may_go_on(struct datapath *dp, uint32_t number)
+/* Batches that have their candidates, or the one that is being shared. */
+static uint64_t may_go_on(const struct datapath *dp)
 {
-    return dp->arena->runs[number].state == RUN_MATCHING && !(dp->unmatched >> number & 1) && batch_loaded(dp, number);
+    return dp->deciding != DP_RUNS ? (uint64_t)1 << dp->deciding : dp->runs_in[RUN_MATCHING] & ~dp->unmatched;
 }
 
 static bool go_on_one(struct datapath *dp)
 {
     bool did = false, urgent = true;
-    for (uint32_t number = 0; number < DP_RUNS && !did; number++) {
-        if (!may_go_on(dp, number))
+    for (uint64_t left = may_go_on(dp); left != 0 && !did; left &= left - 1) {
+        uint32_t number = (uint32_t)__builtin_ctzll(left);
+        if (!batch_loaded(dp, number))
             continue;
         store_urgent(dp->dedup, urgent);
         urgent = false;
@@ -178,17 +187,18 @@ static bool go_on_one(struct datapath *dp)
     return did;
 }
 
-/* Places of equal blocks for a batch that was collected in the step before. */
+/* Places of equal blocks for a batch that has been collected. */
 static bool match_one(struct datapath *dp)
 {
     if (dp->unmatched == 0 || dp->collecting != DP_RUNS)
         return false;
     uint32_t number = (uint32_t)__builtin_ctzll(dp->unmatched);
-    dp->unmatched &= dp->unmatched - 1;
-    batch_handle_run(dp, &dp->arena->runs[number]);
-    match_stored(dp, number);
-    batch_count_pages(dp, number);
     dp->newest_run = number;
+    if (match_stored(dp, number, batch_piece(dp))) {
+        dp->unmatched &= dp->unmatched - 1;
+        dp->matched = 0;
+        batch_count_pages(dp, number);
+    }
     return true;
 }
 
@@ -204,10 +214,11 @@ static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
             *wake_ms = 5; /* without I/O slots and pages to read candidates, equal blocks would be stored again; readers need some, too */
             return false;
         }
-        if (!batch_looked_up(dp)) {
+        enum batch_looked looked = batch_look_up(dp);
+        if (looked == LOOKED_WAITS)
             *wake_ms = 5; /* or as soon as a page has been read */
-            return false;
-        }
+        if (looked != LOOKED_UP)
+            return looked == LOOKED_ON;
     }
     batch_handle_none(dp);
     bool more = batch_collect(dp, number);
@@ -221,7 +232,7 @@ static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
     return true;
 }
 
-/* Whether the requests of clients come first for a moment: as long as the last piece of work took, unless somebody waits for destage,
+/* Whether the requests of clients come first for a moment: as long as the last pieces of work took, unless somebody waits for destage,
  * or soon will. */
 static bool gives_way(const struct datapath *dp, uint64_t now_ns)
 {
@@ -234,8 +245,9 @@ void destage_step_over(struct datapath *dp)
 {
     if (dp->piece_ns == 0)
         return;
-    uint64_t now = atoll_now_ns(), took = now - dp->piece_ns;
-    dp->resume_ns = now + (took < GIVE_WAY_NS ? took : GIVE_WAY_NS);
+    uint64_t now = atoll_now_ns();
+    dp->worked_ns = (dp->piece_ns < dp->resume_ns ? dp->worked_ns : 0) + now - dp->piece_ns;
+    dp->resume_ns = now + (dp->worked_ns < GIVE_WAY_NS ? dp->worked_ns : GIVE_WAY_NS);
     dp->piece_ns = 0;
 }
 
@@ -243,9 +255,12 @@ void destage_step_over(struct datapath *dp)
 static bool piece(struct datapath *dp, uint64_t *wake_ms)
 {
     bool did = finish_one(dp) || go_on_one(dp);
-    for (uint32_t number = 0; number < DP_RUNS && *wake_ms == 0; number++) /* those that lack room or I/O slots are tried each step */
-        if (dp->arena->runs[number].state == RUN_WRITTEN || may_go_on(dp, number))
+    /* Those that lack room or I/O slots are tried each step. */
+    for (uint64_t left = dp->runs_in[RUN_WRITTEN] | may_go_on(dp); left != 0 && *wake_ms == 0; left &= left - 1) {
+        uint32_t number = (uint32_t)__builtin_ctzll(left);
+        if (dp->runs_in[RUN_WRITTEN] >> number & 1 || batch_loaded(dp, number))
             *wake_ms = 5;
+    }
     uint64_t wake = 0;
     did = did || match_one(dp) || collect_one(dp, &wake);
     batch_handle_none(dp);

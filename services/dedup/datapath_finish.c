@@ -6,10 +6,6 @@
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath_batch.h"
 
-/* Records whose cache lines are asked for together. */
-#define FINISH_AHEAD 32
-/* Records finished in one piece, if nobody waits for them. */
-#define FINISH_MOST 64
 
 static struct dp_record *at(struct datapath *dp, uint32_t record) { return &dp->records[record]; }
 
@@ -70,7 +66,7 @@ void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t s
     assert(slot->argument < DP_RUNS && run->state == RUN_WRITING);
     ATOLL_CRASH_POINT(dp->domain, "dedup.destage.done");
     dp_set32(dp, &run->status, status);
-    dp_set32(dp, &run->state, RUN_WRITTEN);
+    batch_set_state(dp, (uint32_t)slot->argument, RUN_WRITTEN);
 }
 
 /* True if one more record can be finished in this step. */
@@ -138,7 +134,7 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
 /* Cache lines that finishing records[from..] will look at: one after the other the processor would wait for each. */
 static void finish_prefetch(struct datapath *dp, const struct dp_run *run, uint32_t from)
 {
-    uint32_t end = from + FINISH_AHEAD < run->record_count ? from + FINISH_AHEAD : run->record_count;
+    uint32_t end = from + BATCH_AHEAD < run->record_count ? from + BATCH_AHEAD : run->record_count;
     for (uint32_t index = from; index < end; index++)
         __builtin_prefetch(at(dp, run->records[index]), 1);
     for (uint32_t index = from; index < end; index++) {
@@ -161,13 +157,13 @@ bool batch_finish(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     uint32_t writers = run->writer_count, done = run->done, end = run->record_count;
-    if (dp->flush_count == 0 && end - done > FINISH_MOST)
-        end = done + FINISH_MOST;
+    if (dp->flush_count == 0 && end - done > batch_piece(dp)) /* nobody waits for all of them */
+        end = done + batch_piece(dp);
     ATOLL_CRASH_POINT(dp->domain, "dedup.destage.finish");
     for (; done < end; done++) {
         uint32_t record = run->records[done], leader = done < writers ? done : run->link[done];
         enum store_want place;
-        if ((done - run->done) % FINISH_AHEAD == 0)
+        if ((done - run->done) % BATCH_AHEAD == 0)
             finish_prefetch(dp, run, done);
         if (!finish_ready(dp, record, run->pba + leader, &place))
             break;

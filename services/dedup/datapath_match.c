@@ -2,8 +2,11 @@
  * Matching of a batch: which of its blocks share stored ones, which follow a block that is being written, which are written.
  *
  *   match_stored     when the batch has been collected: places of equal blocks, the threshold's decision (runs.h), their pages read
- *   match_decide     when those are there: byte by byte; then the threshold again, over what was confirmed and what is being
- *                    written; then equal blocks within the batch itself
+ *   match_share      when those are there: byte by byte; then the threshold again, over what was confirmed and what is being
+ *                    written
+ *   match_decide     equal blocks within what is left of the batch
+ *
+ * The first two do a part of the batch at a time, whole runs of blocks.
  *
  * Where a block's equals are looked for: behind the place that its predecessor matched, and before that of its successor, so
  * that a run goes on at the right one of several copies and over gaps in the fingerprint cache; the block's own old content; the
@@ -15,7 +18,7 @@
  *
  * After a crash: nothing here is kept but each record's choice in its run (link: the cache page, pinned).
  */
-#include "services/dedup/datapath.h"
+#include "services/dedup/datapath_batch.h"
 
 /* Equal blocks taken from the fingerprint cache, per block. */
 #define CANDIDATES 4
@@ -204,18 +207,21 @@ static void candidates(struct datapath *dp, const uint32_t *records, uint32_t co
 
 /* --- When the batch has been collected, in a step of its own ------------------------------------------------------------------------------------ */
 
-void match_stored(struct datapath *dp, uint32_t number)
+bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
 {
     struct dp_run *run = &dp->arena->runs[number];
     struct runs_block blocks[ATOLL_IO_BLOCKS];
     uint8_t choice[ATOLL_IO_BLOCKS];
     uint64_t pbas[ATOLL_IO_BLOCKS], unknown;
-    uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], chosen = 0, kept = 0, count = run->record_count;
+    uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], chosen = 0, kept = dp->matched, count = kept, end;
     uint32_t *records = run->records, *link = run->link;
 
-    destage_save_run(dp, run, count);
-    prefetch_batch(dp, records, count);
-    for (uint32_t first = 0, end; first < count; first = end) {
+    destage_save_run(dp, run, run->record_count);
+    while (count < run->record_count && count - dp->matched < most)
+        count = run_end(dp, records, run->record_count, count);
+    batch_handle_all(dp, records + dp->matched, count - dp->matched);
+    prefetch_batch(dp, records + dp->matched, count - dp->matched);
+    for (uint32_t first = dp->matched; first < count; first = end) {
         struct runs_rule rule;
         end = run_end(dp, records, count, first);
         if (at(dp, records[first])->state == RECORD_DROPPED) { /* overwritten since it was collected */
@@ -246,11 +252,17 @@ void match_stored(struct datapath *dp, uint32_t number)
             kept++;
         }
     }
-    run->record_count = kept;
-    if (kept == 0)
-        run->state = RUN_FREE;
+    bool all = count == run->record_count;
+    for (uint32_t index = count; index < run->record_count; index++) { /* over the gap */
+        records[kept + index - count] = records[index];
+        link[kept + index - count] = link[index];
+    }
+    run->record_count -= count - kept;
+    dp->matched = kept;
+    if (run->record_count == 0)
+        batch_enter_state(dp, number, RUN_FREE);
     if (chosen == 0)
-        return;
+        return all;
     if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
         /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
         dp_sweep(dp);
@@ -262,6 +274,7 @@ void match_stored(struct datapath *dp, uint32_t number)
     }
     for (uint32_t each = 0; each < chosen; each++)
         link[where[each]] = pages[each];
+    return all;
 }
 
 /* --- When the candidates are there ------------------------------------------------------------------------------------------ */
@@ -315,9 +328,10 @@ static bool came_late(struct datapath *dp, const struct dp_record *r, uint32_t l
     return link == DP_NONE && store_candidates(dp->dedup, r->print, &place, 1) != 0;
 }
 
-/* One run of the batch: shares, follows, holds back; what is left goes to `decision`. places[i]: confirmed, or 0. */
-static void decide_run(struct datapath *dp, const uint32_t *records, const uint64_t *places, const uint32_t *link, uint32_t count,
-                       struct match_decision *decision)
+/* One run of the batch: shares, follows, holds back. places[i]: confirmed, or 0. What is left goes to `rest`, with its links; returns
+ * how many. */
+static uint32_t share_run(struct datapath *dp, const uint32_t *records, const uint64_t *places, const uint32_t *link, uint32_t count,
+                          uint32_t *rest, uint32_t *rest_link)
 {
     struct runs_block blocks[ATOLL_IO_BLOCKS];
     uint32_t nodes[ATOLL_IO_BLOCKS][RUNS_PLACES];
@@ -343,7 +357,7 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
     }
     rule_of(dp, records, count, blocks, &rule);
     runs_match(blocks, count, &rule, choice);
-    uint32_t keep = count - held_back(dp, records, count, runs_open_tail(blocks, count, &rule, choice)), piece_end = 0;
+    uint32_t keep = count - held_back(dp, records, count, runs_open_tail(blocks, count, &rule, choice)), piece_end = 0, left = 0;
     bool recovered = false; /* the piece is too short, and shared all the same */
     for (uint32_t index = 0; index < count; index++) {
         if (index >= piece_end && choice[index] != RUNS_NONE) {
@@ -360,11 +374,12 @@ static void decide_run(struct datapath *dp, const uint32_t *records, const uint6
             log_requeue(dp, record);
             atoll_count(dp->domain, DEDUP_COUNTER_HELD_BACK_BLOCKS, 1);
         } else if (choice[index] == RUNS_NONE || !(node == DP_NONE ? share(dp, record, places[index]) : follow(dp, record, node))) {
-            decision->rejected[decision->rest_count] =
-                choice[index] == RUNS_NONE && (blocks[index].count != 0 || link[index] == DP_REJECTED);
-            decision->rest[decision->rest_count++] = record;
+            bool rejected = choice[index] == RUNS_NONE && (blocks[index].count != 0 || link[index] == DP_REJECTED);
+            rest[left] = record;
+            rest_link[left++] = rejected ? DP_REJECTED : DP_NONE;
         }
     }
+    return left;
 }
 
 /* What is left of the batch: a row of at least threshold blocks that equal blocks written in sequence follows them; the others
@@ -408,30 +423,57 @@ static void decide_rest(struct datapath *dp, struct match_decision *decision)
     }
 }
 
-void match_decide(struct datapath *dp, uint32_t number, struct match_decision *decision)
+uint32_t match_run_end(struct datapath *dp, const struct dp_run *run, uint32_t first)
+{
+    return run_end(dp, run->records, run->record_count, first);
+}
+
+uint32_t match_share(struct datapath *dp, uint32_t number, uint32_t first, uint32_t end)
 {
     struct dp_run *run = &dp->arena->runs[number];
     uint64_t places[ATOLL_IO_BLOCKS];
-    uint32_t count = run->record_count;
-    decision->rest_count = decision->writer_count = decision->follower_count = 0;
-    for (uint32_t index = 0; index < count; index++) {
-        if (index + 1 < count && run->link[index + 1] < DP_UNREAD) {
+    uint32_t rest[ATOLL_IO_BLOCKS], rest_link[ATOLL_IO_BLOCKS], left = 0, stop;
+    for (uint32_t index = first; index < end; index++) {
+        if (index + 1 < end && run->link[index + 1] < DP_UNREAD) {
             dp_prefetch(page_memory(dp, run->link[index + 1]));
             dp_prefetch(record_page(dp, run->records[index + 1]));
         }
-        places[index] = run->link[index] < DP_UNREAD && at(dp, run->records[index])->state != RECORD_DROPPED
-                            ? confirm(dp, run->records[index], run->link[index]) : 0;
+        places[index - first] = run->link[index] < DP_UNREAD && at(dp, run->records[index])->state != RECORD_DROPPED
+                                    ? confirm(dp, run->records[index], run->link[index]) : 0;
     }
-    for (uint32_t first = 0, end; first < count; first = end) {
-        end = run_end(dp, run->records, count, first);
-        if (at(dp, run->records[first])->state == RECORD_DROPPED)
-            log_release(dp, run->records[first]); /* who overwrote it took its reservation */
+    for (uint32_t begin = first; begin < end; begin = stop) {
+        stop = run_end(dp, run->records, end, begin);
+        if (at(dp, run->records[begin])->state == RECORD_DROPPED)
+            log_release(dp, run->records[begin]); /* who overwrote it took its reservation */
         else
-            decide_run(dp, run->records + first, places + first, run->link + first, end - first, decision);
+            left += share_run(dp, run->records + begin, places + begin - first, run->link + begin, stop - begin, rest + left,
+                              rest_link + left);
     }
-    for (uint32_t index = 0; index < count; index++)
+    for (uint32_t index = first; index < end; index++)
         if (run->link[index] < DP_UNREAD)
             cache_unpin(dp, run->link[index]);
+    destage_save_run(dp, run, run->record_count);
+    memcpy(run->records + first, rest, left * sizeof rest[0]);
+    memcpy(run->link + first, rest_link, left * sizeof rest_link[0]);
+    memmove(run->records + first + left, run->records + end, (run->record_count - end) * sizeof rest[0]);
+    memmove(run->link + first + left, run->link + end, (run->record_count - end) * sizeof rest[0]);
+    run->record_count -= end - first - left;
+    return left;
+}
+
+void match_decide(struct datapath *dp, uint32_t number, struct match_decision *decision)
+{
+    struct dp_run *run = &dp->arena->runs[number];
+    decision->rest_count = decision->writer_count = decision->follower_count = 0;
+    for (uint32_t index = 0; index < run->record_count; index++) {
+        uint32_t record = run->records[index];
+        if (at(dp, record)->state == RECORD_DROPPED) { /* since it was decided */
+            log_release(dp, record);
+            continue;
+        }
+        decision->rejected[decision->rest_count] = run->link[index] == DP_REJECTED;
+        decision->rest[decision->rest_count++] = record;
+    }
     decide_rest(dp, decision);
 }
 

@@ -21,8 +21,12 @@
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
 
-/* Work after which others are let go first. */
+/* Work after which others are let go first; and where requests come one by one, each of which would wait for all of it. */
 #define OFFER_NS 20000
+#define OFFER_ALONE_NS 4000
+/* Requests of a turn, on average, that are one by one; and the weight of the average. */
+#define ALONE_MOST 2
+#define ALONE_WEIGHT 16
 /* How long a posted write may lie before it is applied; and how long after the last one dedup dozes rather than sleeps. */
 #define DOZE_NS 1000000
 #define DOZE_AFTER_MS 5
@@ -164,6 +168,8 @@ static bool take_requests(struct dedup *dedup)
             dedup->datapath->posted_ms = dedup->datapath->now_ms;
         datapath_message(dedup->datapath, &message);
     }
+    if (taken != 0)
+        dedup->together += taken - dedup->together / ALONE_WEIGHT;
     return taken != 0;
 }
 
@@ -205,6 +211,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
             commit(dedup);
             did = true;
         }
+        dp->alone = dedup->together <= ALONE_MOST * ALONE_WEIGHT;
         dp->shared = place_shared(&dedup->place);
         did |= datapath_step(dp, wake_ms);
     }
@@ -319,7 +326,7 @@ static void at_ease(struct dedup *dedup)
 static void offer(struct dedup *dedup)
 {
     uint64_t now = atoll_now_ns();
-    if (now - dedup->offered_ns < OFFER_NS)
+    if (now - dedup->offered_ns < (dedup->datapath->alone ? OFFER_ALONE_NS : OFFER_NS))
         return;
     sched_yield();
     dedup->offered_ns = atoll_now_ns();
