@@ -76,7 +76,8 @@ class Work:
     opcode: int
     identity: int
     part: int
-    flags: int
+    flags: int  # without the hint
+    alone: bool
     offset: int
     length: int
     volume: int
@@ -464,7 +465,8 @@ class Stage:
 
     def _take_work(self, message: Any) -> None:
         work = Work(
-            message.opcode, message.identity, message.part, message.flags, message.words[0], message.words[1],
+            message.opcode, message.identity, message.part, message.flags & ~lib.ATOLL_FLAG_ALONE,
+            bool(message.flags & lib.ATOLL_FLAG_ALONE), message.words[0], message.words[1],
             message.halves[4], message.halves[5], message.address, message.length, message.segment_count,
         )  # fmt: skip
         slot = work.identity >> 32 & 0xFFFF

@@ -135,9 +135,7 @@ def test_destage_goes_in_pieces(alone: bool) -> None:
         stage.open()
         volume = stage.create_volume("v", 2 * count * BLOCK)
         for number in range(count):
-            stage.write(volume, 2 * number * BLOCK, block(number))
-            if alone:
-                stage.turn()
+            stage.write(volume, 2 * number * BLOCK, block(number), lib.ATOLL_FLAG_ALONE if alone else 0)
         for _ in range(1000):
             before = stage.counters()
             stage.turn()

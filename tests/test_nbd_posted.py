@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +46,21 @@ def answered(stage: Stage, wire: Wire, cookie: int) -> None:
 
 def posted(stage: Stage) -> int:
     return stage.counters()["posted_writes"]
+
+
+def test_dedup_is_told_whether_requests_come_one_by_one(stage: Stage, plain: Wire) -> None:
+    stage.hold = True
+    answered(stage, plain, plain.submit(Command.WRITE, 0, payload=b"a" * BLOCK))
+    assert [work.alone for work in stage.waiting] == [True]
+    os.kill(stage.pid, signal.SIGSTOP)
+    os.waitpid(stage.pid, os.WUNTRACED)  # it runs no more
+    cookies = [plain.submit(Command.WRITE, number * BLOCK, payload=b"b" * BLOCK) for number in range(1, 9)]
+    os.kill(stage.pid, signal.SIGCONT)
+    for cookie in cookies:
+        answered(stage, plain, cookie)
+    assert [work.alone for work in stage.waiting] == [True] + [False] * 8
+    stage.hold = False
+    stage.settle()
 
 
 def test_answered_before_it_is_applied_and_read_behind_it(stage: Stage, wire: Wire) -> None:

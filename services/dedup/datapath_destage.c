@@ -232,12 +232,12 @@ static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
     return true;
 }
 
-/* Whether the requests of clients come first for a moment: as long as the last pieces of work took, unless somebody waits for destage,
- * or soon will. */
+/* Whether the requests of clients come first for a moment: as long as the last pieces of work took, or, one by one, until none comes;
+ * unless somebody waits for destage, or soon will. */
 static bool gives_way(const struct datapath *dp, uint64_t now_ns)
 {
     const struct dp_arena *arena = dp->arena;
-    return dp->shared && dp->asked && now_ns < dp->resume_ns && dp->flush_count == 0 && dp->retry_count == 0 && !dp->drain &&
+    return dp->shared && dp->asked && (dp->alone || now_ns < dp->resume_ns) && dp->flush_count == 0 && dp->retry_count == 0 && !dp->drain &&
            arena->log_records * 2 < arena->nic_pages;
 }
 

@@ -24,9 +24,11 @@
 /* Work after which others are let go first; and where requests come one by one, each of which would wait for all of it. */
 #define OFFER_NS 20000
 #define OFFER_ALONE_NS 4000
-/* Requests of a turn, on average, that are one by one; and the weight of the average. */
-#define ALONE_MOST 2
-#define ALONE_WEIGHT 16
+/* Requests taken in a turn where they come one by one: a few microseconds. */
+#define TAKE_ALONE 8
+/* Whether they do is an average over so many of them, squared because each counts as many. */
+#define CROWD_WEIGHT 64
+#define CROWD_ALL (CROWD_WEIGHT * CROWD_WEIGHT)
 /* How long a posted write may lie before it is applied; and how long after the last one dedup dozes rather than sleeps. */
 #define DOZE_NS 1000000
 #define DOZE_AFTER_MS 5
@@ -158,18 +160,18 @@ static bool take_requests(struct dedup *dedup)
     struct atoll_domain *domain = dedup->domain;
     struct atoll_descriptor message;
     uint32_t waiting = atoll_domain_pending(domain, ATOLL_ROLE_NBD), taken = 0;
-    for (uint32_t index = 0; index < waiting && index < DP_STEP_MESSAGES / 2; index++)
+    uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES;
+    for (uint32_t index = 0; index < waiting && index < most && index < DP_STEP_MESSAGES / 2; index++)
         datapath_expect(dedup->datapath, atoll_ring_entry(&domain->rings->rx[ATOLL_ROLE_NBD], index));
-    for (; taken < DP_STEP_MESSAGES && domain->journal->count < DP_STEP_JOURNAL; taken++) {
+    for (; taken < most && domain->journal->count < DP_STEP_JOURNAL; taken++) {
         if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
             break;
+        dedup->crowd += (message.flags & ATOLL_FLAG_ALONE ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
         place_note(&dedup->place, &message);
         if (posted_request(&message))
             dedup->datapath->posted_ms = dedup->datapath->now_ms;
         datapath_message(dedup->datapath, &message);
     }
-    if (taken != 0)
-        dedup->together += taken - dedup->together / ALONE_WEIGHT;
     return taken != 0;
 }
 
@@ -211,7 +213,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
             commit(dedup);
             did = true;
         }
-        dp->alone = dedup->together <= ALONE_MOST * ALONE_WEIGHT;
+        dp->alone = dedup->crowd < CROWD_ALL / 2;
         dp->shared = place_shared(&dedup->place);
         did |= datapath_step(dp, wake_ms);
     }

@@ -16,7 +16,7 @@ struct dedup {
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
     struct dedup_place place;     /* process-private */
     uint64_t offered_ns;          /* when others were last let go first */
-    uint64_t together;            /* requests a turn, of those that had any: average times ALONE_WEIGHT */
+    uint32_t crowd;               /* how many of CROWD_ALL requests were not alone, on average */
 };
 
 /* Counters of dedup (names in services/dedup/__init__.py, same order). store.c uses those from 64 on. */

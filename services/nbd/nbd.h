@@ -259,6 +259,7 @@ struct nbd {
     struct atoll_suspect *suspects;
     uint32_t suspect_count;          /* of entries in use */
     uint32_t taken;                  /* messages of the last step */
+    uint32_t alone;                  /* nic had one message at most for the last step */
     uint32_t stalled;                /* the last step found no room for what a message may cause */
     uint32_t unstable;               /* the volume table could not be read; nic's messages wait for a moment */
     uint32_t framed;                 /* 1: `frame` and `message` wait for nbd_answer */

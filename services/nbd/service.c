@@ -162,6 +162,13 @@ static void commit_step(struct nbd *nbd)
     atoll_count(nbd->domain, NBD_COUNTER_STEPS, 1);
 }
 
+/* True if nic has one message at most. By the tail itself: the entries do not say it all. */
+static bool is_alone(const struct nbd *nbd)
+{
+    const struct atoll_rx_ring *ring = &nbd->domain->rings->rx[ATOLL_ROLE_NIC];
+    return ring->consumer == 0 || atoll_load_acquire(&ring->producer->tail) - ring->head <= 1;
+}
+
 int nbd_step(struct nbd *nbd, uint32_t messages)
 {
     struct atoll_descriptor message;
@@ -182,6 +189,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         accept(nbd, ATOLL_ROLE_DEDUP);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.done_taken");
     }
+    nbd->alone = is_alone(nbd);
     for (; taken < limit && peek(nbd, ATOLL_ROLE_NIC, &message); taken++) {
         set_current(nbd, message.identity);
         enum nbd_outcome outcome = nbd_take_nic(nbd, &message);

@@ -220,7 +220,7 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
     message.flags = (uint8_t)((slot->flags & NBD_CMD_FLAG_FUA && last ? ATOLL_FLAG_FUA : 0) |
                               (slot->flags & NBD_CMD_FLAG_NO_HOLE ? ATOLL_FLAG_NO_HOLE : 0) |
                               (slot->flags & NBD_CMD_FLAG_FAST_ZERO ? ATOLL_FLAG_FAST : 0) |
-                              (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0));
+                              (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0) | (nbd->alone ? ATOLL_FLAG_ALONE : 0));
     message.words[0] = slot->offset + slot->done_bytes;
     message.words[1] = nbd_has_parts(slot->type) ? slot->part_bytes : slot->length;
     message.halves[4] = slot->volume;
