@@ -224,7 +224,7 @@ bool batch_collect(struct datapath *dp, uint32_t number)
     run->writer_count = 0;
     run->record_count = before + count;
     run->min_order = lowest;
-    return !full && !alone && run->record_count < ATOLL_IO_BLOCKS;
+    return !full && !alone && run->record_count < ATOLL_IO_BLOCKS && dp->arena->log_head != DP_NONE;
 }
 
 /* --- 2 match, 3 share: datapath_match.c ----------------------------------------------------------------------------- */
