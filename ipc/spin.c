@@ -44,8 +44,8 @@ bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uin
         begin(rings, spin, last);
     if (rings->spin_until == 0) /* it rests */
         return false;
-    for (;;) {
-        if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && look(context))) {
+    for (bool first = true;; first = false) {
+        if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && !first && look(context))) {
             rings->lucky = spin; /* if it turns out to be work */
             return true;
         }

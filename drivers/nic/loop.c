@@ -326,7 +326,7 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             continue;
         }
         uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
-        struct atoll_spin *spin = nic->free_slot_count < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
+        struct atoll_spin *spin = nic->free_slot_count + nic->posted < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
         if (nic_coalesce(nic, ignored))
             continue;
         if (atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic) || !atoll_domain_may_sleep(domain, ignored))

@@ -55,6 +55,7 @@ static bool note_posted(struct nic *nic, struct nic_slot *slot, const struct ato
     atoll_set64(nic->journal, &nic->public->posted_order, nic->public->posted_order + 1);
     atoll_set64(nic->journal, &posted->order, nic->public->posted_order);
     nic->hints[slot->connection].posted++;
+    nic->posted++;
     return true;
 }
 
@@ -68,6 +69,7 @@ static void on_end(struct nic *nic, struct nic_slot *slot, const struct atoll_de
     atoll_set64(nic->journal, &nic->public->posted[slot - nic->area->slots].order, 0);
     nic_set32(nic, &slot->flags, slot->flags & ~(uint32_t)NIC_SLOT_POSTED);
     nic->hints[slot->connection].posted--;
+    nic->posted--;
     if (!(slot->flags & NIC_SLOT_QUEUED))
         nic_slot_free(nic, slot);
 }

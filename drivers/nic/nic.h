@@ -423,6 +423,7 @@ struct nic {
     struct nic_hint hints[ATOLL_CONNECTION_COUNT];
 
     uint64_t reply_pages;      /* of all slots */
+    uint32_t posted;           /* slots that are answered, and whose END is to come */
     uint32_t free_slot_count, free_connection_count, free_stream_count;
     uint16_t free_slots[ATOLL_SLOT_COUNT];
     uint16_t free_connections[ATOLL_CONNECTION_COUNT];

@@ -163,6 +163,7 @@ static void make_lists(struct nic *nic)
             nic->reply_pages += slot->reply_pages;
             nic->hints[slot->connection].reply_pages += slot->reply_pages;
             nic->hints[slot->connection].posted += (slot->flags & NIC_SLOT_POSTED) != 0;
+            nic->posted += (slot->flags & NIC_SLOT_POSTED) != 0;
         }
     }
     for (uint32_t index = NIC_STREAM_COUNT; index-- > 0;)
