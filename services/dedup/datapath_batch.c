@@ -96,7 +96,7 @@ static enum taken take(struct datapath *dp, uint32_t record)
 /* Waited for often enough: matching saves space, waiting for ever costs more. */
 enum batch_looked batch_look_up(struct datapath *dp)
 {
-    uint32_t records[BATCH_PIECE], count = 0, record = dp->arena->log_head, piece = batch_piece(dp);
+    uint32_t records[ATOLL_IO_BLOCKS], count = 0, record = dp->arena->log_head, piece = batch_piece(dp);
     for (uint32_t skipped = 0; record != DP_NONE && skipped < dp->looked; skipped++)
         record = at(dp, record)->next;
     for (; record != DP_NONE && count < piece; record = at(dp, record)->next) {

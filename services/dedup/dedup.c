@@ -154,6 +154,12 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
 
 /* --- The loop ------------------------------------------------------------------------------------------------------------ */
 
+/* Nobody else waited beside it, and it is small: a large one takes longer than what it might wait for. */
+static bool comes_alone(const struct atoll_descriptor *message)
+{
+    return message->flags & ATOLL_FLAG_ALONE && message->length <= ATOLL_POSTED_WRITE_BLOCKS * ATOLL_BLOCK_BYTES;
+}
+
 /* Up to DP_STEP_MESSAGES of them. True if there were any. */
 static bool take_requests(struct dedup *dedup)
 {
@@ -166,7 +172,7 @@ static bool take_requests(struct dedup *dedup)
     for (; taken < most && domain->journal->count < DP_STEP_JOURNAL; taken++) {
         if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
             break;
-        dedup->crowd += (message.flags & ATOLL_FLAG_ALONE ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
+        dedup->crowd += (comes_alone(&message) ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
         place_note(&dedup->place, &message);
         if (posted_request(&message))
             dedup->datapath->posted_ms = dedup->datapath->now_ms;
