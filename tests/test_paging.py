@@ -16,7 +16,7 @@ import forgekit
 import pytest
 import xxhash
 from memorykit import memory
-from nbdclient import Connection, NbdError
+from nbdclient import CommandFlag, Connection, NbdError
 from recoverykit import patiently
 from serverkit import Server
 
@@ -133,7 +133,10 @@ def test_a_damaged_page_is_repaired_or_named(make_server: Callable[..., Server],
     with Connection.open(str(server.socket), timeout_s=60) as connection:
         connection.negotiate("disk")
         assert connection.read(0, BLOCK) == bytes(BLOCK)  # from the other copy
-        for call in (lambda: connection.read(512 * BLOCK, BLOCK), lambda: connection.write(600 * BLOCK, content(1))):
+        for call in (
+            lambda: connection.read(512 * BLOCK, BLOCK),
+            lambda: connection.write(600 * BLOCK, content(1), CommandFlag.FUA),  # one that is not awaited: test_bit_rot
+        ):
             with pytest.raises(NbdError) as error:
                 call()
             assert (
