@@ -44,7 +44,7 @@ bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uin
         begin(rings, spin, last);
     if (rings->spin_until == 0) /* it rests */
         return false;
-    for (bool first = true;; first = false) {
+    for (bool first = true;; first = false) { /* who begins to spin has just looked at what else there is */
         if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && !first && look(context))) {
             rings->lucky = spin; /* if it turns out to be work */
             return true;

@@ -82,6 +82,8 @@ static int check_slots(const struct nic *nic, uint8_t *owned, uint32_t *outstand
         if (slot->connection >= ATOLL_CONNECTION_COUNT || nic->area->connections[slot->connection].phase < NIC_OPEN)
             DIFFERS("slot %u is in use for connection %u, which is not", index, slot->connection);
         outstanding[slot->connection]++;
+        if ((slot->flags & NIC_SLOT_POSTED) && (!(slot->flags & NIC_SLOT_LENT) || nic->public->posted[index].order == 0))
+            DIFFERS("slot %u is posted, but its part is not lent or not noted", index);
         for (uint32_t bank = 0; bank < NIC_PART_LISTS; bank++)
             if (mark(nic, index, bank, (slot->flags & NIC_SLOT_LENT) && slot->lent_part % NIC_PART_LISTS == bank, owned, error) < 0)
                 return -1;

@@ -316,10 +316,13 @@ enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum 
     return OUTCOME_DONE;
 }
 
-/* What the request touches is in the hands of a posted write that cannot be applied; the slot's status is that one's. */
-static enum dp_outcome refuse_behind(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request)
+/* What the request touches, a posted write is still to change. DONE: that one cannot be applied, and its status is this one's, too; a
+ * posted write that comes after it is kept like it. */
+static enum dp_outcome come_after(struct datapath *dp, struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t status)
 {
-    (void)number;
+    slot->status = status;
+    if (status == ATOLL_OK || posted_request(request))
+        return OUTCOME_RETRY;
     if (request->opcode == ATOLL_OP_WRITE)
         write_refuse_payload(dp, request);
     return OUTCOME_DONE;
@@ -330,11 +333,10 @@ static enum dp_outcome dispatch(struct datapath *dp, uint32_t number, const stru
     if (dp->blocked & RESOURCE_PAGE) /* one that is older lacks pages of metadata */
         return OUTCOME_RETRY;
     if (__builtin_expect(dp->posted_count != 0, 0)) {
+        struct dp_slot *slot = &dp->arena->slots[number];
         uint32_t status;
-        if (posted_before(dp, &dp->arena->slots[number], request, &status)) {
-            dp->arena->slots[number].status = status;
-            return status == ATOLL_OK || posted_request(request) ? OUTCOME_RETRY : refuse_behind(dp, number, request);
-        }
+        if (posted_before(dp, slot, request, &status))
+            return come_after(dp, slot, request, status);
     }
     switch (request->opcode) {
     case ATOLL_OP_READ: return exec_read(dp, number, request);

@@ -20,12 +20,10 @@
 /* Posting begins with so many times what may be on its way, and ends with half as many. */
 #define ROOM_TO_BEGIN 4
 
-static bool is_posted(const struct atoll_descriptor *request)
+bool posted_request(const struct atoll_descriptor *request)
 {
     return request->opcode == ATOLL_OP_WRITE && (request->flags & ATOLL_FLAG_POSTED);
 }
-
-bool posted_request(const struct atoll_descriptor *request) { return is_posted(request); }
 
 /* --- Order ------------------------------------------------------------------------------------------------------------ */
 
