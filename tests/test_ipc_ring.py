@@ -6,7 +6,9 @@ import random
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -251,6 +253,49 @@ def test_a_sleeper_wakes_by_timeout_and_ignores_what_it_cannot_take() -> None:
         assert domain.self.sleeping == 1
         lib.atoll_domain_awake(domain)
         assert domain.self.sleeping == 0
+
+
+def test_one_who_dozes_is_woken_for_what_cannot_wait_and_for_many() -> None:
+    """The waker looks at what it sends and how much waits; the dozer looks at what is there before it sleeps."""
+    many, posted = lib.ATOLL_DOZE_MESSAGES, ffi.new("struct atoll_descriptor *", {"flags": lib.ATOLL_FLAG_POSTED})
+    urgent, taken = ffi.new("struct atoll_descriptor *"), ffi.new("struct atoll_descriptor *")
+    with instance({A: [B], B: []}, entries=256) as made:
+        made.map_all(writable=A)
+        physmap.map_arena(B, made.writable_fds[B], made.bytes[B], writable=True)
+        header, eventfd = physmap.header(B), os.eventfd(0, os.EFD_NONBLOCK)
+        header.wake_kind, header.eventfd = lib.ATOLL_WAKE_EVENTFD, eventfd
+        sender, dozer = made.open(A, 1), made.open(B, 1)
+
+        def woken() -> bool:
+            try:
+                return os.eventfd_read(eventfd) > 0
+            except BlockingIOError:
+                return False
+
+        def send(message: Any, put: Callable[[Any, int, Any], bool]) -> bool:
+            header.sleeping = 2
+            assert put(sender, B, message)
+            lib.atoll_domain_commit(sender)
+            header.sleeping = 0
+            return woken()
+
+        def take(count: int) -> None:
+            assert all(lib.atoll_domain_take(dozer, A, taken) for _ in range(count))
+            lib.atoll_domain_commit(dozer)
+
+        for number in range(1, 2 * many):
+            assert send(posted, lib.atoll_domain_put_unhurried) == (number >= many), number
+        assert lib.atoll_domain_doze(dozer, A, 60_000_000_000) == 1, "so many wait that it does not sleep at all"
+        take(many)
+        assert lib.atoll_domain_doze(dozer, A, 1_000_000) == 0
+        assert send(posted, lib.atoll_domain_put), "in a hurry"
+        take(many)
+        assert not send(posted, lib.atoll_domain_put_unhurried)
+        assert send(urgent, lib.atoll_domain_put)
+        assert lib.atoll_domain_doze(dozer, A, 60_000_000_000) == 1, "one of them cannot wait"
+        take(2)
+        assert lib.atoll_domain_doze(dozer, A, 1_000_000) == 0 and header.sleeping == 0
+        os.close(eventfd)
 
 
 def test_a_peer_is_woken_by_its_eventfd_but_nothing_else_is_written_to(tmp_path: Path) -> None:
