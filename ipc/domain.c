@@ -219,7 +219,7 @@ static void wake(struct atoll_domain *domain, uint32_t role)
 void atoll_domain_commit(struct atoll_domain *domain)
 {
     struct atoll_rings *rings = domain->rings;
-    uint32_t published = 0;
+    uint32_t published = 0, hurried = 0;
     for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
         atoll_ring_settle_head(domain->journal, &rings->rx[__builtin_ctz(left)]);
     for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
@@ -230,9 +230,15 @@ void atoll_domain_commit(struct atoll_domain *domain)
     ATOLL_CRASH_POINT_EACH(domain, "commit.after");
     for (uint32_t left = rings->rx_roles; left != 0; left &= left - 1)
         atoll_ring_publish_head(&rings->rx[__builtin_ctz(left)]);
-    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
-        if (atoll_ring_publish_tail(&rings->tx[__builtin_ctz(left)]))
-            published |= left & -left;
+    for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1) {
+        uint32_t role = (uint32_t)__builtin_ctz(left);
+        uint32_t fresh = rings->tx[role].tail - rings->tx[role].published;
+        if (!atoll_ring_publish_tail(&rings->tx[role]))
+            continue;
+        published |= 1u << role;
+        hurried |= fresh != rings->unhurried[role] ? 1u << role : 0;
+        rings->unhurried[role] = 0;
+    }
     if (published == 0)
         return;
     ATOLL_CRASH_POINT_EACH(domain, "publish.after");
@@ -243,11 +249,10 @@ void atoll_domain_commit(struct atoll_domain *domain)
         if (sleeping == 0)
             continue;
         const struct atoll_tx_ring *ring = &rings->tx[role];
-        if (sleeping != DOZING || (rings->hurried >> role & 1) ||
+        if (sleeping != DOZING || (hurried >> role & 1) ||
             ring->tail - atoll_load_relaxed(&ring->consumer->head) >= ATOLL_DOZE_MESSAGES)
             wake(domain, role);
     }
-    rings->hurried = 0;
     ATOLL_CRASH_POINT_EACH(domain, "wake.after");
 }
 
@@ -445,6 +450,7 @@ void atoll_domain_roll_back(struct atoll_domain *domain)
         atoll_ring_return_head(&rings->rx[__builtin_ctz(left)]);
     for (uint32_t left = rings->tx_roles; left != 0; left &= left - 1)
         atoll_ring_return_tail(&rings->tx[__builtin_ctz(left)]);
+    memset(rings->unhurried, 0, sizeof rings->unhurried);
 }
 
 uint32_t atoll_domain_next_entry(const struct atoll_domain *domain, uint32_t role)

@@ -88,7 +88,7 @@ struct atoll_rings {
     struct atoll_tx_ring tx[ATOLL_ROLE_COUNT];
     struct atoll_rx_ring rx[ATOLL_ROLE_COUNT];
     uint32_t tx_roles, rx_roles;       /* bit masks: to and from whom there is a ring */
-    uint32_t hurried;                  /* bit mask: to whom this step puts something that one who dozes is woken for */
+    uint32_t unhurried[ATOLL_ROLE_COUNT]; /* messages of this step that one who dozes is not woken for */
     int32_t eventfd[ATOLL_ROLE_COUNT]; /* by which a role is woken, oneself too; -1: by futex, -2: by none */
     int32_t epoll;                     /* in which the own eventfd is waited for, -1: not yet made */
     bool worked;                       /* something was changed since it last began to spin */
@@ -144,7 +144,7 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
     return true;
 }
 
-static inline bool atoll_domain_put_unhurried(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
 {
     struct atoll_tx_ring *ring = &domain->rings->tx[role];
     struct atoll_descriptor *entry = atoll_ring_reserve(ring);
@@ -157,10 +157,11 @@ static inline bool atoll_domain_put_unhurried(struct atoll_domain *domain, uint3
     return true;
 }
 
-static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+static inline bool atoll_domain_put_unhurried(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
 {
-    domain->rings->hurried |= 1u << role;
-    return atoll_domain_put_unhurried(domain, role, message);
+    bool sent = atoll_domain_put(domain, role, message);
+    domain->rings->unhurried[role] += sent; /* counted here, and not in the other: that one sends streams */
+    return sent;
 }
 
 #endif
