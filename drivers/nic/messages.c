@@ -76,15 +76,9 @@ static void on_end(struct nic *nic, struct nic_slot *slot, const struct atoll_de
 
 static void on_reply(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *message)
 {
-    bool last = message->flags & ATOLL_FLAG_LAST;
+    bool last = message->flags & ATOLL_FLAG_LAST, posted = message->flags & ATOLL_FLAG_POSTED;
     if ((slot->flags & (NIC_SLOT_QUEUED | NIC_SLOT_ANSWERED)) || message->length > REPLY_BYTES ||
-        message->segment_count > ATOLL_REPLY_SEGMENTS) {
-        refuse(nic);
-        nic_gone(nic, connection);
-        return;
-    }
-    bool posted = message->flags & ATOLL_FLAG_POSTED;
-    if (posted && !note_posted(nic, slot, message)) {
+        message->segment_count > ATOLL_REPLY_SEGMENTS || (posted && !note_posted(nic, slot, message))) {
         refuse(nic);
         nic_gone(nic, connection);
         return;

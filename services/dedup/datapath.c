@@ -75,6 +75,8 @@ static void queue_put(struct datapath *dp, uint32_t *head, uint32_t *tail, uint3
 static void queue_retry(struct datapath *dp, uint32_t number)
 {
     queue_put(dp, &dp->retry_head, &dp->retry_tail, &dp->retry_count, number);
+    if (posted_request(&dp->arena->slots[number].request))
+        posted_wait(dp, number);
 }
 
 static void queue_flush(struct datapath *dp, uint32_t number)
@@ -379,8 +381,6 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
             return;
         }
     }
-    if (posted)
-        posted_wait(dp, number);
     if (request != &slot->request) {
         atoll_save(dp->journal, &slot->request, sizeof slot->request);
         slot->request = *request;
@@ -471,8 +471,6 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     if (__builtin_expect(find_suspect(dp, message->identity, message->part) != 0, 0)) {
         atoll_save(dp->journal, &slot->request, sizeof slot->request);
         slot->request = *message;
-        if (posted_request(message))
-            posted_wait(dp, number);
         queue_retry(dp, number); /* executed alone, in a transaction of its own */
         dp->retry = true;
         return;
@@ -491,8 +489,6 @@ void datapath_resume(struct datapath *dp, uint32_t number)
         begin_flush(dp, number);
         break;
     default:
-        if (posted_request(&dp->arena->slots[number].request))
-            posted_wait(dp, number);
         queue_retry(dp, number);
     }
 }

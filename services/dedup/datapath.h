@@ -73,7 +73,7 @@
 #define DP_SCRUB_PAGES 64
 #define DP_SCRUB_DAMAGED 64
 #define DP_SCRUB_REFERRERS 4
-/* Request slots: nbd's, and those of posted writes that were taken over after the death of all. */
+/* Request slots: nbd's, and dedup's own for posted writes (datapath_posted.c). */
 #define DP_SLOTS (ATOLL_SLOT_COUNT + ATOLL_POSTED_BLOCKS)
 /* Blocks that one step can put into the look-up table; more are not put there. */
 #define DP_LOOKUP_NOTES 4096
@@ -235,7 +235,7 @@ struct dp_arena {
     uint32_t returning;          /* head of the RETURNING list */
     uint32_t pinned_count;
     uint32_t pinned[ATOLL_SLOT_COUNT]; /* slots with pins */
-    uint32_t aside[ATOLL_VOLUME_COUNT]; /* the same by volume: of no concern to the flushes of others */
+    uint32_t aside[ATOLL_VOLUME_COUNT]; /* aside_records by volume: of no concern to the flushes of others */
     uint32_t current_part;       /* with header.current: not transactional */
     /* Records that are being destaged at this moment, for whoever finds out what crashed: not transactional. */
     uint32_t handled_count;
@@ -472,7 +472,7 @@ void posted_over(struct datapath *dp, uint32_t number);
 bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t *status);
 /* How many of those that wait cannot be applied for the time being. */
 uint32_t posted_failing(const struct datapath *dp);
-/* The slot's posted write, whose status says why it cannot be applied, gets a slot that nbd does not know, and waits there. Returns its number;
+/* The slot's posted write, whose status says why it cannot be applied, gets a slot that nbd does not know, to be queued there. Returns its number;
  * DP_NO_SLOT: it has one, or none is free. */
 uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
 /* Space for them is kept. */

@@ -153,7 +153,6 @@ uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_de
     if (number >= ATOLL_SLOT_COUNT || kept == DP_SLOTS)
         return DP_NO_SLOT;
     own(dp, kept, request, slot->acceptance, slot->status);
-    posted_wait(dp, kept);
     return kept;
 }
 

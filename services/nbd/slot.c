@@ -172,7 +172,7 @@ void nbd_answer_posted(struct nbd *nbd, const struct nbd_slot *slot)
 void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status)
 {
     struct atoll_descriptor end = {.opcode = ATOLL_OP_END, .identity = slot->identity, .flags = ATOLL_FLAG_TAKEN};
-    if (status != ATOLL_OK) { /* of what was acknowledged nothing is left to be kept: see dedup's post_refused */
+    if (status != ATOLL_OK) { /* its blocks are no more: the volume was deleted, or has shrunk */
         nbd_count_error(nbd, status);
         atoll_count(nbd->domain, NBD_COUNTER_POSTED_LOST, 1);
     }
