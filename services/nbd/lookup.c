@@ -20,14 +20,14 @@ void nbd_lookup_attach(struct nbd *nbd)
     struct nbd_lookup *lookup = &nbd->lookup;
     const struct atoll_domain *domain = nbd->domain;
     const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP], *nic = domain->peers[ATOLL_ROLE_NIC];
-    uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP], offset = dedup == 0 ? 0 : dedup->role_offset;
+    const struct atoll_dedup_public *published = nbd_dedup_public(nbd);
+    uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP];
 
     lookup->entries = 0;
     lookup->incarnation = dedup == 0 ? 0 : atoll_load_acquire(&dedup->incarnation);
-    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
-        offset > bytes - sizeof(struct atoll_dedup_public))
+    if (published == 0)
         return;
-    const struct atoll_lookup *public = &((const struct atoll_dedup_public *)((const char *)dedup + offset))->lookup;
+    const struct atoll_lookup *public = &published->lookup;
     uint64_t entries = atoll_load_acquire(&public->entries_address);
     lookup->table = *public;
     lookup->table.entries_address = entries;

@@ -76,17 +76,10 @@ void nbd_posted_committed(struct nbd *nbd)
 /* How many blocks may be on their way. */
 static uint32_t allowed(struct nbd *nbd)
 {
-    const struct atoll_domain *domain = nbd->domain;
-    const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP];
-    if (dedup == 0 || dedup->role_offset % 8 != 0 ||
-        !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, atoll_arena_address(ATOLL_ROLE_DEDUP) + dedup->role_offset,
-                            sizeof(struct atoll_dedup_public)))
-        return 0;
+    const struct atoll_dedup_public *public = nbd_dedup_public(nbd);
     /* Not before it has served in this run: until then it may have an earlier one's posted writes to apply first. */
-    if (atoll_load_acquire(&dedup->serving_ns) == 0)
-        return 0;
-    const struct atoll_dedup_public *public = (const void *)((const char *)dedup + dedup->role_offset);
-    if (atoll_load_acquire(&public->posted_blocks) == 0)
+    if (public == 0 || atoll_load_acquire(&nbd->domain->peers[ATOLL_ROLE_DEDUP]->serving_ns) == 0 ||
+        atoll_load_acquire(&public->posted_blocks) == 0)
         return 0;
     publish(nbd, 1);
     atoll_full_fence(); /* SP-POST */

@@ -9,7 +9,7 @@
 /* Looks at an entry before it is given up for now: a change takes dedup a few hundred nanoseconds. */
 #define TRIES 64
 
-static const struct atoll_volume *table(struct nbd *nbd)
+const struct atoll_dedup_public *nbd_dedup_public(const struct nbd *nbd)
 {
     const struct atoll_arena_header *dedup = nbd->domain->peers[ATOLL_ROLE_DEDUP];
     uint64_t bytes = nbd->domain->peer_bytes[ATOLL_ROLE_DEDUP];
@@ -17,7 +17,13 @@ static const struct atoll_volume *table(struct nbd *nbd)
     if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
         offset > bytes - sizeof(struct atoll_dedup_public))
         return 0;
-    return ((const struct atoll_dedup_public *)((const char *)dedup + offset))->volumes;
+    return (const void *)((const char *)dedup + offset);
+}
+
+static const struct atoll_volume *table(const struct nbd *nbd)
+{
+    const struct atoll_dedup_public *public = nbd_dedup_public(nbd);
+    return public == 0 ? 0 : public->volumes;
 }
 
 /* Brings the copy up to date. False: the entry is being changed. */
