@@ -146,6 +146,7 @@ class Stage:
         fast_blocks: int = 0,
         fast_pages: int = 64,
         tier_entries: int = 1 << 20,
+        prints: int = 4096,
     ) -> None:
         if extension is None:
             extension = importlib.import_module("atoll.services.dedup._dedup")
@@ -154,7 +155,7 @@ class Stage:
         self.nic_pages, self.device_blocks = nic_pages, device_blocks
         self.config = self.ffi.new("struct dedup_config *")
         self.config.nic_pages, self.config.merge_pages, self.config.cache_pages = nic_pages, merge_pages, cache_pages
-        self.config.device_blocks, self.config.fingerprint_slots = device_blocks, 4096
+        self.config.device_blocks, self.config.fingerprint_slots = device_blocks, prints
         self.config.metadata_frames, self.config.log_blocks = frames, log_blocks
         self.config.destage_delay_ms, self.config.track_blocks = destage_delay_ms, track_blocks
         self.fast_blocks, self.rings = fast_blocks, FAST_RINGS if fast_blocks else RINGS

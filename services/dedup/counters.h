@@ -52,7 +52,9 @@ enum dedup_counter {
     DEDUP_COUNTER_TIER_READ_ERRORS = 45,   /* likewise: the fast device failed */
     DEDUP_COUNTER_TIER_AWAYS = 46,         /* times that the fast device was given up for a while */
     DEDUP_COUNTER_POSTED_ADOPTED = 47,     /* posted writes applied after the death of all */
-    DEDUP_COUNTER_DATAPATH_COUNT = 48
+    DEDUP_COUNTER_AHEAD_READ = 48,         /* blocks beside candidates, read with them */
+    DEDUP_COUNTER_AHEAD_USED = 49,         /* of these, those that were wanted later */
+    DEDUP_COUNTER_DATAPATH_COUNT = 50
 };
 /* cffi:end */
 

@@ -311,6 +311,7 @@ struct datapath {
     uint32_t *cache_heads, *cache_next;  /* hash of attached pages by pba */
     uint32_t cache_mask;
     uint8_t *page_touched;      /* as nbd had it when last looked at */
+    struct dp_ahead *ahead;     /* datapath_ahead.c */
 
     uint64_t *equal_sets;       /* records by fingerprint, as a hint: see log_equal */
     uint64_t equal_mask;        /* of sets */
@@ -500,6 +501,17 @@ void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about t
 void cache_abandon_tier(struct datapath *dp);
 void cache_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
 uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NONE */
+
+/* --- datapath_ahead.c ------------------------------------------------------------------------------------------------- */
+void ahead_attach(struct datapath *dp);
+void ahead_release(struct datapath *dp);
+/* Before cache_load of these candidates of a batch, in the same step: reads more of what lies beside them, if that has paid. */
+void ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count);
+/* Of cache pages, by number: one begins to be used for another block; has been read (true: ahead, so an error may be a neighbour's); is
+ * used (true: read ahead, and never used before). */
+void ahead_entered(struct datapath *dp, uint32_t page);
+bool ahead_loaded(struct datapath *dp, uint32_t page);
+bool ahead_first_use(struct datapath *dp, uint32_t page);
 
 /* --- datapath_lookup.c ------------------------------------------------------------------------------------------------ */
 uint64_t lookup_arena_bytes(uint64_t page_count);

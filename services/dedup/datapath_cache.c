@@ -72,6 +72,7 @@ static struct dp_pool *pool_of(struct datapath *dp, uint32_t page) { return &dp-
 static void attach(struct datapath *dp, uint32_t page)
 {
     struct dp_pool *pool = pool_of(dp, page);
+    ahead_entered(dp, page);
     hash_insert(dp, page);
     s3fifo_enter(pool->queues, page - pool->first, dp->pages[page].pba);
     (void)lookup_was_touched(dp, page); /* from now on */
@@ -96,7 +97,8 @@ void cache_attach(struct datapath *dp)
 void cache_pin(struct datapath *dp, uint32_t page)
 {
     struct dp_pool *pool = pool_of(dp, page);
-    s3fifo_use(pool->queues, page - pool->first);
+    if (!ahead_first_use(dp, page)) /* as one that was read when it was wanted */
+        s3fifo_use(pool->queues, page - pool->first);
     dp_set32(dp, &dp->pages[page].pins, dp->pages[page].pins + 1);
 }
 
@@ -382,7 +384,7 @@ void cache_abandon_tier(struct datapath *dp)
 static void loaded(struct datapath *dp, uint32_t page, uint64_t block, uint32_t status)
 {
     struct dp_page *p = &dp->pages[page];
-    bool tier = page_in_tier(dp, page);
+    bool tier = page_in_tier(dp, page), ahead = ahead_loaded(dp, page);
     if (p->state == PAGE_ABANDONED) { /* its readers have gone elsewhere; now its memory is free, too */
         dp_set32(dp, &p->state, PAGE_STALE);
         if (p->pins == 0)
@@ -406,7 +408,7 @@ static void loaded(struct datapath *dp, uint32_t page, uint64_t block, uint32_t 
         if (p->attached)
             atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
     } else if (status != ATOLL_OK) {
-        state = PAGE_FAILED;
+        state = ahead ? PAGE_STALE : PAGE_FAILED;
     }
     dp_set32(dp, &p->status, status);
     dp_set32(dp, &p->state, state);

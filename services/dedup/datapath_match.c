@@ -263,6 +263,7 @@ bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
         batch_enter_state(dp, number, RUN_FREE);
     if (chosen == 0)
         return all;
+    ahead_read(dp, pbas, chosen);
     if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
         /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
         dp_sweep(dp);

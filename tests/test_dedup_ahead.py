@@ -1,0 +1,103 @@
+"""Candidates of destage are read from the device with what lies beside them, where that pays."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from dedupkit import BLOCK, DISK, OK, Stage
+
+from atoll.ipc._ipc import lib
+
+COUNT = 1024
+EIO = lib.ATOLL_EIO
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def stage() -> Stage:
+    return Stage(nic_pages=2048, cache_pages=2048, device_blocks=16384, prints=1 << 16)  # no fingerprint is evicted
+
+
+def store(stage: Stage, count: int) -> int:
+    """A volume with blocks 0 .. count - 1, stored in this order, of which dedup keeps none in memory."""
+    stage.open()
+    volume = stage.create_volume("v", 16 * COUNT * BLOCK)
+    for number in range(count):
+        stage.write(volume, number * BLOCK, block(number))
+        if number % 64 == 63:
+            stage.drain()
+    stage.drain()
+    return volume
+
+
+def write_again(stage: Stage, volume: int, order: Sequence[int]) -> tuple[int, int]:
+    """Contents `order`, one after another in places of no sequence. Returns (reads of the device, blocks read)."""
+    before, seen = stage.counters(), len(stage.io_log)
+    for at, number in enumerate(order):
+        stage.write(volume, (8 * COUNT + 2 * at) * BLOCK, block(number))
+        if at % 64 == 63:
+            stage.drain()
+    stage.drain()
+    stage.check()
+    reads = [io for io in stage.io_log[seen:] if io.opcode == lib.ATOLL_OP_IO_READ and io.role == DISK]
+    after = stage.counters()
+    assert after["cache_misses"] - before["cache_misses"] == sum(io.length for io in reads) // BLOCK
+    return len(reads), sum(io.length for io in reads) // BLOCK
+
+
+def test_a_neighbourhood_is_read_at_once() -> None:
+    """Every block is read once, though never two in sequence are wanted together, and most reads bring many."""
+    with stage() as it:
+        volume = store(it, COUNT)
+        order = random.Random(7).sample(range(COUNT), COUNT)
+        reads, blocks = write_again(it, volume, order)
+        counters = it.counters()
+        assert it.figures().stored_blocks == COUNT and it.figures().references == 2 * COUNT
+        assert blocks == COUNT
+        assert reads < COUNT // 4, f"{reads} reads of {blocks} blocks"
+        assert counters["ahead_read_blocks"] > COUNT // 2
+        assert counters["ahead_used_blocks"] == counters["ahead_read_blocks"]
+        got = [it.read(volume, (8 * COUNT + 2 * at) * BLOCK, BLOCK) for at in range(0, COUNT, 97)]
+        it.run_until_idle()
+        assert [request.data for request in got] == [block(order[at]) for at in range(0, COUNT, 97)]
+
+
+def test_lone_candidates_are_read_alone() -> None:
+    with stage() as it:
+        volume = store(it, COUNT)
+        order = random.Random(7).sample(range(0, COUNT, 32), COUNT // 32)
+        reads, blocks = write_again(it, volume, order)
+        assert reads == blocks == COUNT // 32 and it.counters()["ahead_read_blocks"] == 0
+        assert it.figures().stored_blocks == COUNT
+
+
+def test_what_does_not_pay_is_tried_less() -> None:
+    """Two of each neighbourhood: what is read with them is of no use, and ends."""
+    with stage() as it:
+        volume = store(it, 8 * COUNT)
+        neighbourhoods = random.Random(3).sample(range(8 * COUNT // 32), 8 * COUNT // 32)
+        write_again(it, volume, [32 * number + at for number in neighbourhoods for at in (0, 3)])
+        counters = it.counters()
+        assert COUNT < counters["ahead_read_blocks"] < 3 * COUNT
+        assert counters["ahead_used_blocks"] <= 2 * len(neighbourhoods)
+
+
+@pytest.mark.parametrize("what", ["fails", "rots"])
+def test_a_neighbour_that_cannot_be_read_disturbs_nobody(what: str) -> None:
+    with stage() as it:
+        volume = store(it, COUNT)
+        order = random.Random(9).sample(range(64), 64)
+        bad = it.device.find(block(13)) // BLOCK
+        if what == "fails":
+            it.io_rule = lambda io: EIO if io.offset <= bad * BLOCK < io.offset + io.length else OK
+        else:
+            it.device[bad * BLOCK] ^= 1
+        write_again(it, volume, order)
+        got = [it.read(volume, (8 * COUNT + 2 * at) * BLOCK, BLOCK) for at in range(64)]
+        it.run_until_idle()
+        for request, number in zip(got, order, strict=True):
+            assert request.status == OK and request.data == block(number)
