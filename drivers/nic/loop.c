@@ -329,6 +329,12 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         struct atoll_spin *spin = nic->free_slot_count + nic->posted < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
         if (nic_coalesce(nic, ignored))
             continue;
+        /* To spin begins with giving way, which is right after a reply: the client has yet to read it. But where it gave way and
+         * then only pages came back, what clients sent meanwhile would wait for another turn of others, and that again and again. */
+        uint64_t replies = domain->counters[NIC_REPLIES];
+        if (spin == &nic->client_spin && replies == nic->replies_at_spin && nic->turns_since_look != 0 && nic_look(nic, 0))
+            continue;
+        nic->replies_at_spin = replies;
         if (atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic) || !atoll_domain_may_sleep(domain, ignored))
             continue;
         atoll_count(domain, NIC_WAITS, 1);

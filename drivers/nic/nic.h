@@ -449,6 +449,7 @@ struct nic {
     struct msghdr messages[NIC_TURN_OPERATIONS];
     struct nic_outcome outcomes[NIC_TURN_OPERATIONS * 2];
     uint32_t turns_since_look;
+    uint64_t replies_at_spin;            /* the counter when it began to spin or sleep */
     struct atoll_spin peer_spin, client_spin; /* requests are under way with nbd; none is */
     uint64_t next_deadline_ns; /* no timeout can fire before; UINT64_MAX none */
     uint8_t *scratch;          /* NIC_STREAM_BYTES: what is drained */
