@@ -72,6 +72,7 @@ def be_protected(score: int) -> bool:
 
 
 _SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}.get(os.uname().machine, -1)
+_SYS_SCHED_GETATTR = {"x86_64": 315, "aarch64": 275, "riscv64": 275}.get(os.uname().machine, -1)
 _SCHED_ATTR = struct.Struct("=IIQiIQQQ")  # size, policy, flags, nice, priority, slice in ns, two unused
 _FLAG_RESET_ON_FORK = 1
 FIRST_NICE = -10
@@ -93,9 +94,24 @@ def come_first(pid: int = 0, threads: bool = False) -> None:
         _schedule(pid, os.SCHED_OTHER, flags, 0, 0, SHORT_SLICE_NS)  # a larger share is not its own business
 
 
-def be_ordinary(pid: int = 0) -> None:
-    """Takes back `come_first`; that threads made later are ordinary stays, which takes privileges to change."""
+def be_ordinary(pid: int = 0, turns: int = 1) -> None:
+    """Takes back `come_first`; that threads made later are ordinary stays, which takes privileges to change.
+
+    `turns`: how often it is to run where others run once, all of them giving the processor to each other (ipc/spin.h).
+    Who does that forfeits the rest of its time slice, so its slices are shorter by that factor. Linux before 6.12 knows
+    no slices of one's own and ignores it.
+    """
     _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, 0)
+    if turns > 1 and (ordinary_ns := slice_ns(pid)) != 0:
+        _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, ordinary_ns // turns)
+
+
+def slice_ns(pid: int) -> int:
+    """The time slice that a process has from the scheduler; 0 where it has none, or that cannot be known."""
+    attributes = ctypes.create_string_buffer(_SCHED_ATTR.size)
+    if _SYS_SCHED_GETATTR < 0 or _libc.syscall(_SYS_SCHED_GETATTR, pid, attributes, _SCHED_ATTR.size, 0) != 0:
+        return 0
+    return int(_SCHED_ATTR.unpack(attributes.raw)[5])
 
 
 def _schedule(pid: int, policy: int, flags: int, nice: int, priority: int, slice_ns: int) -> bool:

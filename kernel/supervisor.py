@@ -112,7 +112,7 @@ class Supervisor:
                 if life.phase is Phase.DYING:
                     life.active.send(signal.SIGKILL)
                 elif life.phase is Phase.SERVING:
-                    process.be_ordinary(pid)
+                    process.be_ordinary(pid, life.role.turns)
                 else:
                     self._expect_start(life)
             elif life.phase is Phase.PROMOTING:
@@ -464,7 +464,7 @@ class Supervisor:
             life.reason = ""
             life.standby_failures = 0
             life.hang_progress = -1
-            process.be_ordinary(life.active.pid)
+            process.be_ordinary(life.active.pid, life.role.turns)
             life.record(self.rows)
             log.info(
                 "%s: process %d serves (incarnation %d, %.1f ms after its promotion)",

@@ -41,6 +41,7 @@ class Role:
     uring_entries: int = 0
     uring_files: int = 0  # entries of the io_uring's own file table
     optional: bool = False  # the service starts, goes on and stops without it
+    turns: int = 1  # on a processor shared by others: process.be_ordinary
     backoff: bool = field(default=True)  # wait longer and longer where it dies by itself again and again
 
 
@@ -94,6 +95,7 @@ _ROWS = (
         rights=frozenset({LISTENERS, URING, LATENCY}),
         uring_entries=DATA,
         uring_files=int(lib.ATOLL_CONNECTION_COUNT),
+        turns=2,  # a request is received in one and answered in another; nbd needs one between them
     ),
 )
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from nbdclient import Connection
-from serverkit import Server
+from serverkit import Server, wait_for
+
+from atoll.kernel import process
 
 ROUNDS = 300
 
@@ -19,3 +22,20 @@ def test_a_client_that_comes_while_nic_spins(make_server: Callable[..., Server])
             assert busy.read(0, 4096) == bytes(4096)
             with Connection.open(str(server.socket), timeout_s=20) as guest:
                 guest.greet()
+
+
+def test_nic_has_two_turns_where_nbd_has_one(make_server: Callable[..., Server]) -> None:
+    """Both give the processor to each other while they spin: who needs it twice for a request has half of the slice."""
+    server = make_server(config={"volumes": [{"name": "disk", "size": "16MiB"}]}).start()
+    if process.slice_ns(server.row("nbd")["pid"]) == 0:
+        pytest.skip("this Linux does not tell slices (before 6.12)")
+
+    def halved() -> bool:
+        return 0 < 2 * process.slice_ns(server.row("nic")["pid"]) <= process.slice_ns(server.row("nbd")["pid"])
+
+    wait_for("nic's slice", halved)
+    for role in ("nic", "kernel"):  # a successor came first until it served; the kernel's calls everybody ordinary
+        dead = server.row(role)["pid"]
+        server.kill(role)
+        wait_for(f"a new {role}", lambda role=role, dead=dead: server.serves() and server.row(role)["pid"] != dead)
+        wait_for("nic's slice", halved)
