@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "ipc/uring.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
@@ -9,6 +10,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -30,11 +32,11 @@ static void raise_file_limit(uint32_t file_count)
     }
 }
 
-int atoll_uring_create(uint32_t entries, uint32_t completion_entries, uint32_t file_count,
-                       struct atoll_uring_parameters *parameters, char *error)
+static int create(uint32_t entries, uint32_t completion_entries, uint32_t file_count, uint32_t flags,
+                  struct atoll_uring_parameters *parameters, char *error)
 {
     /* No SQPOLL, SINGLE_ISSUER, DEFER_TASKRUN: nothing that binds the ring to one task. */
-    struct io_uring_params params = {.flags = IORING_SETUP_CLAMP | IORING_SETUP_CQSIZE, .cq_entries = completion_entries};
+    struct io_uring_params params = {.flags = IORING_SETUP_CLAMP | IORING_SETUP_CQSIZE | flags, .cq_entries = completion_entries};
 
     int fd = (int)syscall(__NR_io_uring_setup, entries, &params);
     if (fd < 0)
@@ -54,17 +56,94 @@ int atoll_uring_create(uint32_t entries, uint32_t completion_entries, uint32_t f
             return fail(error, what, number == EINVAL ? ENOSYS : number);
         }
     }
-    memcpy(parameters, &params, sizeof params);
+    *parameters = (struct atoll_uring_parameters){0};
+    memcpy(parameters->words, &params, sizeof params);
     return fd;
 }
+
+int atoll_uring_create(uint32_t entries, uint32_t completion_entries, uint32_t file_count,
+                       struct atoll_uring_parameters *parameters, char *error)
+{
+    return create(entries, completion_entries, file_count, 0, parameters, error);
+}
+
+/* --- Storage ------------------------------------------------------------------------------------------------------- */
+
+static bool has_operation(int fd, uint32_t operation)
+{
+    struct { struct io_uring_probe probe; struct io_uring_probe_op ops[256]; } known = {0};
+    return syscall(__NR_io_uring_register, fd, IORING_REGISTER_PROBE, &known, 256) == 0 &&
+           operation <= known.probe.last_op && (known.ops[operation].flags & IO_URING_OP_SUPPORTED);
+}
+
+/* From now on no operation writes to a registered buffer. In a ring that is not enabled yet. */
+static bool make_sources(int fd)
+{
+    static const uint8_t operations[] = {IORING_OP_NOP, IORING_OP_READ, IORING_OP_READV, IORING_OP_WRITE, IORING_OP_WRITEV,
+                                         IORING_OP_WRITE_FIXED, ATOLL_URING_WRITEV_FIXED, IORING_OP_FSYNC, IORING_OP_FALLOCATE};
+    enum { COUNT = sizeof operations + 1 };
+    struct io_uring_restriction rules[COUNT] = {
+        {.opcode = IORING_RESTRICTION_REGISTER_OP, .register_op = IORING_REGISTER_BUFFERS_UPDATE}};
+    struct io_uring_rsrc_register table = {.nr = ATOLL_URING_PIECES, .flags = IORING_RSRC_REGISTER_SPARSE};
+    uint32_t count = 1;
+
+    if (!has_operation(fd, ATOLL_URING_WRITEV_FIXED) ||
+        syscall(__NR_io_uring_register, fd, IORING_REGISTER_BUFFERS2, &table, sizeof table) < 0)
+        return false;
+    for (uint32_t index = 0; index < sizeof operations; index++)
+        rules[count++] = (struct io_uring_restriction){.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = operations[index]};
+    return syscall(__NR_io_uring_register, fd, IORING_REGISTER_RESTRICTIONS, rules, count) == 0;
+}
+
+int atoll_uring_create_storage(uint32_t entries, uint32_t completion_entries, struct atoll_uring_parameters *parameters, char *error)
+{
+    int fd = create(entries, completion_entries, 0, IORING_SETUP_R_DISABLED, parameters, error);
+    if (fd < 0)
+        return fd;
+    parameters->takes_sources = make_sources(fd);
+    if (syscall(__NR_io_uring_register, fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) < 0) {
+        int number = errno;
+        close(fd);
+        return fail(error, "io_uring: a ring for storage cannot be enabled", number);
+    }
+    return fd;
+}
+
+int atoll_uring_register_source(int uring_fd, struct atoll_uring_parameters *parameters, uint32_t role, uint64_t bytes, char *error)
+{
+    assert(role < ATOLL_ROLE_COUNT && bytes <= ATOLL_MAP_STRIDE);
+    if (!parameters->takes_sources) {
+        snprintf(error, 256, "the system cannot write from registered buffers as this needs it (Linux 6.15)");
+        return -ENOSYS;
+    }
+    uint64_t *done = &parameters->source_bytes[role];
+    while (*done < bytes) {
+        uint64_t address = atoll_arena_address(role) + *done, left = bytes - *done;
+        struct iovec piece = {.iov_base = (void *)(uintptr_t)address,
+                              .iov_len = left < ATOLL_URING_PIECE_BYTES ? left : ATOLL_URING_PIECE_BYTES};
+        struct io_uring_rsrc_update2 update = {
+            .offset = (uint32_t)((address - ATOLL_MAP_BASE) / ATOLL_URING_PIECE_BYTES), .data = (uintptr_t)&piece, .nr = 1};
+        if (syscall(__NR_io_uring_register, uring_fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof update) < 0) {
+            int number = errno;
+            char what[128];
+            snprintf(what, sizeof what, "cannot pin %zu bytes at %#llx for the device", piece.iov_len, (unsigned long long)address);
+            return fail(error, what, number);
+        }
+        *done += piece.iov_len;
+    }
+    return 0;
+}
+
+/* --- Using ----------------------------------------------------------------------------------------------------------- */
 
 int atoll_uring_attach(struct atoll_uring *ring, int fd, const struct atoll_uring_parameters *parameters, char *error)
 {
     struct io_uring_params params;
     struct io_uring *inner = atoll_uring_inner(ring);
 
-    memcpy(&params, parameters, sizeof params);
+    memcpy(&params, parameters->words, sizeof params);
     memset(ring, 0, sizeof *ring);
+    memcpy(ring->source_bytes, parameters->source_bytes, sizeof ring->source_bytes);
     int result = io_uring_queue_mmap(fd, &params, inner);
     if (result < 0)
         return fail(error, "cannot map the queues of an io_uring", -result);

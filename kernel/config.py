@@ -105,6 +105,7 @@ class Dedup(Struct, forbid_unknown_fields=True, kw_only=True):
 class Disk(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_bytes: Size = Size(64 * MIB)
     engine: Literal["auto", "io_uring", "threads"] = "auto"
+    pin_arenas: bool = True  # what is written lies in memory that is pinned once, not for each write
 
 
 class Llrrm(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -112,6 +113,7 @@ class Llrrm(Struct, forbid_unknown_fields=True, kw_only=True):
 
     cache_bytes: Size = Size(16 * MIB)
     engine: Literal["auto", "io_uring", "threads"] = "auto"
+    pin_arenas: bool = True
 
 
 class Kernel(Struct, forbid_unknown_fields=True, kw_only=True):

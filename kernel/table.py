@@ -106,6 +106,8 @@ STOP_ORDER: tuple[Role, ...] = ()
 NAMES: dict[int, str] = {}
 # Arenas whose contents outlive everybody: acknowledged writes and all that refers to them.
 KEPT = ("nic", "dedup")
+# Arenas out of which storage drivers write: payloads, metadata, and blocks on their way from device to device.
+WRITTEN = ("nic", "dedup", "disk", "llrrm")
 
 
 def select(fast: bool) -> None:

@@ -167,6 +167,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
     try:
         _make_descriptors(world)
         _make_objects(world)
+        _register_sources(world)
     except (objects.ObjectError, OSError) as error:
         if not adoptable:
             world.close()
@@ -262,6 +263,10 @@ def _read_head(name: str, last: Record, role: str) -> tuple[int, bool] | None:
         os.close(descriptor)
 
 
+# What a start that adopts arenas may have otherwise.
+_FREE = ("engine", "pin_arenas")
+
+
 def _keep_to(last: Record, device: devices.Device, config: dict[str, Any]) -> None:
     """The tables in shared memory were made for one device and one set of sizes: these are kept to."""
     if last.device != device.identity or device.size_bytes < last.device_bytes:
@@ -271,7 +276,7 @@ def _keep_to(last: Record, device: devices.Device, config: dict[str, Any]) -> No
         )
     config["device_bytes"] = last.device_bytes
     for name, section in last.sections.items():
-        kept = {key: value for key, value in section.items() if key in config[name] and key != "engine"}
+        kept = {key: value for key, value in section.items() if key in config[name] and key not in _FREE}
         if any(config[name][key] != value for key, value in kept.items()):
             log.warning("%s: what has changed in its configuration takes effect after the next orderly stop", name)
         config[name].update(kept)
@@ -304,7 +309,10 @@ def _engines(config: dict[str, Any]) -> tuple[dict[str, str], dict[str, uring.Ur
         engine = wanted
         if wanted in ("auto", "io_uring"):
             try:
-                handles[name] = uring.create(role.uring_entries, 4 * role.uring_entries, role.uring_files)
+                if table.DEVICE in role.rights:
+                    handles[name] = uring.create_storage(role.uring_entries, 4 * role.uring_entries)
+                else:
+                    handles[name] = uring.create(role.uring_entries, 4 * role.uring_entries, role.uring_files)
                 engine = "io_uring"
             except OSError as error:
                 if wanted == "io_uring":
@@ -395,6 +403,31 @@ def _make_objects(world: World) -> None:
     if world.adopted:
         for name in table.KEPT:
             _adopt_in_child(world, table.ROLES[name])
+
+
+def _register_sources(world: World) -> None:
+    """What is written to a device lies in these arenas. Their pages, all allocated already, are pinned from here on.
+
+    Without the right to that, or on an older system, each write pins its pages for itself, which takes longer.
+    """
+    rings = {name: world.urings[name] for name in ("disk", "llrrm") if name in world.urings}
+    rings = {name: ring for name, ring in rings.items() if world.config[name]["pin_arenas"]}
+    for name in table.WRITTEN if rings else ():
+        if name not in table.ROLES:
+            continue
+        number, size = table.ROLES[name].number, world.arenas[name].arena_bytes
+        descriptor = objects.open_writable(objects.arena_name(world.instance, name))
+        try:
+            physmap.map_arena(number, descriptor, size, writable=True)
+            for driver, ring in list(rings.items()):
+                try:
+                    ring.register_source(number, size)
+                except uring.UringError as error:
+                    log.info("%s: each write pins its pages by itself: %s", driver, error.strerror)
+                    del rings[driver]
+            physmap.unmap_arena(number)
+        finally:
+            os.close(descriptor)
 
 
 def _wake_kind(role: table.Role) -> int:

@@ -71,7 +71,9 @@ class Stage:
         sparse: bool = True,
         testing: dict[str, Any] | None = None,
         path_cpu: int | None = None,
+        pinned: bool = True,
     ) -> None:
+        """`pinned`: arenas are registered with the driver's io_uring, where the system can."""
         self.module = importlib.import_module(module)
         self.config = {
             "disk": {"engine": engine, "cache_bytes": buffer_blocks * BLOCK},
@@ -85,7 +87,8 @@ class Stage:
         self.pid = 0
         self.last_status = 0
         self.eventfds = {KERNEL: os.eventfd(0, os.EFD_NONBLOCK), DISK: os.eventfd(0, os.EFD_NONBLOCK)}
-        self.uring = uring.create(1024, 2048) if engine == "io_uring" else None
+        self.uring = uring.create_storage(1024, 2048) if engine == "io_uring" else None
+        self.pinned = pinned and self.uring is not None and self.uring.takes_sources
         self.sizes: dict[int, int] = {}
         role_bytes, buffer_bytes = self.module.plan(self.config)
         shapes = {KERNEL: (4096, 0), DEDUP: (IO_COUNT * 4096, source_blocks * BLOCK), DISK: (role_bytes, buffer_bytes)}
@@ -126,6 +129,8 @@ class Stage:
             buffer_bytes, wake, self.eventfds.get(role, -1),
         )  # fmt: skip
         os.close(fd)
+        if self.pinned and self.uring and role != KERNEL:
+            self.uring.register_source(role, size)
         if role == DISK:
             self._map(role, writable=False)
 

@@ -70,7 +70,7 @@ class Service:
             "nic": {"engine": "auto"},
             "nbd": {},
             "dedup": {},
-            "disk": {"engine": "auto"},
+            "disk": {"engine": "auto", "pin_arenas": True},
             "kernel": {"hang_s": 0.3, "restart_backoff_s": 1.0},
             "testing": {"crash_points": True, "modules": dict.fromkeys(ROLES, "kernel_standin"), "fault": testing},
         }

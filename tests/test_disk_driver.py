@@ -58,6 +58,34 @@ def test_gather_and_scatter(stage):
     assert stage.read(512 * BLOCK, BLOCK, at=900)[2] == bytes(stage.buffer_block(3 * (count - 1)))
 
 
+@pytest.mark.skipif("io_uring" not in ENGINES, reason="io_uring is forbidden here")
+@pytest.mark.parametrize("pinned", [True, False])
+def test_writes_from_registered_arenas(tmp_path, pinned):
+    """One run, many runs, of one arena and of two: the bytes arrive, and those of one arena are pinned already."""
+    draw = random.Random(5)
+    with Stage(open_device(tmp_path / "device", DEVICE_BLOCKS * BLOCK), pinned=pinned) as stage:
+        stage.start()
+        content = [draw.randbytes(BLOCK) for _ in range(200)]
+        for index, block in enumerate(content):
+            stage.source_block(index)[:] = block
+            stage.buffer_block(index)[:] = block
+
+        def at(base, index):
+            return (base + index * BLOCK, BLOCK)
+
+        expected = 0
+        for count in (1, 2, 127, 128):
+            for bases in ([stage.source], [stage.buffers], [stage.source, stage.buffers]):
+                chosen = draw.sample(range(200), count)
+                runs = [at(draw.choice(bases), index) for index in chosen]
+                alone = len({address >= stage.buffers for address, _ in runs}) == 1
+                assert stage.complete(stage.submit(WRITE, 0, runs)) == (OK, 0)
+                expected += alone
+                assert stage.read(0, count * BLOCK, at=800)[2] == b"".join(content[index] for index in chosen)
+        assert stage.counters()["pinned"] == (expected if stage.pinned else 0)
+        assert (stage.call("status")["pinned_bytes"] != 0) == stage.pinned
+
+
 def test_whole_table_in_flight(stage):
     """All I/O slots at once, then again: nothing is lost, each answered once."""
     for _ in range(3):

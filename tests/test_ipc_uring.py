@@ -4,12 +4,14 @@ registered."""
 import errno
 import mmap
 import os
+import resource
+import secrets
 import signal
 from pathlib import Path
 
 import pytest
 
-from atoll.ipc import uring
+from atoll.ipc import objects, physmap, uring
 from atoll.ipc._ipc import ffi, lib
 
 pytestmark = pytest.mark.skipif(not uring.available()[0], reason=f"io_uring: {uring.available()[1]}")
@@ -166,4 +168,93 @@ def test_the_submission_queue_says_when_it_is_full(handle: uring.UringHandle) ->
 
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(uring.UringError, match="cannot map the queues"):
-        uring.UringHandle(0, bytes(120)).attach()
+        uring.UringHandle(0, bytearray(ffi.sizeof("struct atoll_uring_parameters"))).attach()
+
+
+# --- Storage ---------------------------------------------------------------------------------------------------------
+
+ROLE = int(lib.ATOLL_ROLE_DISK)
+SIZE = 4 << 20
+IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED, IORING_OP_SEND = 4, 5, 26
+
+
+@pytest.fixture
+def arena():
+    """An arena of the role, mapped here, that nobody else knows."""
+    name = objects.arena_name(secrets.randbits(63), "disk")
+    fd = objects.create(name, SIZE)
+    physmap.map_arena(ROLE, fd, SIZE, writable=True)
+    os.close(fd)
+    yield physmap.address(ROLE)
+    physmap.unmap_arena(ROLE)
+    objects.unlink(name)
+
+
+@pytest.fixture
+def storage():
+    made = uring.create_storage(64, 256)
+    if not made.takes_sources:
+        made.close()
+        pytest.skip("before Linux 6.15")
+    yield made
+    made.close()
+
+
+def fill(ring, opcode: int, fd: int, address: int, offset: int, user_data: int) -> None:
+    """As fill_read, of another operation, on a descriptor and the registered buffer at `address`."""
+    position = fill_read(ring, fd, address, offset, user_data)
+    sqes = ffi.cast("uint8_t *", ring.liburing[7])  # struct io_uring_sq: seven pointers, then the entries
+    entry = sqes + 64 * (position & 63)
+    entry[0], entry[1] = opcode, 0
+    ffi.cast("uint16_t *", entry + 40)[0] = (address - lib.ATOLL_MAP_BASE) // lib.ATOLL_URING_PIECE_BYTES
+
+
+def test_an_arena_is_written_from_and_never_to(storage: uring.UringHandle, arena: int, tmp_path: Path) -> None:
+    """Who uses the ring need not have it mapped. The operating system itself refuses what would change it, so a
+    driver that goes wrong cannot reach by the ring what it cannot reach by its map (I1)."""
+    assert run_child(lambda: storage.register_source(ROLE, SIZE)) != 0, "a child does not have the map"
+    storage.register_source(ROLE, SIZE)
+    assert storage.source_bytes == SIZE
+    memory = ffi.buffer(ffi.cast("char *", arena), SIZE)
+    memory[:BLOCK] = b"a" * BLOCK
+
+    device = tmp_path / "device"
+    device.write_bytes(bytes(4 * BLOCK))
+
+    def writes() -> None:
+        assert lib.atoll_mapped_bytes(ROLE) == 0
+        ring = storage.attach()
+        fd = os.open(device, os.O_RDWR)
+        fill(ring, IORING_OP_WRITE_FIXED, fd, arena, BLOCK, 1)
+        fill(ring, IORING_OP_READ_FIXED, fd, arena, 2 * BLOCK, 2)
+        assert lib.atoll_uring_submit(ring) == 2
+        fill(ring, IORING_OP_SEND, fd, arena, 0, 3)
+        assert lib.atoll_uring_submit(ring) == 1
+        assert completions(ring, 3) == {1: BLOCK, 2: -errno.EACCES, 3: -errno.EACCES}
+
+    assert run_child(writes) == 0
+    data = device.read_bytes()
+    assert data[BLOCK : 2 * BLOCK] == b"a" * BLOCK and not any(data[:BLOCK]) and not any(data[2 * BLOCK :])
+    assert memory[:] == b"a" * BLOCK + bytes(SIZE - BLOCK)
+
+
+def test_what_may_not_be_pinned_is_said() -> None:
+    """Without CAP_IPC_LOCK RLIMIT_MEMLOCK is the bound."""
+    if os.getuid() != 0:
+        pytest.skip("only root can become somebody without rights")
+
+    def unprivileged() -> None:
+        os.setuid(65534)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (SIZE // 2, SIZE // 2))
+        physmap.map_arena(ROLE, arena_fd, SIZE, writable=True)
+        made = uring.create_storage(64, 256)
+        if made.takes_sources:
+            with pytest.raises(uring.UringError, match=f"cannot pin {SIZE} bytes at 0x") as caught:
+                made.register_source(ROLE, SIZE)
+            assert caught.value.errno == errno.ENOMEM and made.source_bytes == 0
+
+    name = objects.arena_name(secrets.randbits(63), "disk")
+    arena_fd = objects.create(name, SIZE)
+    assert run_child(unprivileged) == 0
+    objects.unlink(name)
+    os.close(arena_fd)

@@ -8,8 +8,12 @@ import signal
 import time
 from collections.abc import Callable
 
+import pytest
+from libnbd import Libnbd
 from recoverykit import LONG, Load, check_all, check_live, check_nothing_left
 from serverkit import Server, wait_for
+
+from atoll.ipc import uring
 
 SEED = 3
 UNIX = {"transport": "unix", "mortal": True, "size": 32 << 20, "read_percent": 25.0}
@@ -29,6 +33,40 @@ def test_all_die_under_load(make_server: Callable[..., Server]) -> None:
         assert not server.json("status")["adopted"]
         load.goes_on("the clean stop")
     check_nothing_left(server)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_adopted_arenas_are_written_from(make_server: Callable[..., Server], pinned: bool) -> None:
+    """What was acknowledged before the death of all reaches the device out of old arenas, by a new init's io_uring."""
+    config = {"disk": {"pin_arenas": pinned}, "dedup": {"destage_delay_ms": 60000}}
+    server = make_server(config=config).start()
+    content = random.Random(SEED).randbytes(1 << 20)
+    with Libnbd(server.uri()) as client:
+        client.pwrite(content, 0)
+    server.die()
+    server.start()
+    assert server.json("status")["adopted"]
+    with Libnbd(server.uri()) as client:
+        client.flush()
+        assert client.pread(len(content), 0) == content
+    counters = server.json("status")["counters"]["disk"]
+    assert counters["write_bytes"] >= len(content)
+    if pinned and uring_takes_sources():
+        assert counters["pinned"] > 0
+    else:
+        assert counters["pinned"] == 0
+
+
+def uring_takes_sources() -> bool:
+    """Whether this system can do it at all (Linux 6.15, and none of the ways in which io_uring is forbidden)."""
+    try:
+        handle = uring.create_storage(4, 8)
+    except uring.UringError:
+        return False
+    try:
+        return handle.takes_sources
+    finally:
+        handle.close()
 
 
 def test_again_while_it_starts(make_server: Callable[..., Server]) -> None:

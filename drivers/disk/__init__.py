@@ -38,6 +38,7 @@ COUNTERS = (
     "enters",
     "sleeps",
     "poisoned",
+    "pinned",
 )
 assert len(COUNTERS) == lib.DISK_COUNTER_COUNT
 
@@ -81,7 +82,8 @@ def serve(context: Any, disk: Any, lib: Any, ffi: Any, handlers: Handlers) -> No
         fail(context, ffi.string(error).decode(errors="replace"))
 
     def status(message: dict[str, Any]) -> dict[str, Any]:
-        return status_of(disk, lib, ffi)
+        pinned = context.uring.source_bytes if context.uring is not None else 0
+        return {**status_of(disk, lib, ffi), "pinned_bytes": pinned}
 
     # The table is as the predecessor's last commit left it; what it had under way goes on.
     everything = {"status": status, **handlers}

