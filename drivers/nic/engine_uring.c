@@ -39,6 +39,8 @@ static int uring_open(struct nic *nic, const struct atoll_uring_parameters *para
     int result = atoll_uring_attach(&nic->uring, nic->options.uring_fd, parameters, error);
     if (result < 0)
         return result;
+    /* The operating system need not look the ring up at each call then; Linux 5.18. By this thread, which alone submits. */
+    (void)io_uring_register_ring_fd(atoll_uring_inner(&nic->uring));
     nic->poll_in_ring = !kernel_is_at_least(6, 8) || nic->options.poll_in_ring;
     if (nic->poll_in_ring) {
         struct epoll_event event = {.events = EPOLLIN, .data.u64 = NIC_READY_RING};
