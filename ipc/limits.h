@@ -50,8 +50,8 @@
 #define ATOLL_STORAGE_RING_ENTRIES 1024
 /* I/O requests of dedup in flight at one storage driver. */
 #define ATOLL_IO_COUNT 512
-/* Blocks of one I/O request (512 KiB): the device's sequential speed is reached. */
-#define ATOLL_IO_BLOCKS 128
+/* Blocks of one I/O request (1 MiB): the device's sequential speed is reached. */
+#define ATOLL_IO_BLOCKS 256
 /* Entries of the rings to and from the kernel (control only). */
 #define ATOLL_CONTROL_RING_ENTRIES 64
 /* Bytes of a control message. */

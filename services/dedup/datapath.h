@@ -283,6 +283,7 @@ struct datapath {
     struct tier tier;
     const struct atoll_nic_public *nic_public;
     uint64_t destage_delay_ms;
+    uint32_t batch_blocks;      /* records of a batch of destage, at most ATOLL_IO_BLOCKS */
     uint64_t track_blocks;      /* a run that is shared stands on one track of so many */
 
     /* queues of waiting slots: singly linked through slot_next */
@@ -349,6 +350,7 @@ struct datapath {
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
     uint32_t matched;           /* records of the run that is being matched for which it has been done */
+    uint64_t wanted[ATOLL_IO_BLOCKS]; /* places that these may be equal to; 0: none */
     uint32_t deciding, decided; /* run that is being shared (DP_RUNS: none), and how many of its records are left to be written so far */
     bool asked;                 /* requests have come in this step */
     bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
@@ -505,8 +507,9 @@ uint32_t cache_page_of(const struct datapath *dp, uint64_t address); /* or DP_NO
 /* --- datapath_ahead.c ------------------------------------------------------------------------------------------------- */
 void ahead_attach(struct datapath *dp);
 void ahead_release(struct datapath *dp);
-/* Before cache_load of these candidates of a batch, in the same step: reads more of what lies beside them, if that has paid. */
-void ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count);
+/* Before cache_load of these candidates of a batch: reads what lies beside them, if that has paid. True if that is enough for a step, to be
+ * called again; else they are to be loaded in this step. */
+bool ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count);
 /* Of cache pages, by number: one begins to be used for another block; has been read (true: ahead, so an error may be a neighbour's); is
  * used (true: read ahead, and never used before). */
 void ahead_entered(struct datapath *dp, uint32_t page);

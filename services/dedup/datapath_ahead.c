@@ -4,7 +4,7 @@
  * all costs little more than one of a single block (Zhu, Li, Patterson: "Avoiding the disk bottleneck in the Data Domain
  * deduplication file system", FAST '08, which does so with fingerprints).
  *
- *   ahead_read        before candidates are loaded: notes which are not in memory, and reads neighbourhoods
+ *   ahead_read        before candidates are loaded: reads neighbourhoods, and notes what else is not in memory
  *   ahead_first_use   a page is used; was it read ahead, and is this the first time?
  *   ahead_loaded      what was read ahead has come
  *   ahead_entered     a page is for something else
@@ -19,9 +19,10 @@
 #include "services/dedup/datapath.h"
 
 #define AHEAD_BLOCKS 32
-/* Neighbourhoods that are remembered, and read for one piece of a batch. */
+/* Neighbourhoods that are remembered; and those read in one step, at all and where requests come one by one. */
 #define AHEAD_REMEMBERED 256
 #define AHEAD_MOST 8
+#define AHEAD_MOST_ALONE 1
 /* Blocks of a neighbourhood that must have been wanted: at first, and at most. */
 #define AHEAD_WANTED_LEAST 2
 #define AHEAD_WANTED_MOST 16
@@ -107,26 +108,59 @@ static bool read_all(struct datapath *dp, uint64_t neighbourhood)
     return true;
 }
 
-void ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count)
+/* Where what is known of a neighbourhood stands. */
+static uint32_t remembered(struct dp_ahead *ahead, uint64_t neighbourhood)
 {
-    struct dp_ahead *ahead = dp->ahead;
-    judge(ahead);
-    for (uint32_t index = 0, read = 0; index < count && read < AHEAD_MOST; index++) {
+    uint32_t place = neighbourhood % AHEAD_REMEMBERED;
+    if (ahead->number[place] != neighbourhood + 1) {
+        ahead->number[place] = neighbourhood + 1;
+        ahead->misses[place] = 0;
+    }
+    return place;
+}
+
+/* Neighbourhoods of those candidates that are not in memory, and how many of each. */
+struct wanted { uint64_t neighbourhood; uint32_t blocks; };
+
+static uint32_t sum_up(const struct datapath *dp, const uint64_t *pbas, uint32_t count, struct wanted *wanted)
+{
+    uint32_t found = 0, each;
+    for (uint32_t index = 0; index < count; index++) {
         if (cache_find(dp, pbas[index]) != DP_NONE)
             continue;
-        uint64_t neighbourhood = pbas[index] / AHEAD_BLOCKS;
-        uint32_t place = neighbourhood % AHEAD_REMEMBERED;
-        if (ahead->number[place] != neighbourhood + 1) {
-            ahead->number[place] = neighbourhood + 1;
-            ahead->misses[place] = 0;
-        }
-        if (++ahead->misses[place] < ahead->wanted)
+        for (each = 0; each < found && wanted[each].neighbourhood != pbas[index] / AHEAD_BLOCKS; each++)
+            ;
+        if (each == found)
+            wanted[found++] = (struct wanted){.neighbourhood = pbas[index] / AHEAD_BLOCKS};
+        wanted[each].blocks++;
+    }
+    return found;
+}
+
+bool ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count)
+{
+    struct dp_ahead *ahead = dp->ahead;
+    struct wanted wanted[ATOLL_IO_BLOCKS];
+    assert(count <= ATOLL_IO_BLOCKS);
+    uint32_t found = sum_up(dp, pbas, count, wanted), read = 0, most = dp->shared && dp->alone ? AHEAD_MOST_ALONE : AHEAD_MOST;
+    judge(ahead);
+    for (uint32_t index = 0; index < found; index++) {
+        uint8_t *misses = &ahead->misses[remembered(ahead, wanted[index].neighbourhood)];
+        if (*misses + wanted[index].blocks < ahead->wanted)
             continue;
         /* The candidates themselves come first, readers' pages likewise. */
         if (io_room(dp->dedup, IO_DESTAGE) < count + AHEAD_BLOCKS || 8 * (ahead->loading + AHEAD_BLOCKS) > dp->pools[POOL_DISK].count ||
-            !read_all(dp, neighbourhood))
-            return;
-        ahead->misses[place] = 0;
-        read++;
+            !read_all(dp, wanted[index].neighbourhood))
+            break;
+        *misses = 0;
+        wanted[index].blocks = 0;
+        if (++read == most)
+            return true;
     }
+    for (uint32_t index = 0; index < found; index++) {
+        uint8_t *misses = &ahead->misses[remembered(ahead, wanted[index].neighbourhood)];
+        uint32_t sum = *misses + wanted[index].blocks;
+        *misses = (uint8_t)(sum < AHEAD_WANTED_MOST ? sum : AHEAD_WANTED_MOST);
+    }
+    return false;
 }

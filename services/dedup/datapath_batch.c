@@ -113,7 +113,7 @@ enum batch_looked batch_look_up(struct datapath *dp)
             break;
     }
     dp->looked += count;
-    if (record != DP_NONE && dp->looked < ATOLL_IO_BLOCKS && !store_starved(dp->dedup))
+    if (record != DP_NONE && dp->looked < dp->batch_blocks && !store_starved(dp->dedup))
         return LOOKED_ON;
     bool waits = dp->look_waits && !store_starved(dp->dedup) && dp->lookups++ < LOOKUPS;
     dp->looked = 0;
@@ -148,14 +148,14 @@ static uint32_t choose(struct datapath *dp, uint32_t room, uint32_t *chosen)
         uint64_t first = at(dp, oldest)->lba, end = first + 1;
         uint32_t before[ATOLL_IO_BLOCKS], after[ATOLL_IO_BLOCKS], before_count = 0, after_count = 0, found;
         alone = (at(dp, oldest)->flags & RECORD_SUSPECT) != 0;
-        if (alone && (count != 0 || room < ATOLL_IO_BLOCKS))
+        if (alone && (count != 0 || room < dp->batch_blocks))
             break;
-        while (!alone && first != 0 && 1 + before_count < ATOLL_IO_BLOCKS &&
+        while (!alone && first != 0 && 1 + before_count < dp->batch_blocks &&
                (found = log_find(dp, &cursor, volume, first - 1)) != DP_NONE) {
             before[before_count++] = found;
             first--;
         }
-        while (!alone && 1 + before_count + after_count < ATOLL_IO_BLOCKS &&
+        while (!alone && 1 + before_count + after_count < dp->batch_blocks &&
                (found = log_find(dp, &cursor, volume, end)) != DP_NONE) {
             after[after_count++] = found;
             end++;
@@ -196,7 +196,7 @@ bool batch_collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = 0;
-    uint32_t chosen_count = choose(dp, ATOLL_IO_BLOCKS - before, chosen);
+    uint32_t chosen_count = choose(dp, dp->batch_blocks - before, chosen);
     uint64_t lowest = before == 0 ? UINT64_MAX : run->min_order;
     bool full = false, alone = chosen_count == 1 && (at(dp, chosen[0])->flags & RECORD_SUSPECT);
     for (uint32_t index = 0; index < chosen_count; index++) {
@@ -224,7 +224,7 @@ bool batch_collect(struct datapath *dp, uint32_t number)
     run->writer_count = 0;
     run->record_count = before + count;
     run->min_order = lowest;
-    return !full && !alone && run->record_count < ATOLL_IO_BLOCKS && dp->arena->log_head != DP_NONE;
+    return !full && !alone && run->record_count < dp->batch_blocks && dp->arena->log_head != DP_NONE;
 }
 
 /* --- 2 match, 3 share: datapath_match.c ----------------------------------------------------------------------------- */

@@ -16,7 +16,7 @@
 
 static inline uint32_t batch_piece(const struct datapath *dp)
 {
-    return !dp->shared ? ATOLL_IO_BLOCKS : dp->alone ? BATCH_PIECE_ALONE : BATCH_PIECE;
+    return !dp->shared ? dp->batch_blocks : dp->alone ? BATCH_PIECE_ALONE : BATCH_PIECE;
 }
 
 /* --- datapath_batch.c --- */

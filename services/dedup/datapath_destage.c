@@ -30,6 +30,8 @@
 #define BACKOFF_LAST_NS 5000000000u
 /* Pieces of one step where nobody else is held up by it. */
 #define STEP_PIECES 16
+/* Batches of full size that the cache has room for; with less than that they are half as large, so that there can be several. */
+#define BATCH_OF_CACHE 16
 /* Clients come first for no longer than this after a piece of work. */
 #define GIVE_WAY_NS 500000
 
@@ -40,6 +42,7 @@ static struct dp_record *at(struct datapath *dp, uint32_t record) { return &dp->
 void destage_attach(struct datapath *dp)
 {
     dp->collecting = dp->deciding = DP_RUNS;
+    dp->batch_blocks = dp->pools[POOL_DISK].count >= BATCH_OF_CACHE * ATOLL_IO_BLOCKS ? ATOLL_IO_BLOCKS : ATOLL_IO_BLOCKS / 2;
     batch_attach();
     inflight_clear(dp);
     for (uint32_t run = 0; run < DP_RUNS; run++)
@@ -150,7 +153,7 @@ static bool pages_left(const struct datapath *dp)
     uint32_t pinned = 0;
     for (uint64_t left = dp->runs_in[RUN_MATCHING]; left != 0; left &= left - 1)
         pinned += dp->run_pages[__builtin_ctzll(left)];
-    return pinned == 0 || 2 * (pinned + ATOLL_IO_BLOCKS) <= dp->pools[POOL_DISK].count;
+    return pinned == 0 || 2 * (pinned + dp->batch_blocks) <= dp->pools[POOL_DISK].count;
 }
 
 /* What is written can be followed no more: it is finished first, so that those who go on find it stored. */
@@ -210,7 +213,7 @@ static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
         number = dp->arena->log_head == DP_NONE ? DP_RUNS : free_run(dp);
         if (number == DP_RUNS || !wanted(dp, atoll_now_ns(), wake_ms))
             return false;
-        if (!store_has_room(dp->dedup, ATOLL_IO_BLOCKS) || io_room(dp->dedup, IO_DESTAGE) < ATOLL_IO_BLOCKS || !pages_left(dp)) {
+        if (!store_has_room(dp->dedup, dp->batch_blocks) || io_room(dp->dedup, IO_DESTAGE) < dp->batch_blocks || !pages_left(dp)) {
             *wake_ms = 5; /* without I/O slots and pages to read candidates, equal blocks would be stored again; readers need some, too */
             return false;
         }

@@ -205,6 +205,40 @@ static void candidates(struct datapath *dp, const uint32_t *records, uint32_t co
     }
 }
 
+/* The candidates of a whole batch are read together: what the storage driver is woken for costs others on its processor more than what
+ * it does. False: to be called again. */
+static bool load_wanted(struct datapath *dp, struct dp_run *run)
+{
+    uint64_t pbas[ATOLL_IO_BLOCKS], unknown;
+    uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], count = 0;
+    struct fingerprint stored;
+    for (uint32_t index = 0; index < run->record_count; index++) {
+        const struct dp_record *r = at(dp, run->records[index]);
+        if (dp->wanted[index] == 0 || r->state == RECORD_DROPPED || !store_fingerprint(dp->dedup, dp->wanted[index], &stored) ||
+            !print_equal(stored, r->print)) /* another block may be there since it was chosen */
+            continue;
+        where[count] = index;
+        pbas[count++] = dp->wanted[index];
+        cache_prefetch(dp, dp->wanted[index]);
+    }
+    if (count == 0)
+        return true;
+    if (ahead_read(dp, pbas, count))
+        return false;
+    if (!cache_load(dp, IO_DESTAGE, pbas, count, pages, &unknown)) {
+        /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
+        dp_sweep(dp);
+        if (!cache_load(dp, IO_DESTAGE, pbas, count, pages, &unknown)) {
+            atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, count);
+            for (uint32_t each = 0; each < count; each++)
+                pages[each] = DP_UNREAD;
+        }
+    }
+    for (uint32_t each = 0; each < count; each++)
+        run->link[where[each]] = pages[each];
+    return true;
+}
+
 /* --- When the batch has been collected, in a step of its own ------------------------------------------------------------------------------------ */
 
 bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
@@ -212,8 +246,7 @@ bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
     struct dp_run *run = &dp->arena->runs[number];
     struct runs_block blocks[ATOLL_IO_BLOCKS];
     uint8_t choice[ATOLL_IO_BLOCKS];
-    uint64_t pbas[ATOLL_IO_BLOCKS], unknown;
-    uint32_t where[ATOLL_IO_BLOCKS], pages[ATOLL_IO_BLOCKS], chosen = 0, kept = dp->matched, count = kept, end;
+    uint32_t kept = dp->matched, count = kept, end;
     uint32_t *records = run->records, *link = run->link;
 
     destage_save_run(dp, run, run->record_count);
@@ -226,6 +259,7 @@ bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
         end = run_end(dp, records, count, first);
         if (at(dp, records[first])->state == RECORD_DROPPED) { /* overwritten since it was collected */
             records[kept] = records[first];
+            dp->wanted[kept] = 0;
             link[kept++] = DP_NONE;
             continue;
         }
@@ -242,10 +276,8 @@ bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
             }
             records[kept] = records[index];
             link[kept] = DP_NONE;
-            if (choice[index] != RUNS_NONE) {
-                where[chosen] = kept;
-                pbas[chosen++] = blocks[index].places[choice[index]];
-            } else if (blocks[index].count != 0) {
+            dp->wanted[kept] = choice[index] == RUNS_NONE ? 0 : blocks[index].places[choice[index]];
+            if (choice[index] == RUNS_NONE && blocks[index].count != 0) {
                 link[kept] = DP_REJECTED;
                 tier_refused(dp, at(dp, records[kept])->volume, blocks[index].places[0], at(dp, records[kept])->print);
             }
@@ -261,21 +293,7 @@ bool match_stored(struct datapath *dp, uint32_t number, uint32_t most)
     dp->matched = kept;
     if (run->record_count == 0)
         batch_enter_state(dp, number, RUN_FREE);
-    if (chosen == 0)
-        return all;
-    ahead_read(dp, pbas, chosen);
-    if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
-        /* Readers hold the pages: unique copies cost space, waiting could cost the flush. */
-        dp_sweep(dp);
-        if (!cache_load(dp, IO_DESTAGE, pbas, chosen, pages, &unknown)) {
-            atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, chosen);
-            for (uint32_t each = 0; each < chosen; each++)
-                pages[each] = DP_UNREAD;
-        }
-    }
-    for (uint32_t each = 0; each < chosen; each++)
-        link[where[each]] = pages[each];
-    return all;
+    return all && load_wanted(dp, run);
 }
 
 /* --- When the candidates are there ------------------------------------------------------------------------------------------ */

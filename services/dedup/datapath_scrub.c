@@ -267,7 +267,7 @@ static void end(struct datapath *dp)
 /* Requests come first: nothing is begun while more than a few wait, or most I/O slots are taken. */
 static bool others_wait(const struct datapath *dp)
 {
-    return dp->retry_count > WAITING_MAX || io_room(dp->dedup, IO_SCRUB) < ATOLL_IO_COUNT / 2;
+    return dp->retry_count > WAITING_MAX || io_room(dp->dedup, IO_SCRUB) < IO_FILL_SHARE / 2;
 }
 
 static bool begin_blocks(struct datapath *dp)

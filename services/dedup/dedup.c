@@ -26,6 +26,8 @@
 #define OFFER_ALONE_NS 4000
 /* Requests taken in a turn where they come one by one: a few microseconds. */
 #define TAKE_ALONE 8
+/* What is read and compared with its fingerprint in a turn there. */
+#define COMPLETE_ALONE_BYTES 65536
 /* Whether they do is an average over so many of them, squared because each counts as many. */
 #define CROWD_WEIGHT 64
 #define CROWD_ALL (CROWD_WEIGHT * CROWD_WEIGHT)
@@ -181,6 +183,21 @@ static bool take_requests(struct dedup *dedup)
     return taken != 0;
 }
 
+/* What a storage driver has done; where requests come one by one, no more than one of them can wait for. True if there was any. */
+static bool take_completions(struct dedup *dedup, uint32_t role)
+{
+    struct atoll_domain *domain = dedup->domain;
+    struct atoll_descriptor message;
+    uint64_t bytes = 0, most = dedup->datapath->alone ? COMPLETE_ALONE_BYTES : UINT64_MAX;
+    uint32_t taken = 0;
+    for (; taken < DP_STEP_MESSAGES && bytes < most && domain->journal->count < DP_STEP_JOURNAL; taken++) {
+        if (!atoll_domain_take(domain, role, &message))
+            break;
+        bytes += io_complete(dedup, role, &message);
+    }
+    return taken != 0;
+}
+
 static void commit(struct dedup *dedup)
 {
     ATOLL_CRASH_POINT(dedup->domain, "dedup.step.commit");
@@ -194,24 +211,12 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
 {
     struct datapath *dp = dedup->datapath;
     struct atoll_domain *domain = dedup->domain;
-    struct atoll_journal *journal = domain->journal;
-    struct atoll_descriptor message;
     bool did = false;
     domain->self->progress++;
     atoll_count(domain, DEDUP_COUNTER_STEPS, 1);
     dp->now_ms = atoll_now_ns() / 1000000;
-    for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
-        if (!atoll_domain_take(domain, ATOLL_ROLE_DISK, &message))
-            break;
-        io_complete(dedup, ATOLL_ROLE_DISK, &message);
-        did = true;
-    }
-    for (uint32_t taken = 0; taken < DP_STEP_MESSAGES && journal->count < DP_STEP_JOURNAL; taken++) {
-        if (!atoll_domain_take(domain, ATOLL_ROLE_LLRRM, &message))
-            break;
-        io_complete(dedup, ATOLL_ROLE_LLRRM, &message);
-        did = true;
-    }
+    did |= take_completions(dedup, ATOLL_ROLE_DISK);
+    did |= take_completions(dedup, ATOLL_ROLE_LLRRM);
     if (serve) {
         dp->asked = take_requests(dedup);
         if (dp->asked) { /* who waits for an answer does not wait for a piece of destage, too */

@@ -4,11 +4,6 @@
 #include "services/dedup/counters.h"
 #include "services/dedup/dedup.h"
 
-/* I/O slots that only IO_STORE may take: metadata must be able to move when data fills everything else. */
-#define IO_STORE_SHARE 64
-/* Slots that clients' reads leave to destage: the reads of one batch, each of whose candidates may lie elsewhere. */
-#define IO_DESTAGE_SHARE ATOLL_IO_BLOCKS
-
 void io_format(struct io_table *table)
 {
     for (uint32_t index = 0; index < ATOLL_IO_COUNT; index++)
@@ -106,21 +101,22 @@ static void io_dispatch(struct dedup *dedup, const struct io_slot *slot, uint32_
         datapath_io_done(dedup, slot, status);
 }
 
-void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message)
+uint32_t io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message)
 {
     uint64_t number = message->identity >> 32;
     struct io_slot *slot = number < ATOLL_IO_COUNT ? &dedup->io->slots[number] : 0;
     if (message->opcode != ATOLL_OP_IO_DONE || slot == 0 || slot->kind == IO_FREE || slot->device != device ||
         slot->sequence != (uint32_t)message->identity) {
         atoll_count(dedup->domain, DEDUP_COUNTER_BAD_COMPLETIONS, 1);
-        return;
+        return 0;
     }
-    uint32_t status = message->status;
+    uint32_t status = message->status, bytes = slot->opcode == ATOLL_OP_IO_READ ? slot->length_bytes : 0;
     if (status != ATOLL_OK)
         atoll_count(dedup->domain, DEDUP_COUNTER_IO_ERRORS, 1);
     /* The handler sees the slot as it was; it is released afterwards, so that a request made within takes another. */
     io_dispatch(dedup, slot, status);
     io_release(dedup, (uint32_t)number);
+    return bytes;
 }
 
 void io_adopt(struct dedup *dedup)

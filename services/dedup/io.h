@@ -45,6 +45,13 @@ struct io_table {
     struct io_slot slots[ATOLL_IO_COUNT];
 };
 
+/* I/O slots that only IO_STORE may take: metadata must be able to move when data fills everything else. */
+#define IO_STORE_SHARE 64
+/* Slots that clients' reads leave to destage: the reads of one batch, each of whose candidates may lie elsewhere. */
+#define IO_DESTAGE_SHARE ATOLL_IO_BLOCKS
+/* What is left for those. */
+#define IO_FILL_SHARE (ATOLL_IO_COUNT - IO_STORE_SHARE - IO_DESTAGE_SHARE)
+
 /* Enters and sends a request in the running transaction. `segments` (count <= ATOLL_IO_BLOCKS) is copied into the slot.
  * Returns the slot number, or -1 if none is free (IO_STORE may take the last 64, the others leave them). */
 int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
@@ -55,8 +62,8 @@ int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_by
                       uint32_t segment_count);
 
 /* Takes one completion, checks it, releases the slot and calls the owner below, all in the running transaction.
- * A completion that names no request in flight is counted and dropped (I8). */
-void io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
+ * A completion that names no request in flight is counted and dropped (I8). Returns the bytes that were read. */
+uint32_t io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
 
 /* Prepares the table of a fresh (zeroed) arena. */
 void io_format(struct io_table *table);

@@ -20,7 +20,7 @@
 
 /* cffi:begin */
 /* Blocks of a run: one I/O request (ATOLL_IO_BLOCKS). */
-#define RUNS_BLOCKS 128
+#define RUNS_BLOCKS 256
 /* Places of equal blocks that are looked at. */
 #define RUNS_PLACES 8
 #define RUNS_NONE 255
