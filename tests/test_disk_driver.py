@@ -139,7 +139,7 @@ def test_malformed_requests(stage):
         "past the end": {"opcode": WRITE, "address": page, "length": BLOCK, "words": [whole[0]]},
         "across the end": {"opcode": READ, "address": own, "length": 2 * BLOCK, "words": [whole[0] - BLOCK]},
         "offset wraps": {"opcode": READ, "address": own, "length": BLOCK, "words": [2**64 - BLOCK]},
-        "too long": {"opcode": READ, "address": own, "length": 129 * BLOCK},
+        "too long": {"opcode": READ, "address": own, "length": (lib.ATOLL_IO_BLOCKS + 1) * BLOCK},
         "discard past the end": {"opcode": DISCARD, "words": [whole[0] - BLOCK, 2 * BLOCK]},
         "discard of nothing": {"opcode": DISCARD, "words": [0, 0]},
         "discard wraps": {"opcode": DISCARD, "words": [BLOCK, 2**64 - BLOCK]},
@@ -148,7 +148,12 @@ def test_malformed_requests(stage):
         "list in the driver's arena": {"opcode": READ, "address": own, "segment_count": 1, "length": BLOCK},
         "list nowhere": {"opcode": READ, "address": 64, "segment_count": 2, "length": 2 * BLOCK},
         "list unaligned": {"opcode": READ, "address": list_at + 4, "segment_count": 2, "length": 2 * BLOCK},
-        "list too long": {"opcode": READ, "address": list_at, "segment_count": 129, "length": 129 * BLOCK},
+        "list too long": {
+            "opcode": READ,
+            "address": list_at,
+            "segment_count": lib.ATOLL_IO_BLOCKS + 1,
+            "length": (lib.ATOLL_IO_BLOCKS + 1) * BLOCK,
+        },
         "list crosses the end": {
             "opcode": READ,
             "address": physmap.address(lib.ATOLL_ROLE_DEDUP) + stage.sizes[lib.ATOLL_ROLE_DEDUP] - 16,
