@@ -99,7 +99,8 @@ enum atoll_descriptor_flag {
     ATOLL_FLAG_TAKEN = 128,      /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
     ATOLL_FLAG_AWAITED = 1,      /* IO_READ: a client waits for it (a hint) */
     ATOLL_FLAG_POSTED = 2,       /* WRITE and its REPLY: the client is answered before dedup has applied it; END follows */
-    ATOLL_FLAG_ALONE = 128       /* nbd -> dedup: no other request waited when it was taken (a hint) */
+    ATOLL_FLAG_ALONE = 128       /* nbd -> dedup: no other request waited when it was taken; dedup -> storage driver: clients' requests come
+                                    one by one, and none waits for this (hints) */
 };
 
 enum atoll_opcode {

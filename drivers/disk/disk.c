@@ -152,7 +152,7 @@ static uint32_t take(struct disk *disk)
 {
     struct atoll_descriptor message;
     uint32_t most = takeable(disk), count = 0;
-    disk->awaited = false;
+    disk->gives_way = true;
     if (most > DISK_STEP_MESSAGES)
         most = DISK_STEP_MESSAGES;
     if (most > 1 && io_any_suspect(disk))
@@ -160,7 +160,7 @@ static uint32_t take(struct disk *disk)
     while (count < most && atoll_domain_take(disk->domain, ATOLL_ROLE_DEDUP, &message)) {
         disk->domain->self->current = message.identity;
         place_note(disk, &message);
-        disk->awaited |= message.opcode == ATOLL_OP_IO_READ && (message.flags & ATOLL_FLAG_AWAITED) != 0;
+        disk->gives_way = disk->gives_way && (message.flags & ATOLL_FLAG_ALONE) != 0;
         io_take(disk, &message);
         count++;
     }
@@ -171,7 +171,7 @@ static uint32_t take(struct disk *disk)
  * for them, those for whom clients wait come first: a turn each, the rest of the path and the client. */
 static void give_way(const struct disk *disk)
 {
-    for (uint32_t turn = 0; turn < GIVE_WAY_TURNS && !disk->awaited; turn++)
+    for (uint32_t turn = 0; turn < GIVE_WAY_TURNS && disk->gives_way; turn++)
         sched_yield();
 }
 

@@ -134,7 +134,7 @@ struct disk {
     uint32_t queue[ATOLL_IO_COUNT];      /* slots that are QUEUED, oldest first */
     uint32_t queue_count;
     uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */
-    bool awaited;                        /* a client waits for a read that was taken in this step */
+    bool gives_way;                      /* what was taken in this step comes after the requests of clients */
     struct disk_place *place;            /* where it runs; NULL: where the scheduler wants */
 };
 

@@ -226,6 +226,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         }
         dp->alone = dedup->crowd < CROWD_ALL / 2;
         dp->shared = place_shared(&dedup->place);
+        dedup->behind = dp->alone && dp->shared;
         did |= datapath_step(dp, wake_ms);
     }
     commit(dedup);

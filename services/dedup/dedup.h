@@ -13,6 +13,7 @@ struct dedup {
     struct atoll_dedup_public *public;
     struct io_table *io;          /* arena */
     struct store *store;          /* process-private, owned by store.c; points into the arena */
+    bool behind;                  /* what it does behind the clients' backs should come after their requests, which come one by one */
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
     struct dedup_place place;     /* process-private */
     uint64_t offered_ns;          /* when others were last let go first */

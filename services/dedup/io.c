@@ -73,7 +73,7 @@ static int submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uin
 int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
               uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count)
 {
-    return submit(dedup, kind, argument, device, opcode, offset_bytes, segments, segment_count, 0);
+    return submit(dedup, kind, argument, device, opcode, offset_bytes, segments, segment_count, dedup->behind ? ATOLL_FLAG_ALONE : 0);
 }
 
 int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_bytes, const struct atoll_segment *segments,
