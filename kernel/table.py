@@ -76,6 +76,7 @@ _ROWS = (
         wake="eventfd",
         module="atoll.services.dedup",
         boot=2,
+        turns=2,  # as many as nic: behind it, destage would fall back until writes had to wait for room in the log
     ),
     Role(
         "nbd",
