@@ -101,3 +101,20 @@ def test_a_neighbour_that_cannot_be_read_disturbs_nobody(what: str) -> None:
         it.run_until_idle()
         for request, number in zip(got, order, strict=True):
             assert request.status == OK and request.data == block(number)
+
+
+@pytest.mark.parametrize("turns", range(1, 16))
+def test_a_candidate_may_go_before_it_is_read(turns: int) -> None:
+    """Between the step that chose it and the one that reads it the last volume that refers to it lets it go."""
+    with stage() as it:
+        volume = store(it, 64)
+        for at in range(64):
+            it.write(volume, (8 * COUNT + 2 * at) * BLOCK, block(at), lib.ATOLL_FLAG_ALONE)
+        for _ in range(turns):
+            it.turn()
+        it.trim(volume, 0, 64 * BLOCK)
+        it.drain()
+        it.check()
+        got = [it.read(volume, (8 * COUNT + 2 * at) * BLOCK, BLOCK) for at in range(64)]
+        it.run_until_idle()
+        assert [request.data for request in got] == [block(at) for at in range(64)]

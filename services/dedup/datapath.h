@@ -44,7 +44,7 @@
 #define DP_NONE 0xffffffffu
 /* Link of a record in a matching run: equal blocks are stored, but too few in sequence. */
 #define DP_REJECTED 0xfffffffeu
-/* There are equal blocks, but no pages to read them into: the block is written. */
+/* There are equal blocks, but no pages to read them into, or there were: the block is written. */
 #define DP_UNREAD 0xfffffffdu
 #define DP_BLOCK ATOLL_BLOCK_BYTES
 

@@ -214,9 +214,12 @@ static bool load_wanted(struct datapath *dp, struct dp_run *run)
     struct fingerprint stored;
     for (uint32_t index = 0; index < run->record_count; index++) {
         const struct dp_record *r = at(dp, run->records[index]);
-        if (dp->wanted[index] == 0 || r->state == RECORD_DROPPED || !store_fingerprint(dp->dedup, dp->wanted[index], &stored) ||
-            !print_equal(stored, r->print)) /* another block may be there since it was chosen */
+        if (dp->wanted[index] == 0 || r->state == RECORD_DROPPED)
             continue;
+        if (!store_fingerprint(dp->dedup, dp->wanted[index], &stored) || !print_equal(stored, r->print)) {
+            run->link[index] = DP_UNREAD; /* it has gone since it was chosen: no second choice, which might go, too */
+            continue;
+        }
         where[count] = index;
         pbas[count++] = dp->wanted[index];
         cache_prefetch(dp, dp->wanted[index]);
