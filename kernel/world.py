@@ -410,8 +410,11 @@ def _register_sources(world: World) -> None:
 
     Without the right to that, or on an older system, each write pins its pages for itself, which takes longer.
     """
-    rings = {name: world.urings[name] for name in ("disk", "llrrm") if name in world.urings}
-    rings = {name: ring for name, ring in rings.items() if world.config[name]["pin_arenas"]}
+    rings = {
+        name: ring
+        for name, ring in world.urings.items()
+        if table.DEVICE in table.ROLES[name].rights and world.config[name]["pin_arenas"]
+    }
     for name in table.WRITTEN if rings else ():
         if name not in table.ROLES:
             continue

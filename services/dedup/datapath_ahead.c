@@ -142,7 +142,7 @@ bool ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count)
     struct dp_ahead *ahead = dp->ahead;
     struct wanted wanted[ATOLL_IO_BLOCKS];
     assert(count <= ATOLL_IO_BLOCKS);
-    uint32_t found = sum_up(dp, pbas, count, wanted), read = 0, most = dp->shared && dp->alone ? AHEAD_MOST_ALONE : AHEAD_MOST;
+    uint32_t found = sum_up(dp, pbas, count, wanted), read = 0, most = dp->dedup->behind ? AHEAD_MOST_ALONE : AHEAD_MOST;
     judge(ahead);
     for (uint32_t index = 0; index < found; index++) {
         uint8_t *misses = &ahead->misses[remembered(ahead, wanted[index].neighbourhood)];

@@ -554,13 +554,8 @@ void dedup_check_cancel(struct dedup *dedup) { datapath_check_cancel(dedup->data
 
 bool dedup_check_turn(struct dedup *dedup, bool sleep)
 {
-    struct atoll_descriptor message;
-    bool did = false;
     dedup->domain->self->progress++;
-    while (dedup->domain->journal->count < DP_STEP_JOURNAL && atoll_domain_take(dedup->domain, ATOLL_ROLE_DISK, &message)) {
-        io_complete(dedup, ATOLL_ROLE_DISK, &message);
-        did = true;
-    }
+    bool did = take_completions(dedup, ATOLL_ROLE_DISK);
     atoll_domain_commit(dedup->domain);
     log_committed(dedup->datapath);
     did |= store_step_quiet(dedup);
