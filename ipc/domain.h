@@ -78,10 +78,17 @@ uint64_t atoll_now_ns(void);
 void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns);
 /* cffi:end */
 
-/* How one kind of waiting has gone lately (spin.h). */
-struct atoll_spin {
+/* How something that pays only at times has gone lately (spin.h). */
+struct atoll_luck {
     uint32_t vain; /* attempts in a row that brought nothing */
-    uint32_t rest; /* sleeps that still begin at once */
+    uint32_t rest; /* occasions for one that are still let pass */
+};
+
+/* One kind of waiting. */
+struct atoll_spin {
+    struct atoll_luck spins, holds;
+    uint64_t hold_ns; /* for which it looks around without giving way, 0: it does not */
+    uint64_t held;    /* times that something came meanwhile */
 };
 
 struct atoll_rings {

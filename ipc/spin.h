@@ -10,6 +10,11 @@
  * send to it sleep. And where somebody else computes on the processor, so that a turn is long in coming back, it sleeps: who sleeps is
  * put first when it is woken, who yields is put last.
  *
+ * To give way has its price, too: who else spins on the processor takes a turn, which finds nothing and is long enough to miss what comes
+ * meanwhile. Where it comes from another processor nobody need run here for it. So a domain that has given way once and found nothing
+ * holds the processor for `hold_ns` and looks on. What comes while it does is from elsewhere, and shows that this pays; what runs
+ * here cannot send meanwhile, and then it is soon tried rarely.
+ *
  * After a crash: nothing; `sleeping` is 0 all the while, and all of this is private to the process.
  */
 #ifndef ATOLL_IPC_SPIN_H
@@ -17,7 +22,7 @@
 
 #include "ipc/domain.h"
 
-/* Sleeps that begin at once after the most unlucky attempts. */
+/* Occasions that are let pass after the most unlucky attempts. */
 #define ATOLL_SPIN_REST 255
 /* A turn that comes back later than this was taken by somebody who computes; a client that answers takes less. */
 #define ATOLL_SPIN_LOST_NS 1000000

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 
 import pytest
-from nbdclient import Connection
+from nbdclient import Command, Connection, Request, request_bytes
 from serverkit import Server, wait_for
 
 from atoll.kernel import process
 
 ROUNDS = 300
+READS = 2000
 
 
 def test_a_client_that_comes_while_nic_spins(make_server: Callable[..., Server]) -> None:
@@ -22,6 +25,32 @@ def test_a_client_that_comes_while_nic_spins(make_server: Callable[..., Server])
             assert busy.read(0, 4096) == bytes(4096)
             with Connection.open(str(server.socket), timeout_s=20) as guest:
                 guest.greet()
+
+
+def test_nic_looks_on_for_a_client_on_another_processor(make_server: Callable[..., Server]) -> None:
+    """What such a client sends at once is seen before nic gives way a second time."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("one processor")
+    config = {"kernel": {"cpus": allowed[:1]}, "volumes": [{"name": "disk", "size": "16MiB"}]}
+    server = make_server(config=config).start()
+    request = request_bytes(Request(Command.READ, 0, 1, 0, 512))
+    reply = bytearray(16 + 512)
+    with Connection.open(str(server.socket), timeout_s=20) as connection:
+        connection.negotiate("disk", structured=False, allocation=False)
+        connection.sock.settimeout(None)  # with a timeout Python polls before each call: too slow
+
+        def held() -> int:
+            for _ in range(READS):
+                connection.sock.sendall(request)
+                assert connection.sock.recv_into(reply, len(reply), socket.MSG_WAITALL) == len(reply)
+            return int(server.json("status")["counters"]["nic"]["held"])
+
+        os.sched_setaffinity(0, allowed[1:])
+        try:
+            wait_for("requests that came while nic looked on", held)
+        finally:
+            os.sched_setaffinity(0, allowed)
 
 
 def test_nic_has_two_turns_where_nbd_has_one(make_server: Callable[..., Server]) -> None:

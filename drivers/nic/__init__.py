@@ -49,6 +49,7 @@ COUNTERS = (
     "courtesy_ended",
     "latency_requests",
     "pauses",
+    "held",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

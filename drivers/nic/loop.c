@@ -335,7 +335,10 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
         if (spin == &nic->client_spin && replies == nic->replies_at_spin && nic->turns_since_look != 0 && nic_look(nic, 0))
             continue;
         nic->replies_at_spin = replies;
-        if (atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic) || !atoll_domain_may_sleep(domain, ignored))
+        uint64_t held = spin->held;
+        bool came = atoll_domain_spin(domain, spin, ignored, look_at_sockets, nic);
+        atoll_count(domain, NIC_HELD, spin->held - held);
+        if (came || !atoll_domain_may_sleep(domain, ignored))
             continue;
         atoll_count(domain, NIC_WAITS, 1);
         nic_look(nic, timeout_ms(nic, until_ns, blocked));

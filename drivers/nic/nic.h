@@ -86,7 +86,8 @@ enum nic_counter {
     NIC_COURTESY_ENDED = 27,   /* somebody computes on the processor: courtesy.c */
     NIC_LATENCY_REQUESTS = 28, /* times that the processors were asked to stay awake: latency.c */
     NIC_PAUSES = 29,           /* for a client that has replies to read: coalesce.c */
-    NIC_COUNTER_COUNT = 30
+    NIC_HELD = 30,             /* times that a client sent while nic held the processor: ipc/spin.h */
+    NIC_COUNTER_COUNT = 31
 };
 
 enum nic_phase {

@@ -49,6 +49,31 @@ static void take(void)
         ;
 }
 
+/* What else it looks at: there from `there_ns` on. */
+static uint64_t looks, there_ns;
+
+static bool see(void *context)
+{
+    CHECK(context == &there_ns);
+    looks++;
+    clock_ns += 250;
+    return clock_ns >= there_ns;
+}
+
+/* A wait for what comes `after_ns` later; -1: never. True if it came while the domain did not give way. */
+static bool holds(struct atoll_spin *spin, int64_t after_ns)
+{
+    uint64_t held = spin->held;
+    turns = looks = 0;
+    there_ns = after_ns < 0 ? UINT64_MAX : clock_ns + (uint64_t)after_ns;
+    spin->spins = (struct atoll_luck){0};
+    atoll_set64(domain.journal, &domain.self->current, domain.self->current + 1);
+    atoll_domain_commit(&domain);
+    CHECK(atoll_domain_spin(&domain, spin, 0, see, &there_ns) == (after_ns >= 0));
+    CHECK(spin->held - held <= 1 && (spin->held == held || turns == 1));
+    return spin->held != held;
+}
+
 int main(void)
 {
     char error[256];
@@ -84,7 +109,7 @@ int main(void)
     CHECK(spins(&spin, true, &found) && found && turns == 20);
     take();
     message_at_turn = 0;
-    CHECK(spins(&spin, true, &found) && !found && spin.vain == 1 && spin.rest == 1);
+    CHECK(spins(&spin, true, &found) && !found && spin.spins.vain == 1 && spin.spins.rest == 1);
 
     /* What was found was no work: the rest of the same time is spun, not another whole one. */
     spin = (struct atoll_spin){0};
@@ -94,17 +119,17 @@ int main(void)
     take(); /* and nothing comes of it: no commit */
     message_at_turn = 0;
     turns = 0;
-    CHECK(!atoll_domain_spin(&domain, &spin, 0, 0, 0) && turns == 20 && spin.vain == 1);
-    CHECK(!spins(&spin, true, &found) && spin.vain == 1); /* work of later is not its luck */
+    CHECK(!atoll_domain_spin(&domain, &spin, 0, 0, 0) && turns == 20 && spin.spins.vain == 1);
+    CHECK(!spins(&spin, true, &found) && spin.spins.vain == 1); /* work of later is not its luck */
 
     /* A message that is there at the very end counts, one that comes while somebody else computes is left to the sleep. */
     spin = (struct atoll_spin){0};
     message_at_turn = 50;
-    CHECK(spins(&spin, true, &found) && found && spin.vain == 0);
+    CHECK(spins(&spin, true, &found) && found && spin.spins.vain == 0);
     take();
     turn_ns = ATOLL_SPIN_LOST_NS + 1;
     message_at_turn = 1;
-    CHECK(spins(&spin, true, &found) && !found && turns == 1 && spin.rest == 15);
+    CHECK(spins(&spin, true, &found) && !found && turns == 1 && spin.spins.rest == 15);
     CHECK(!atoll_domain_may_sleep(&domain, 0)); /* and found there */
     take();
 
@@ -113,9 +138,38 @@ int main(void)
     turn_ns = 1000;
     message_at_turn = 0;
     atoll_store_relaxed(&peer.self->sleeping, 1);
-    CHECK(!spins(&spin, true, &found) && spin.vain == 0);
+    CHECK(!spins(&spin, true, &found) && spin.spins.vain == 0);
     atoll_store_relaxed(&peer.self->sleeping, 0);
     CHECK(spins(&spin, true, &found) && !found && turns == 50);
+
+    /* Who holds the processor gives way once and then looks on; what comes later than that is seen between two turns. */
+    spin = (struct atoll_spin){.hold_ns = 10000};
+    CHECK(!holds(&spin, 900) && turns == 1 && looks == 1); /* in the first turn already */
+    CHECK(holds(&spin, 5000) && looks > 10);
+    CHECK(holds(&spin, 10500) && spin.holds.rest == 0);
+    CHECK(!holds(&spin, 30000) && turns > 10 && spin.holds.vain == 1);
+    CHECK(!holds(&spin, 5000) && turns > 1); /* one occasion is let pass */
+    CHECK(holds(&spin, 5000) && spin.holds.vain == 0);
+
+    /* In vain again and again: it gives way all the time but for one wait in 256. */
+    for (uint32_t wait = 0; wait < 1000; wait++)
+        CHECK(!holds(&spin, -1));
+    uint32_t tried = 0;
+    for (uint32_t wait = 0; wait < 2 * (ATOLL_SPIN_REST + 1); wait++) {
+        uint32_t rest = spin.holds.rest;
+        CHECK(!holds(&spin, -1));
+        tried += rest == 0;
+    }
+    CHECK(tried == 2);
+
+    /* A message counts as well, and who is not to hold does not. */
+    spin = (struct atoll_spin){.hold_ns = 10000};
+    message_at_turn = 1;
+    CHECK(spins(&spin, true, &found) && found && turns == 1 && spin.held == 0); /* it came in a turn of others */
+    take();
+    message_at_turn = 0;
+    spin.hold_ns = 0;
+    CHECK(!holds(&spin, 5000) && turns > 1);
     puts("spin: ok");
     return 0;
 }
