@@ -79,6 +79,9 @@
 #define DP_LOOKUP_NOTES 4096
 /* Pages that the read cache makes free at once when it has none: one look at who uses them serves all. */
 #define DP_EVICTIONS 32
+/* Blocks of which the last ones say how many are repeats, and what `repeats` is where all are. */
+#define DP_REPEATS_WEIGHT 4096
+#define DP_REPEATS_ALL (DP_REPEATS_WEIGHT * DP_REPEATS_WEIGHT)
 /* Smallest read cache: two parts of reads at once. */
 #define DP_CACHE_MINIMUM 256
 
@@ -356,6 +359,7 @@ struct datapath {
     bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
     bool alone;                 /* requests come one by one */
     bool shared;                /* who else works for them runs on this processor */
+    uint32_t repeats;           /* how many of DP_REPEATS_ALL blocks that left the log had been overwritten there or had an equal, on average */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
     uint64_t worked_ns;         /* pieces since clients have had their time */
     uint64_t resume_ns;         /* the next one, while requests come */
@@ -406,6 +410,11 @@ static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value)
 static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
 
 struct fingerprint dp_fingerprint(const void *block);
+/* A block leaves the log. `repeat`: without having been written to the device, so it may have been well that it waited. */
+static inline void dp_note_leaving(struct datapath *dp, bool repeat)
+{
+    dp->repeats += (repeat ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
+}
 /* Asks for the cache lines of a block. */
 static inline void dp_prefetch(const void *block)
 {
@@ -564,6 +573,8 @@ void destage_step_over(struct datapath *dp);
 void destage_save_run(struct datapath *dp, struct dp_run *run, uint32_t count);
 /* Lowest order that is not on the device yet (UINT64_MAX: all is). */
 uint64_t destage_pending_order(const struct datapath *dp);
+/* As much is logged as may wait there for more. */
+bool destage_due(const struct datapath *dp);
 /* Somebody asks for what a back-off holds up: tried again at once. */
 void destage_hurry(struct datapath *dp);
 /* True while a waiting FLUSH covers `record`, which is in a run: then it must not be superseded (the flush would have to

@@ -16,7 +16,8 @@
  * took; so a request waits for a few of them, not for all. What one piece has shared is committed. One batch at a time is being shared,
  * so that what is left of it has no equal that was written meanwhile.
  *
- * When: a record is old enough, a flush waits, more than a quarter of the pages is taken, or someone asks for all (drain).
+ * When: a record is old enough, a flush waits, more than a quarter of the pages is taken (or less, where nothing comes of waiting), or someone
+ * asks for all (drain).
  * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
  * unplaced, flushes fail (I7).
  *
@@ -34,6 +35,9 @@
 #define BATCH_OF_CACHE 16
 /* Clients come first for no longer than this after a piece of work. */
 #define GIVE_WAY_NS 500000
+/* The part of nic's pages that may be logged before destage begins; and where waiting brings nothing: enough for three batches. */
+#define LOGGED_PART 4
+#define LOGGED_PART_EAGER 64
 
 _Static_assert(DP_RUNS <= 64, "a bit for each in `unmatched`");
 
@@ -105,6 +109,7 @@ void destage_settled(struct datapath *dp, uint32_t record)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
+    dp_note_leaving(dp, true);
 }
 
 void destage_failed(struct datapath *dp)
@@ -117,6 +122,16 @@ void destage_failed(struct datapath *dp)
 }
 
 void destage_hurry(struct datapath *dp) { dp->retry_ns = 0; }
+
+/* Whether blocks need not wait in the log for more of them: large writes, which dedup has left the path's processor for, and hardly any of
+ * them is overwritten or equal to another. Then the device may as well begin at once, and a flush finds it done; and what is destaged is in the
+ * processor's cache yet. Where there are equal blocks, those that are logged together need not be read again. */
+static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repeats < DP_REPEATS_ALL / 16; }
+
+bool destage_due(const struct datapath *dp)
+{
+    return dp->arena->log_records * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
+}
 
 /* --- The step ------------------------------------------------------------------------------------------------------------ */
 
@@ -133,7 +148,8 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
         return false;
     const struct dp_record *head = &dp->records[arena->log_head];
     if (dp->drain || head->order <= dp->flush_target || head->order <= dp->space_target ||
-        store_pressed(dp->dedup) || arena->log_records * 4 > arena->nic_pages || (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
+        store_pressed(dp->dedup) || destage_due(dp) ||
+        (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
         return true;
     uint32_t age = (uint32_t)dp->now_ms - head->logged_ms;
     if (age >= dp->destage_delay_ms)

@@ -115,7 +115,7 @@ static uint32_t held_back(struct datapath *dp, const uint32_t *records, uint32_t
         return 0;
     if (log_find(dp, &cursor, last->volume, last->lba + 1) != DP_NONE)
         return tail; /* the run goes on in the log: with that the next batch takes them */
-    if (dp->drain || dp->arena->log_records * 4 > dp->arena->nic_pages)
+    if (dp->drain || destage_due(dp))
         return 0;
     for (uint32_t index = count - tail; index < count; index++) {
         const struct dp_record *r = at(dp, records[index]);

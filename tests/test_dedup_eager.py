@@ -1,0 +1,85 @@
+"""When destage begins: with large writes at once, unless something comes of waiting in the log."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+from dedupkit import BLOCK, OK, Stage
+
+NIC_PAGES = 2048
+PART = 64  # blocks of a write
+FEW, MANY = NIC_PAGES // 64, 256  # logged where destage is eager, at most; less than the quarter where it is not
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    """None of its blocks is ever old enough to be destaged for its age."""
+    shape = {"nic_pages": NIC_PAGES, "cache_pages": 2048, "device_blocks": 16384, "prints": 1 << 15}
+    with Stage(destage_delay_ms=10_000_000, **shape) as it:
+        it.open()
+        yield it
+
+
+def go_elsewhere(stage: Stage) -> None:
+    """As dedup does for large writes; this process may run on several processors and is bound to none."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("needs two processors")
+    stage.lib.dedup_set_places(stage.state, allowed[0], stage.ffi.NULL, 0)
+
+
+def write(stage: Stage, volume: int, contents: list[bytes], first: int = 0) -> None:
+    for at in range(0, len(contents), PART):
+        request = stage.write(volume, (first + at) * BLOCK, b"".join(contents[at : at + PART]))
+        stage.run_until_idle()
+        assert request.status == OK
+
+
+def blocks(count: int, seed: int) -> list[bytes]:
+    chance = random.Random(seed)
+    return [chance.randbytes(BLOCK) for _ in range(count)]
+
+
+def empty(stage: Stage, volume: int) -> None:
+    flush = stage.flush(volume)
+    stage.run_until_idle()
+    assert flush.status == OK and stage.figures().log_records == 0
+
+
+def test_unique_blocks_do_not_wait(stage: Stage) -> None:
+    go_elsewhere(stage)
+    volume = stage.create_volume("v", 4096 * BLOCK)
+    write(stage, volume, blocks(MANY, 1))
+    assert stage.figures().log_records <= FEW
+    assert stage.counters()["destaged_blocks"] >= MANY - FEW
+    stage.check()
+
+
+def test_they_wait_beside_the_path(stage: Stage) -> None:
+    volume = stage.create_volume("v", 4096 * BLOCK)
+    write(stage, volume, blocks(MANY, 2))
+    assert stage.figures().log_records == MANY
+
+
+@pytest.mark.parametrize("kind", ["equal", "overwritten"])
+def test_they_wait_where_others_were_repeats(stage: Stage, kind: str) -> None:
+    go_elsewhere(stage)
+    volume = stage.create_volume("v", 16384 * BLOCK)
+    for number in range(4):  # 1,024 blocks, of which 768 repeat others
+        once = blocks(PART, 100 + number)
+        for again in range(4):
+            contents = blocks(PART, 200 + 4 * number + again) if kind == "overwritten" else once
+            place = number if kind == "overwritten" else 4 * number + again
+            stage.write(volume, place * PART * BLOCK, b"".join(contents))  # all four are logged in one step
+        empty(stage, volume)
+    write(stage, volume, blocks(MANY, 3), first=4096)
+    assert stage.figures().log_records == MANY
+    for number in range(40):  # and no more when that is long ago: 10,240 others
+        write(stage, volume, blocks(MANY, 1000 + number), first=4096)
+        empty(stage, volume)
+    write(stage, volume, blocks(MANY, 4), first=4096)
+    assert stage.figures().log_records <= FEW
+    stage.check()
