@@ -1,4 +1,5 @@
-"""When destage begins: with large writes at once, unless something comes of waiting in the log."""
+"""When destage begins: with large writes at once, unless something comes of waiting in the log; with small ones when
+the log is longer than what stays in the processor's cache."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from dedupkit import BLOCK, OK, Stage
 
 NIC_PAGES = 2048
 PART = 64  # blocks of a write
+WARM = 1024  # logged beside the path, at most
 FEW, MANY = NIC_PAGES // 64, 256  # logged where destage is eager, at most; less than the quarter where it is not
 
 
@@ -62,6 +64,18 @@ def test_they_wait_beside_the_path(stage: Stage) -> None:
     volume = stage.create_volume("v", 4096 * BLOCK)
     write(stage, volume, blocks(MANY, 2))
     assert stage.figures().log_records == MANY
+
+
+def test_beside_the_path_no_more_waits_than_stays_in_the_cache() -> None:
+    with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 15) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 4096 * BLOCK)
+        write(stage, volume, blocks(WARM, 5))
+        assert stage.figures().log_records == WARM
+        write(stage, volume, blocks(WARM // 2, 6), first=WARM)
+        assert stage.figures().log_records <= WARM
+        assert stage.counters()["destaged_blocks"] >= WARM // 2
+        stage.check()
 
 
 @pytest.mark.parametrize("kind", ["equal", "overwritten"])

@@ -16,8 +16,8 @@
  * took; so a request waits for a few of them, not for all. What one piece has shared is committed. One batch at a time is being shared,
  * so that what is left of it has no equal that was written meanwhile.
  *
- * When: a record is old enough, a flush waits, more than a quarter of the pages is taken (or less, where nothing comes of waiting), or someone
- * asks for all (drain).
+ * When: a record is old enough, a flush waits, so much is logged that it leaves the processor's cache, or a quarter of the pages (or
+ * less, where nothing comes of waiting), or someone asks for all (drain).
  * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
  * unplaced, flushes fail (I7).
  *
@@ -38,6 +38,9 @@
 /* The part of nic's pages that may be logged before destage begins; and where waiting brings nothing: enough for three batches. */
 #define LOGGED_PART 4
 #define LOGGED_PART_EAGER 64
+/* Small requests: 4 MiB, with what is under way. So much stays in the processor's last cache until it is looked at again, and the pages
+ * that come back from it are still there when nic receives into them. */
+#define LOGGED_WARM 1024
 
 _Static_assert(DP_RUNS <= 64, "a bit for each in `unmatched`");
 
@@ -130,7 +133,9 @@ static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repe
 
 bool destage_due(const struct datapath *dp)
 {
-    return dp->arena->log_records * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
+    uint64_t logged = dp->arena->log_records;
+    return (dp->shared && logged > LOGGED_WARM) ||
+           logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
 /* --- The step ------------------------------------------------------------------------------------------------------------ */
