@@ -50,10 +50,11 @@ static uint32_t free_entries(struct store *store, uint32_t number, uint64_t leaf
 /* The next volume to delete, entered; false if there is none. */
 static bool choose(struct store *store)
 {
-    uint32_t number = 0;
+    uint32_t number = store->none_to_delete ? ATOLL_VOLUME_COUNT : 0;
     while (number < ATOLL_VOLUME_COUNT && store->dedup->public->volumes[number].state != ATOLL_VOLUME_DELETING)
         number++;
-    if (number == ATOLL_VOLUME_COUNT)
+    store->none_to_delete = number == ATOLL_VOLUME_COUNT;
+    if (store->none_to_delete)
         return false;
     STORE_SET(store, delete_volume, number + 1);
     STORE_SET(store, delete_leaf, 0);

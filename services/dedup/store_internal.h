@@ -240,7 +240,7 @@ struct store_area {
 };
 
 /* --- Private to the process --------------------------------------------------------------------------------------- */
-#define STORE_MEMO 8 /* a batch goes to and fro between pages: those of old and new places, their neighbours */
+#define STORE_MEMO 1024 /* requests and batches go to and fro between pages: those of 2 GiB of a volume, of old and new places */
 
 struct store {
     struct dedup *dedup;
@@ -283,6 +283,7 @@ struct store {
     uint64_t bounce_busy;              /* bit per bounce page of STORE_PAGE_READS */
     bool urgent, starved, starved_urgent, woken;
     uint64_t delete_retry_ns;
+    bool none_to_delete;               /* since a volume was last changed */
     uint32_t want_status;
     uint64_t want_page;
     struct store_load *load;           /* while loading */

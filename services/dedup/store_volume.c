@@ -25,6 +25,7 @@ struct atoll_volume *store_volume_open(struct store *store, uint32_t number)
 {
     struct atoll_volume *volume = volume_of(store, number);
     store->area->volumes_open = 1;
+    store->none_to_delete = false;
     if ((volume->version & 1) == 0)
         atoll_store_release(&volume->version, volume->version + 1);
     atoll_full_fence(); /* odd before any change is seen */
