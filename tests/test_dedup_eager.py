@@ -1,5 +1,5 @@
 """When destage begins: with large writes at once, unless something comes of waiting in the log; with small ones when
-the log is longer than what stays in the processor's cache."""
+the log is longer than what stays in the processor's cache. And damage in the log is found in time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 from dedupkit import BLOCK, OK, Stage
+
+from atoll.ipc._ipc import lib
 
 NIC_PAGES = 2048
 PART = 64  # blocks of a write
@@ -96,4 +98,34 @@ def test_they_wait_where_others_were_repeats(stage: Stage, kind: str) -> None:
         empty(stage, volume)
     write(stage, volume, blocks(MANY, 4), first=4096)
     assert stage.figures().log_records <= FEW
+    stage.check()
+
+
+@pytest.mark.parametrize("kind", ["unique", "stored", "logged"])
+def test_damage_in_the_log_is_named(stage: Stage, kind: str) -> None:
+    """Whether the damaged block would be written, or shared with an equal one that is stored, or logged beside it."""
+    go_elsewhere(stage)
+    volume = stage.create_volume("v", 4096 * BLOCK)
+    equal, others = blocks(1, 5)[0], blocks(3, 6)
+    if kind == "stored":
+        write(stage, volume, [equal], first=1024)
+        empty(stage, volume)
+    before = set(stage.lent_pages)
+    write(stage, volume, [equal])
+    page = next(iter(stage.lent_pages - before))
+    write(stage, volume, [*others, equal] if kind == "logged" else others, first=8)
+    memory = stage.ffi.buffer(stage.ffi.cast("char *", stage.nic_buffer + page * BLOCK), BLOCK)
+    memory[7:8] = bytes([memory[7][0] ^ 1])
+    for _ in range(2):  # one that is to follow an equal one is found when it is tried by itself
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+    assert stage.counters()["corrupt_pages"] == 1
+    damaged = stage.read(volume, 0, BLOCK)
+    fine = stage.read(volume, 8 * BLOCK, len(others) * BLOCK)
+    stage.run_until_idle()
+    assert damaged.status == lib.ATOLL_ECORRUPT and fine.data == b"".join(others)
+    stage.check()
+    write(stage, volume, blocks(1, 7))
+    empty(stage, volume)
     stage.check()

@@ -350,6 +350,7 @@ struct datapath {
     uint64_t space_failures;    /* of syncs, when it was drawn */
     struct check *check;        /* that has not come to its end */
     uint64_t runs_in[4];        /* bit per run, by enum run_state */
+    uint64_t checked;           /* bit per run: its records have been checked against their fingerprints; else each is before it is written */
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
     uint32_t matched;           /* records of the run that is being matched for which it has been done */

@@ -67,24 +67,30 @@ static int by_address(const void *a, const void *b, void *context)
 
 enum taken { TAKEN = 0, TAKEN_SETTLED = 1, TAKEN_WAITS = 2 };
 
-/* Looks at the content of a record that is off the list; zeros and blocks of volumes being deleted are settled at once. TAKEN_WAITS: the
- * pages for that are missing, it is to go back. */
-static enum taken take(struct datapath *dp, uint32_t record)
+bool batch_intact(struct datapath *dp, uint32_t record)
 {
     struct dp_record *r = at(dp, record);
-    const void *page = record_page(dp, record);
+    if (print_equal(dp_fingerprint(record_page(dp, record)), r->print))
+        return true;
+    atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
+    log_set_flag(dp, record, RECORD_CORRUPT);
+    dp_set32(dp, &r->state, RECORD_LOGGED);
+    dp->destage_failures++;
+    return false;
+}
+
+/* Looks at a record that is off the list, with `check` at its content, too; zeros and blocks of volumes being deleted are settled at once.
+ * TAKEN_WAITS: the pages for that are missing, it is to go back. */
+static enum taken take(struct datapath *dp, uint32_t record, bool check)
+{
+    const struct dp_record *r = at(dp, record);
     batch_handle(dp, record);
-    bool zero = print_equal(r->print, zero_print) && memcmp(page, zero_block, DP_BLOCK) == 0;
+    bool zero = print_equal(r->print, zero_print) && memcmp(record_page(dp, record), zero_block, DP_BLOCK) == 0;
     bool settle = zero || dp->dedup->public->volumes[r->volume].state != ATOLL_VOLUME_READY;
     if (settle && store_want_base(dp->dedup, r->base) == STORE_WAIT)
         return TAKEN_WAITS;
-    if (!print_equal(dp_fingerprint(page), r->print)) {
-        atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_PAGES, 1);
-        log_set_flag(dp, record, RECORD_CORRUPT);
-        dp_set32(dp, &r->state, RECORD_LOGGED);
-        dp->destage_failures++;
+    if (check && !batch_intact(dp, record))
         return TAKEN_SETTLED;
-    }
     if (!settle)
         return TAKEN;
     store_unmap(dp->dedup, r->volume, r->lba, r->base);
@@ -198,12 +204,13 @@ bool batch_collect(struct datapath *dp, uint32_t number)
     uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = 0;
     uint32_t chosen_count = choose(dp, dp->batch_blocks - before, chosen);
     uint64_t lowest = before == 0 ? UINT64_MAX : run->min_order;
+    bool check = dp->shared; /* else when it is written: the piece that this makes larger holds nobody up */
     bool full = false, alone = chosen_count == 1 && (at(dp, chosen[0])->flags & RECORD_SUSPECT);
     for (uint32_t index = 0; index < chosen_count; index++) {
         uint32_t record = chosen[index];
-        if (index + 1 < chosen_count)
+        if (check && index + 1 < chosen_count)
             dp_prefetch(record_page(dp, chosen[index + 1]));
-        enum taken taken_so = full ? TAKEN_WAITS : take(dp, record);
+        enum taken taken_so = full ? TAKEN_WAITS : take(dp, record, check);
         full = full || taken_so == TAKEN_WAITS || dp->journal->count >= 2 * DP_STEP_JOURNAL;
         if (taken_so == TAKEN_WAITS)
             log_requeue(dp, record);
@@ -224,6 +231,10 @@ bool batch_collect(struct datapath *dp, uint32_t number)
     run->writer_count = 0;
     run->record_count = before + count;
     run->min_order = lowest;
+    if (!check)
+        dp->checked &= ~((uint64_t)1 << number);
+    else if (before == 0)
+        dp->checked |= (uint64_t)1 << number;
     return !full && !alone && run->record_count < dp->batch_blocks && dp->arena->log_head != DP_NONE;
 }
 

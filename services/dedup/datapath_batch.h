@@ -27,6 +27,8 @@ void batch_handle(struct datapath *dp, uint32_t record);
 void batch_handle_all(struct datapath *dp, const uint32_t *records, uint32_t count);
 /* Logged, and never destaged. */
 void batch_set_aside(struct datapath *dp, uint32_t record);
+/* True if the page is what was acknowledged; else the record is set aside, and in no run any more. */
+bool batch_intact(struct datapath *dp, uint32_t record);
 enum batch_looked { LOOKED_UP, LOOKED_ON, LOOKED_WAITS };
 /* Looks whether what the blocks of the next batch may be equal to, and what they replace, is in memory. LOOKED_UP: it is, or was waited
  * for often enough; LOOKED_ON: to be called again for the next of them; LOOKED_WAITS: pages are being read. */

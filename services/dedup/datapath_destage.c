@@ -2,7 +2,8 @@
  * Destage: logged blocks find their place on the device, in batches.
  *
  *   1 collect   whole runs of consecutive blocks around the oldest logged ones and around those equal to them, up to ATOLL_IO_BLOCKS
- *               records, sorted by (volume, lba); each is checked against its fingerprint; zeros take no space
+ *               records, sorted by (volume, lba); each is checked against its fingerprint, here or, where no other piece of work waits
+ *               for this one, in 4: then what was shared in 3 need not be; zeros take no space
  *   2 match     stored blocks of equal content, as the volume's run threshold allows, are read (datapath_match.c)
  *   3 share     they are compared byte by byte and shared; equal blocks of the batch, or of a run being
  *               written, follow these

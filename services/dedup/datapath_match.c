@@ -406,7 +406,7 @@ static uint32_t share_run(struct datapath *dp, const uint32_t *records, const ui
 
 /* What is left of the batch: a row of at least threshold blocks that equal blocks written in sequence follows them; the others
  * are written. */
-static void decide_rest(struct datapath *dp, struct match_decision *decision)
+static void decide_rest(struct datapath *dp, struct match_decision *decision, bool checked)
 {
     uint32_t heads[256], next[ATOLL_IO_BLOCKS], end = 0;
     const uint32_t *rest = decision->rest;
@@ -436,6 +436,12 @@ static void decide_rest(struct datapath *dp, struct match_decision *decision)
                 decision->followers[decision->follower_count++] = rest[index + each];
             }
             index += longest;
+            continue;
+        }
+        if (!checked && index + 1 < decision->rest_count)
+            dp_prefetch(record_page(dp, rest[index + 1]));
+        if (!checked && !batch_intact(dp, rest[index])) {
+            index++;
             continue;
         }
         atoll_count(dp->domain, DEDUP_COUNTER_THRESHOLD_BLOCKS, longest != 0 || decision->rejected[index]);
@@ -496,7 +502,7 @@ void match_decide(struct datapath *dp, uint32_t number, struct match_decision *d
         decision->rejected[decision->rest_count] = run->link[index] == DP_REJECTED;
         decision->rest[decision->rest_count++] = record;
     }
-    decide_rest(dp, decision);
+    decide_rest(dp, decision, dp->checked >> number & 1);
 }
 
 uint32_t match_trim(struct datapath *dp, struct match_decision *decision, uint64_t pba, uint32_t placed)
