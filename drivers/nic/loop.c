@@ -275,10 +275,12 @@ static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
 {
     struct atoll_domain *domain = nic->domain;
-    for (;;) {
+    for (bool flushed = false;;) {
         domain->self->progress++;
         atoll_count(domain, NIC_TURNS, 1);
-        nic->now_ns = atoll_now_ns();
+        if (!flushed) /* it is right, then */
+            nic->now_ns = atoll_now_ns();
+        flushed = false;
         if (nic->now_ns >= nic->courtesy.next_ns)
             nic_courtesy_look(nic);
         nic_latency_look(nic);
@@ -312,6 +314,7 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             atoll_count(domain, NIC_SUBMITS, 1);
             uint32_t count = nic->engine->flush(nic);
             nic->now_ns = atoll_now_ns();
+            flushed = true;
             for (uint32_t index = 0; index < count; index++) {
                 if (nic->outcomes[index].user_data >> 56 != NIC_POLL)
                     nic->operation_count--;
@@ -319,13 +322,17 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             }
             done++;
         }
-        if (done > 0 || !nic_queue_empty(&nic->work)) {
+        uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
+        /* The outcomes that were applied are still to be committed. */
+        bool more = flushed || !nic_queue_empty(&nic->work);
+        if (done > 0 || more) {
             /* Not between an operation and its outcome: "it was empty" would undo "more has come", which is not told again. */
             if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK && nic->operation_count == 0)
-                nic_look(nic, 0);
-            continue;
+                more |= nic_look(nic, 0);
+            more |= atoll_domain_anything_pending(domain, ignored);
         }
-        uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
+        if (more)
+            continue;
         struct atoll_spin *spin = nic->free_slot_count + nic->posted < ATOLL_SLOT_COUNT ? &nic->peer_spin : &nic->client_spin;
         if (nic_coalesce(nic, ignored))
             continue;
