@@ -88,7 +88,7 @@ struct atoll_luck {
 struct atoll_spin {
     struct atoll_luck spins, holds;
     uint64_t hold_ns; /* for which it looks around without giving way, 0: it does not */
-    uint64_t held;    /* times that something came meanwhile */
+    uint64_t held;    /* times that it saw something meanwhile */
 };
 
 struct atoll_rings {

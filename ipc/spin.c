@@ -44,11 +44,13 @@ static bool all_sleep(const struct atoll_domain *domain)
 /* Looks on without giving way. True if something has come. */
 static bool hold(struct atoll_domain *domain, struct atoll_spin *spin, uint32_t ignored_roles, atoll_look *look, void *context)
 {
-    if (spin->hold_ns == 0 || !attempts(&spin->holds))
+    if (look == 0 || spin->hold_ns == 0 || !attempts(&spin->holds))
         return false;
     uint64_t until = atoll_now_ns() + spin->hold_ns;
     do {
-        if (atoll_domain_anything_pending(domain, ignored_roles) || (look != 0 && look(context))) {
+        if (atoll_domain_anything_pending(domain, ignored_roles))
+            return true; /* not what it waits for */
+        if (look(context)) {
             spin->holds.vain = 0;
             spin->held++;
             return true;

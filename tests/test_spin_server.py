@@ -27,6 +27,24 @@ def test_a_client_that_comes_while_nic_spins(make_server: Callable[..., Server])
                 guest.greet()
 
 
+def test_who_waits_for_a_connection_has_it_when_one_is_free(make_server: Callable[..., Server]) -> None:
+    """Nothing else wakes nic then: the last thing that it does for the one before makes room."""
+    config = {
+        "kernel": {"cpu_latency_us": -1},
+        "nic": {"max_connections": 1},
+        "volumes": [{"name": "disk", "size": "16MiB"}],
+    }
+    server = make_server(config=config).start()
+    before = Connection.open(str(server.socket), timeout_s=20)
+    before.negotiate("disk")
+    for _ in range(5):
+        after = Connection.open(str(server.socket), timeout_s=5)  # a deadline of the connection before ends after 10 s
+        before.close()
+        after.negotiate("disk")
+        before = after
+    before.close()
+
+
 def test_nic_looks_on_for_a_client_on_another_processor(make_server: Callable[..., Server]) -> None:
     """What such a client sends at once is seen before nic gives way a second time."""
     allowed = sorted(os.sched_getaffinity(0))

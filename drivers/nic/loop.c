@@ -306,6 +306,7 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
             done += work(nic);
         }
 
+        bool freed = nic->freed_connection_count != 0; /* somebody may wait for one to be accepted */
         nic_commit(nic);
         nic->engine->retire(nic);
 
@@ -320,11 +321,10 @@ int nic_run(struct nic *nic, uint64_t until_ns, int ignore_control)
                     nic->operation_count--;
                 nic_apply(nic, &nic->outcomes[index]);
             }
-            done++;
         }
         uint32_t ignored = (ignore_control ? 1u << ATOLL_ROLE_KERNEL : 0) | (blocked ? 1u << ATOLL_ROLE_NBD : 0);
         /* The outcomes that were applied are still to be committed. */
-        bool more = flushed || !nic_queue_empty(&nic->work);
+        bool more = flushed || freed || !nic_queue_empty(&nic->work);
         if (done > 0 || more) {
             /* Not between an operation and its outcome: "it was empty" would undo "more has come", which is not told again. */
             if (++nic->turns_since_look >= NIC_TURNS_PER_LOOK && nic->operation_count == 0)
