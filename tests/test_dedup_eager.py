@@ -80,6 +80,31 @@ def test_beside_the_path_no_more_waits_than_stays_in_the_cache() -> None:
         stage.check()
 
 
+def test_beside_the_path_blocks_wait_that_are_overwritten_again_and_again() -> None:
+    """Of 1,500 blocks that are overwritten at random most would be written to the device in vain. Until others come."""
+    with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 16) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 8192 * BLOCK)
+        chance = random.Random(8)
+
+        def overwrite(count: int) -> None:
+            for number in range(count):
+                request = stage.write(volume, chance.randrange(1500) * BLOCK, chance.randbytes(BLOCK))
+                if number % PART == PART - 1:
+                    stage.run_until_idle()
+                    assert request.status == OK
+
+        overwrite(2 * 4096)
+        before = stage.counters()["destaged_blocks"]
+        overwrite(4096)
+        assert stage.figures().log_records > WARM
+        assert stage.counters()["destaged_blocks"] == before
+        for number in range(4):
+            write(stage, volume, blocks(4 * WARM, 300 + number), first=2048)
+        assert stage.figures().log_records <= WARM
+        stage.check()
+
+
 @pytest.mark.parametrize("kind", ["equal", "overwritten"])
 def test_they_wait_where_others_were_repeats(stage: Stage, kind: str) -> None:
     go_elsewhere(stage)

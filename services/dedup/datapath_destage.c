@@ -39,9 +39,11 @@
 /* The part of nic's pages that may be logged before destage begins; and where waiting brings nothing: enough for three batches. */
 #define LOGGED_PART 4
 #define LOGGED_PART_EAGER 64
-/* Small requests: 4 MiB, with what is under way. So much stays in the processor's last cache until it is looked at again, and the pages
+/* Of small requests: 4 MiB, and what is under way. So much stays in the processor's last cache until it is looked at again, and the pages
  * that come back from it are still there when nic receives into them. */
 #define LOGGED_WARM 1024
+/* Unless this part of the blocks is overwritten in a log of full length. */
+#define OVERWRITTEN_PART 4
 
 _Static_assert(DP_RUNS <= 64, "a bit for each in `unmatched`");
 
@@ -50,6 +52,7 @@ static struct dp_record *at(struct datapath *dp, uint32_t record) { return &dp->
 void destage_attach(struct datapath *dp)
 {
     dp->collecting = dp->deciding = DP_RUNS;
+    dp->warm = true;
     dp->batch_blocks = dp->pools[POOL_DISK].count >= BATCH_OF_CACHE * ATOLL_IO_BLOCKS ? ATOLL_IO_BLOCKS : ATOLL_IO_BLOCKS / 2;
     batch_attach();
     inflight_clear(dp);
@@ -113,7 +116,7 @@ void destage_settled(struct datapath *dp, uint32_t record)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
-    dp_note_leaving(dp, true);
+    dp_note_leaving(dp, LEAVES_EQUAL);
 }
 
 void destage_failed(struct datapath *dp)
@@ -132,10 +135,36 @@ void destage_hurry(struct datapath *dp) { dp->retry_ns = 0; }
  * processor's cache yet. Where there are equal blocks, those that are logged together need not be read again. */
 static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repeats < DP_REPEATS_ALL / 16; }
 
+/* Beside the path little is logged, so that pages are in the processor's cache when they are destaged and when nic has them back;
+ * unless a longer log would spare the device more than a quarter of the writes, because blocks are overwritten in it. In a short one
+ * they are, too, but fewer in proportion. Decided after as many blocks as show it, also when it has just changed. */
+static void decide_length(struct datapath *dp)
+{
+    uint64_t quarter = dp->arena->nic_pages / LOGGED_PART, limit = dp->left / OVERWRITTEN_PART;
+    if (dp->left < 2 * quarter || quarter <= LOGGED_WARM)
+        return;
+    if (dp->warm)
+        limit = limit * LOGGED_WARM / quarter;
+    dp->warm = dp->left_overwritten <= limit;
+    dp->left = dp->left_overwritten = 0;
+}
+
+/* Records that destage has in hand. */
+static uint64_t in_runs(const struct datapath *dp)
+{
+    uint64_t count = 0;
+    uint64_t left = dp->runs_in[RUN_MATCHING] | dp->runs_in[RUN_WRITING] | dp->runs_in[RUN_WRITTEN];
+    for (; left != 0; left &= left - 1) {
+        const struct dp_run *run = &dp->arena->runs[__builtin_ctzll(left)];
+        count += run->record_count - run->done;
+    }
+    return count;
+}
+
 bool destage_due(const struct datapath *dp)
 {
     uint64_t logged = dp->arena->log_records;
-    return (dp->shared && logged > LOGGED_WARM) ||
+    return (dp->shared && dp->warm && logged > LOGGED_WARM && logged > LOGGED_WARM + in_runs(dp)) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
@@ -308,6 +337,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             destage_failed(dp);
         }
     }
+    decide_length(dp);
     if (gives_way(dp, now)) {
         *wake_ms = 1;
         return false;
