@@ -14,7 +14,7 @@ from atoll.ipc._ipc import lib
 
 NIC_PAGES = 2048
 PART = 64  # blocks of a write
-WARM = 1024  # logged beside the path, at most
+WARM = 1024  # logged on the processor of the path, at most
 FEW, MANY = NIC_PAGES // 64, 256  # logged where destage is eager, at most; less than the quarter where it is not
 
 
@@ -62,13 +62,13 @@ def test_unique_blocks_do_not_wait(stage: Stage) -> None:
     stage.check()
 
 
-def test_they_wait_beside_the_path(stage: Stage) -> None:
+def test_they_wait_on_the_processor_of_the_path(stage: Stage) -> None:
     volume = stage.create_volume("v", 4096 * BLOCK)
     write(stage, volume, blocks(MANY, 2))
     assert stage.figures().log_records == MANY
 
 
-def test_beside_the_path_no_more_waits_than_stays_in_the_cache() -> None:
+def test_on_the_processor_of_the_path_no_more_waits_than_stays_in_the_cache() -> None:
     with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 15) as stage:
         stage.open()
         volume = stage.create_volume("v", 4096 * BLOCK)
@@ -80,7 +80,7 @@ def test_beside_the_path_no_more_waits_than_stays_in_the_cache() -> None:
         stage.check()
 
 
-def test_beside_the_path_blocks_wait_that_are_overwritten_again_and_again() -> None:
+def test_on_the_processor_of_the_path_blocks_wait_that_are_overwritten_again_and_again() -> None:
     """Of 1,500 blocks that are overwritten at random most would be written to the device in vain. Until others come."""
     with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 16) as stage:
         stage.open()

@@ -360,7 +360,7 @@ struct datapath {
     bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
     bool alone;                 /* requests come one by one */
     bool shared;                /* who else works for them runs on this processor */
-    bool warm;                  /* little is logged beside the path: destage_due */
+    bool warm;                  /* little is logged on the processor of the path: destage_due */
     uint32_t left, left_overwritten; /* blocks that left the log since that was last decided, and those that had been overwritten in it */
     uint32_t repeats;           /* how many of DP_REPEATS_ALL blocks that left the log had been overwritten there or had an equal, on average */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */

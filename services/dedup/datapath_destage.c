@@ -135,7 +135,7 @@ void destage_hurry(struct datapath *dp) { dp->retry_ns = 0; }
  * processor's cache yet. Where there are equal blocks, those that are logged together need not be read again. */
 static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repeats < DP_REPEATS_ALL / 16; }
 
-/* Beside the path little is logged, so that pages are in the processor's cache when they are destaged and when nic has them back;
+/* On the processor of the path little is logged, so that pages are in the processor's cache when they are destaged and when nic has them back;
  * unless a longer log would spare the device more than a quarter of the writes, because blocks are overwritten in it. In a short one
  * they are, too, but fewer in proportion. Decided after as many blocks as show it, also when it has just changed. */
 static void decide_length(struct datapath *dp)
