@@ -137,7 +137,8 @@ static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repe
 
 /* On the processor of the path little is logged, so that pages are in the processor's cache when they are destaged and when nic has them back;
  * unless a longer log would spare the device more than a quarter of the writes, because blocks are overwritten in it. In a short one
- * they are, too, but fewer in proportion. Decided after as many blocks as show it, also when it has just changed. */
+ * they are, too, but fewer in proportion. Decided after twice as many blocks as a long one holds: the first half of them may have left one
+ * of another length. */
 static void decide_length(struct datapath *dp)
 {
     uint64_t quarter = dp->arena->nic_pages / LOGGED_PART, limit = dp->left / OVERWRITTEN_PART;
@@ -164,7 +165,7 @@ static uint64_t in_runs(const struct datapath *dp)
 bool destage_due(const struct datapath *dp)
 {
     uint64_t logged = dp->arena->log_records;
-    return (dp->shared && dp->warm && logged > LOGGED_WARM && logged > LOGGED_WARM + in_runs(dp)) ||
+    return (dp->shared && dp->warm && logged > LOGGED_WARM + in_runs(dp)) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
@@ -183,8 +184,7 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
         return false;
     const struct dp_record *head = &dp->records[arena->log_head];
     if (dp->drain || head->order <= dp->flush_target || head->order <= dp->space_target ||
-        store_pressed(dp->dedup) || destage_due(dp) ||
-        (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
+        store_pressed(dp->dedup) || destage_due(dp) || (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
         return true;
     uint32_t age = (uint32_t)dp->now_ms - head->logged_ms;
     if (age >= dp->destage_delay_ms)

@@ -50,13 +50,14 @@ static void take(void)
 }
 
 /* What else it looks at: there from `there_ns` on. */
-static uint64_t looks, there_ns;
+static uint64_t looks, there_ns, message_at_look;
 
 static bool see(void *context)
 {
     CHECK(context == &there_ns);
-    looks++;
     clock_ns += 250;
+    if (++looks == message_at_look)
+        send_message();
     return clock_ns >= there_ns;
 }
 
@@ -162,12 +163,19 @@ int main(void)
     }
     CHECK(tried == 2);
 
-    /* A message counts as well, and who is not to hold does not. */
-    spin = (struct atoll_spin){.hold_ns = 10000};
+    /* A message is seen, too, but it is not what is waited for. And who is not to hold does not. */
+    spin = (struct atoll_spin){.hold_ns = 10000, .holds.vain = 2};
     message_at_turn = 1;
     CHECK(spins(&spin, true, &found) && found && turns == 1 && spin.held == 0); /* it came in a turn of others */
     take();
     message_at_turn = 0;
+    turns = looks = 0;
+    there_ns = UINT64_MAX;
+    message_at_look = 3;
+    CHECK(atoll_domain_spin(&domain, &spin, 0, see, &there_ns) && turns == 1 && looks == 3);
+    CHECK(spin.held == 0 && spin.holds.vain == 2);
+    take();
+    message_at_look = 0;
     spin.hold_ns = 0;
     CHECK(!holds(&spin, 5000) && turns > 1);
     puts("spin: ok");
