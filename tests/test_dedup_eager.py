@@ -80,8 +80,9 @@ def test_on_the_processor_of_the_path_no_more_waits_than_stays_in_the_cache() ->
         stage.check()
 
 
-def test_on_the_processor_of_the_path_blocks_wait_that_are_overwritten_again_and_again() -> None:
-    """Of 1,500 blocks that are overwritten at random most would be written to the device in vain. Until others come."""
+@pytest.mark.parametrize("order", ["at random", "in turn"])
+def test_on_the_processor_of_the_path_blocks_wait_that_are_overwritten_again_and_again(order: str) -> None:
+    """Of 1,800 blocks many would be written to the device in vain; in turn, all. Until others come."""
     with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 16) as stage:
         stage.open()
         volume = stage.create_volume("v", 8192 * BLOCK)
@@ -89,7 +90,8 @@ def test_on_the_processor_of_the_path_blocks_wait_that_are_overwritten_again_and
 
         def overwrite(count: int) -> None:
             for number in range(count):
-                request = stage.write(volume, chance.randrange(1500) * BLOCK, chance.randbytes(BLOCK))
+                block = number % 1800 if order == "in turn" else chance.randrange(1800)
+                request = stage.write(volume, block * BLOCK, chance.randbytes(BLOCK))
                 if number % PART == PART - 1:
                     stage.run_until_idle()
                     assert request.status == OK
@@ -103,6 +105,32 @@ def test_on_the_processor_of_the_path_blocks_wait_that_are_overwritten_again_and
             write(stage, volume, blocks(4 * WARM, 300 + number), first=2048)
         assert stage.figures().log_records <= WARM
         stage.check()
+
+
+def test_what_is_overwritten_elsewhere_says_nothing_of_the_path() -> None:
+    """After large writes that overwrite one another small ones find a short log, as ever."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        with Stage(destage_delay_ms=10_000_000, nic_pages=8 * WARM, device_blocks=16384, prints=1 << 16) as stage:
+            stage.open()
+            volume = stage.create_volume("v", 8192 * BLOCK)
+            go_elsewhere(stage)
+            for number in range(3 * 4096 // (4 * PART)):
+                for again in range(4):  # all four are logged in one step
+                    stage.write(volume, number * PART * BLOCK, b"".join(blocks(PART, 4 * number + again)))
+                stage.run_until_idle()
+            assert stage.counters()["superseded_blocks"] > 4096
+            for number in range(2 * WARM):
+                request = stage.write(volume, (4096 + number) * BLOCK, blocks(1, 10_000 + number)[0])
+                if number % PART == PART - 1:
+                    stage.run_until_idle()
+                    assert request.status == OK
+                    stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_SERVE, 1)  # looks where it is to be
+            assert len(os.sched_getaffinity(0)) == 1, "it has not come back to the path's processor"
+            assert stage.figures().log_records <= WARM
+            stage.check()
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("kind", ["equal", "overwritten"])

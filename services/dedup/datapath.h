@@ -38,6 +38,7 @@
 #include "services/dedup/dedup.h"
 #include "services/dedup/datapath_tier.h"
 #include "services/dedup/dedup_api.h"
+#include "services/dedup/reuse.h"
 #include "services/dedup/runs.h"
 #include "services/dedup/s3fifo.h"
 
@@ -360,8 +361,7 @@ struct datapath {
     bool unseen;                /* a posted write that has crashed dedup is being entered in the log */
     bool alone;                 /* requests come one by one */
     bool shared;                /* who else works for them runs on this processor */
-    bool warm;                  /* little is logged on the processor of the path: destage_due */
-    uint32_t left, left_overwritten; /* blocks that left the log since that was last decided, and those that had been overwritten in it */
+    struct reuse *reuse;        /* what a long log would spare of the writes taken there */
     uint32_t repeats;           /* how many of DP_REPEATS_ALL blocks that left the log had been overwritten there or had an equal, on average */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
     uint64_t worked_ns;         /* pieces since clients have had their time */
@@ -413,14 +413,10 @@ static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value)
 static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
 
 struct fingerprint dp_fingerprint(const void *block);
-enum dp_leaving { LEAVES_WRITTEN, LEAVES_EQUAL, LEAVES_OVERWRITTEN };
-/* A block leaves the log: having been written to the device, or without, so that it may have been well that it waited. (Zeros and discards
- * count as an equal and as overwriting.) */
-static inline void dp_note_leaving(struct datapath *dp, enum dp_leaving how)
+/* A block leaves the log. `repeat`: without having been written to the device, so it may have been well that it waited. */
+static inline void dp_note_leaving(struct datapath *dp, bool repeat)
 {
-    dp->repeats += (how != LEAVES_WRITTEN ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
-    dp->left++;
-    dp->left_overwritten += how == LEAVES_OVERWRITTEN;
+    dp->repeats += (repeat ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
 }
 /* Asks for the cache lines of a block. */
 static inline void dp_prefetch(const void *block)
@@ -572,6 +568,7 @@ void write_refuse_payload(struct datapath *dp, const struct atoll_descriptor *re
 
 /* --- datapath_destage.c ------------------------------------------------------------------------------------------------- */
 void destage_attach(struct datapath *dp);
+void destage_configure(struct datapath *dp, uint64_t delay_ms);         /* before the first step: how old a logged block gets */
 /* One bounded step; true if it did something. *wake_ms: when to look again at the latest (0: no timer). */
 bool destage_step(struct datapath *dp, uint64_t *wake_ms);
 /* The step has been committed, and who was told of it has been woken: this too is time that it took. */

@@ -26,6 +26,8 @@
  * them. Private are the hash of what is being written, which is made again, and how far a batch had been collected, matched and
  * shared: it goes on to be shared as it is.
  */
+#include <stdlib.h>
+
 #include "services/dedup/datapath_batch.h"
 
 #define BACKOFF_FIRST_NS 100000000u
@@ -42,7 +44,7 @@
 /* Of small requests: 4 MiB, and what is under way. So much stays in the processor's last cache until it is looked at again, and the pages
  * that come back from it are still there when nic receives into them. */
 #define LOGGED_WARM 1024
-/* Unless this part of the blocks is overwritten in a log of full length. */
+/* Unless a log of full length spares this part of the writes. */
 #define OVERWRITTEN_PART 4
 
 _Static_assert(DP_RUNS <= 64, "a bit for each in `unmatched`");
@@ -52,7 +54,6 @@ static struct dp_record *at(struct datapath *dp, uint32_t record) { return &dp->
 void destage_attach(struct datapath *dp)
 {
     dp->collecting = dp->deciding = DP_RUNS;
-    dp->warm = true;
     dp->batch_blocks = dp->pools[POOL_DISK].count >= BATCH_OF_CACHE * ATOLL_IO_BLOCKS ? ATOLL_IO_BLOCKS : ATOLL_IO_BLOCKS / 2;
     batch_attach();
     inflight_clear(dp);
@@ -64,6 +65,14 @@ void destage_attach(struct datapath *dp)
         else if (dp->arena->runs[run].state >= RUN_WRITING)
             for (uint32_t index = dp->arena->runs[run].done; index < dp->arena->runs[run].writer_count; index++)
                 inflight_add(dp, run, index);
+}
+
+void destage_configure(struct datapath *dp, uint64_t delay_ms)
+{
+    dp->destage_delay_ms = delay_ms;
+    dp->reuse = reuse_open(LOGGED_WARM, dp->arena->nic_pages / LOGGED_PART, delay_ms);
+    if (dp->reuse == 0)
+        abort(); /* 48 KiB at the start of a process */
 }
 
 /* --- Small things ---------------------------------------------------------------------------------------------------- */
@@ -116,7 +125,7 @@ void destage_settled(struct datapath *dp, uint32_t record)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
-    dp_note_leaving(dp, LEAVES_EQUAL);
+    dp_note_leaving(dp, true);
 }
 
 void destage_failed(struct datapath *dp)
@@ -136,19 +145,8 @@ void destage_hurry(struct datapath *dp) { dp->retry_ns = 0; }
 static bool is_eager(const struct datapath *dp) { return !dp->shared && dp->repeats < DP_REPEATS_ALL / 16; }
 
 /* On the processor of the path little is logged, so that pages are in the processor's cache when they are destaged and when nic has them back;
- * unless a longer log would spare the device more than a quarter of the writes, because blocks are overwritten in it. In a short one
- * they are, too, but fewer in proportion. Decided after twice as many blocks as a long one holds: the first half of them may have left one
- * of another length. */
-static void decide_length(struct datapath *dp)
-{
-    uint64_t quarter = dp->arena->nic_pages / LOGGED_PART, limit = dp->left / OVERWRITTEN_PART;
-    if (dp->left < 2 * quarter || quarter <= LOGGED_WARM)
-        return;
-    if (dp->warm)
-        limit = limit * LOGGED_WARM / quarter;
-    dp->warm = dp->left_overwritten <= limit;
-    dp->left = dp->left_overwritten = 0;
-}
+ * unless a longer log would spare the device more than a quarter of the writes, because blocks are overwritten in it. */
+static bool is_short(const struct datapath *dp) { return dp->shared && reuse_spared(dp->reuse) <= REUSE_ALL / OVERWRITTEN_PART; }
 
 /* Records that destage has in hand. */
 static uint64_t in_runs(const struct datapath *dp)
@@ -165,7 +163,7 @@ static uint64_t in_runs(const struct datapath *dp)
 bool destage_due(const struct datapath *dp)
 {
     uint64_t logged = dp->arena->log_records;
-    return (dp->shared && dp->warm && logged > LOGGED_WARM + in_runs(dp)) ||
+    return (is_short(dp) && logged > LOGGED_WARM + in_runs(dp)) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
@@ -337,7 +335,6 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
             destage_failed(dp);
         }
     }
-    decide_length(dp);
     if (gives_way(dp, now)) {
         *wake_ms = 1;
         return false;

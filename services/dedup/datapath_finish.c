@@ -100,7 +100,7 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
         tier_consider(dp, r->volume, run->pba + index);
         dp_set32(dp, &r->state, RECORD_DROPPED);
-        dp_note_leaving(dp, LEAVES_WRITTEN);
+        dp_note_leaving(dp, false);
     }
     atoll_count(dp->domain, DEDUP_COUNTER_DESTAGED_BLOCKS, 1);
 }

@@ -353,7 +353,7 @@ static bool supersede(struct datapath *dp, uint32_t old, uint32_t heir)
 {
     struct dp_record *r = at(dp, old);
     atoll_count(dp->domain, DEDUP_COUNTER_SUPERSEDED_BLOCKS, 1);
-    dp_note_leaving(dp, LEAVES_OVERWRITTEN);
+    dp_note_leaving(dp, true);
     if (r->state == RECORD_MATCHING || r->state == RECORD_WRITING) {
         log_clear_flags(dp, old);
         set_state(dp, old, RECORD_DROPPED);
@@ -401,6 +401,8 @@ uint32_t log_append(struct datapath *dp, uint32_t record, uint32_t volume, uint6
         r->base = old;
     }
     equal_add(dp, record);
+    if (dp->shared)
+        reuse_note(dp->reuse, volume, lba, dp->now_ms);
     if (!placed) {
         link_between(dp, record, arena->log_tail, DP_NONE);
         dp_set64(dp, &arena->next_order, arena->next_order + 1);

@@ -120,10 +120,10 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
         free(dedup);
         return 0;
     }
+    destage_configure(dp, config->destage_delay_ms);
     store_attach(dedup, area + layout.store, &store, made);
     posted_attach(dp);
     dp->posted_most = (uint32_t)config->posted_blocks;
-    dp->destage_delay_ms = config->destage_delay_ms;
     dp->track_blocks = config->track_blocks;
     if (made) {
         root->config = sizes;
