@@ -13,6 +13,7 @@ apart by device and inode, so that one that was unlinked, or opened under anothe
 """
 
 import os
+import pwd
 import re
 import time
 from collections.abc import Iterator
@@ -40,8 +41,9 @@ def audit(data: str | os.PathLike[str]) -> dict[str, Any]:
     """What was found. Raises NoServer if the directory has never had a server, ControlError if it cannot be read.
 
     `ok`; `instance`; `findings`, a line each; `objects`, each with `name`, `kind` (arena, lock, io_uring), `bytes`, and
-    lists of {pid, name}: `mapped_writable`, `mapped_readable`, `held_writable`, `held_readable`; `unseen`, pids of
-    processes that this user may not look into.
+    lists of {pid, name}: `mapped_writable`, `mapped_readable`, `held_writable`, `held_readable`; `unseen`: {pid, name,
+    user, shared_bytes} of processes that the operating system does not let this user look into, with what everybody may
+    see: whose they are, and how much shared memory of any kind they have in use.
     """
     instance = instance_of(data)
     seen = look(instance)
@@ -89,7 +91,7 @@ def look(instance: str) -> dict[str, Any]:
         except ProcessLookupError:
             continue
         except PermissionError:
-            unseen.append(pid)
+            unseen.append({**who, **_from_outside(pid)})
             continue
         for key, path, how in seen:
             match = _OBJECT.match(path.removeprefix("/dev/shm/"))
@@ -139,6 +141,26 @@ def _name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return "?"
+
+
+def _from_outside(pid: int) -> dict[str, Any]:
+    """What everybody may know of a process; None where it has gone meanwhile."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        text = ""
+    user, shared = (re.search(rf"^{field}:\s*(\d+)", text, re.MULTILINE) for field in ("Uid", "RssShmem"))
+    return {
+        "user": user and _user_name(int(user[1])),
+        "shared_bytes": shared and int(shared[1]) << 10,
+    }
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _maps(pid: int) -> list[tuple[Key, str, str]]:

@@ -16,6 +16,8 @@ from rich.table import Table
 
 from atoll.kernel.config import format_size
 
+# Processes that could not be looked into, named by `atoll audit`: those first that have most shared memory in use.
+UNSEEN_SHOWN = 5
 STATE_STYLE = {"serving": "green", "standby": "cyan", "failed": "red", "dying": "red", "stopped": "dim"}
 
 
@@ -270,10 +272,19 @@ def audit(document: Mapping[str, Any]) -> None:
     for finding in document["findings"]:
         out.print(f"[red]{escape(finding)}[/]")
     if document["unseen"]:
-        hint = "" if os.geteuid() == 0 else ": run as root to see all"
-        out.print(f"{count(document['unseen'])} could not be looked into{hint}", style="yellow")
+        hint = "" if os.geteuid() == 0 else " (run as root to see all)"
+        shown = sorted(document["unseen"], key=lambda each: -(each["shared_bytes"] or 0))[:UNSEEN_SHOWN]
+        named = ", ".join(unseen(each) for each in shown)
+        more = ", …" if len(document["unseen"]) > len(shown) else ""
+        out.print(f"{count(document['unseen'])} could not be looked into{hint}: {named}{more}", style="yellow")
     if not document["findings"]:
         out.print("each object is writable in at most one process", style="green")
+
+
+def unseen(process: Mapping[str, Any]) -> str:
+    whose = f" of {escape(process['user'])}" if process["user"] else ""
+    uses = f" with {size(process['shared_bytes'])} of shared memory" if process["shared_bytes"] else ""
+    return f"{escape(process['name'])} {process['pid']}{whose}{uses}"
 
 
 def count(entries: Sequence[Any]) -> str:

@@ -1,5 +1,6 @@
 """`atoll audit` finds what it is there to find, in processes that know nothing of it."""
 
+import ctypes  # noqa: F401  what `look` imports must be there before its process is nobody's
 import json
 import os
 import secrets
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 from serverkit import ATOLL
+
+from atoll.kernel import show
+from atoll.kernel.audit import look
 
 HOLD = """
 import mmap, os, sys
@@ -122,6 +126,36 @@ def test_another_name_of_an_object_hides_nothing(instance: str, hold: Hold, tmp_
         audit(tmp_path, 1)
     finally:
         Path(other).unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user's processes are looked at as nobody")
+def test_what_may_not_be_looked_into_is_named(instance: str, hold: Hold, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = hold(instance + "nic", "write")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            os.write(writing, json.dumps(look(instance[15:31])).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        seen = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    entry = next(each for each in seen["unseen"] if each["pid"] == holder)
+    assert entry == {"pid": holder, "name": Path(f"/proc/{holder}/comm").read_text().strip(), "user": "root",
+                     "shared_bytes": 0}  # fmt: skip
+    assert pids(seen, "nic", "mapped_writable") == []
+    document = {"instance": instance[15:31], "findings": [], "objects": [], "unseen": [entry]}
+    show.audit(document)
+    assert f"1 process could not be looked into: {entry['name']} {holder} of root\n" in capsys.readouterr().out
+    document["unseen"] = [{"pid": 2, "name": "b", "user": None, "shared_bytes": None}] * 5 + [
+        {"pid": 7, "name": "a[b]", "user": "me", "shared_bytes": 2048}
+    ]
+    show.audit(document)
+    named = "a[b] 7 of me with 2 KiB of shared memory, b 2, b 2, b 2, b 2, …"
+    assert f"6 processes could not be looked into: {named}\n" in capsys.readouterr().out
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
