@@ -12,21 +12,32 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from atoll.kernel import cli_bench_dedup, cli_chaos, cli_store
 from atoll.kernel import config as configuration
+from atoll.kernel.cli_options import (
+    EXIT_NEGATIVE,
+    EXIT_NO_ANSWER,
+    EXIT_REFUSED,
+    EXIT_SERVER,
+    EXIT_USAGE,
+    SIGNAL,
+    SIZE,
+    THRESHOLD,
+    TIER_THRESHOLD,
+    VOLUME,
+    VOLUME_NAME,
+    F,
+    data_option,
+    emit,
+    json_option,
+    plot_option,
+)
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
-
-EXIT_NEGATIVE = 1
-EXIT_USAGE = 2
-EXIT_SERVER = 3
-EXIT_REFUSED = 4
-EXIT_NO_ANSWER = 5
 
 EXIT_CODES = """\b
 Exit status:
@@ -37,58 +48,6 @@ Exit status:
   4  the server refused
   5  the server did not answer in time
 """
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def data_option(command: F) -> F:
-    return click.option(
-        "--data",
-        metavar="DIR",
-        envvar="ATOLL_DATA",
-        default=f"./{configuration.DEFAULT_DATA}",
-        show_default=True,
-        show_envvar=True,
-        type=click.Path(path_type=Path),
-        help="Data directory of the server.",
-    )(command)
-
-
-def json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
-
-
-def emit(document: Any) -> None:
-    """JSON for programs, indented for people who look at it anyway."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
-
-
-class Checked(click.ParamType):  # type: ignore[type-arg, unused-ignore]
-    """A parameter that `convert` checks by raising ConfigError."""
-
-    def __init__(self, name: str, check: Callable[[str], Any]) -> None:
-        self.name = name
-        self.check = check
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self.check(value)
-        except configuration.ConfigError as error:
-            self.fail(str(error), param, ctx)
-
-
-SIZE = Checked("size", configuration.parse_size)
-VOLUME_NAME = Checked("name", configuration.check_volume_name)
-
-
-def parse_signal(text: str) -> signal.Signals:
-    """KILL, SIGKILL or 9."""
-    try:
-        if text.isdigit():
-            return signal.Signals(int(text))
-        return signal.Signals["SIG" + text.upper().removeprefix("SIG")]
-    except (KeyError, ValueError):
-        raise configuration.ConfigError(f"no such signal: {text!r}") from None
 
 
 def print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -132,7 +91,7 @@ def serve_options(command: F) -> F:
                 "volumes",
                 metavar="NAME=SIZE[,ro]",
                 multiple=True,
-                type=Checked("volume", configuration.parse_volume),
+                type=VOLUME,
                 help="Make this volume unless it exists; repeatable.  [default: disk=8GiB where there is none]",
             ),
             click.option(
@@ -246,7 +205,7 @@ def ps(data: Path, as_json: bool, watch: bool, interval: float) -> None:
     metavar="NAME",
     default="KILL",
     show_default=True,
-    type=Checked("signal", parse_signal),
+    type=SIGNAL,
     help="KILL, SEGV, STOP, ...",
 )
 def kill(data: Path, as_json: bool, role: str, number: signal.Signals) -> None:
@@ -298,13 +257,13 @@ def threshold_options(command: F) -> F:
             click.option(
                 "--threshold",
                 metavar="N",
-                type=click.IntRange(1, configuration.THRESHOLD_MAX),
+                type=THRESHOLD,
                 help="Share a run of blocks only where N in sequence match blocks stored in sequence (1 to 64).",
             ),
             click.option(
                 "--tier-threshold",
                 metavar="N",
-                type=click.IntRange(1, configuration.TIER_THRESHOLD_MAX),
+                type=TIER_THRESHOLD,
                 help="References from which on a stored block moves to the fast device.",
             ),
         )
@@ -469,7 +428,7 @@ bench.add_command(cli_bench_dedup.dedup)
 
 @bench.command("ring")
 @json_option
-@click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the figures.")
+@plot_option("Draw the figures.")
 @click.option(
     "--seconds", type=click.FloatRange(0.01), default=20.0, show_default=True, help="How long to measure, in all."
 )

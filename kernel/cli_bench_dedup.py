@@ -1,24 +1,18 @@
 """`atoll bench dedup`: its options; the work is done by a floor of its own, known by name."""
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from atoll.kernel import config as configuration
+from atoll.kernel.cli_options import SIZE, THRESHOLD, TIER_THRESHOLD, Checked, emit, json_option, plot_option
+from atoll.kernel.config import parse_size
 
 
-def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    try:
-        return int(configuration.parse_size(text))
-    except configuration.ConfigError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _distance(context: click.Context, parameter: click.Parameter, text: str) -> str | int:
-    return text if text in ("near", "far") else _size(context, parameter, text) // 4096
+def parse_distance(text: str) -> str | int:
+    """near, far, or a size: then in blocks. Raises ConfigError."""
+    return text if text in ("near", "far") else parse_size(text) // 4096
 
 
 @click.command()
@@ -32,7 +26,7 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     metavar="SIZE",
     default="256MiB",
     show_default=True,
-    callback=_size,
+    type=SIZE,
     help="Of what is written.",
 )
 @click.option(
@@ -44,7 +38,7 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     help="Share of the blocks that repeat alone, beside the runs.",
 )  # fmt: skip
 @click.option(
-    "--distance", metavar="near|far|SIZE", default="far", show_default=True, callback=_distance,
+    "--distance", metavar="near|far|SIZE", default="far", show_default=True, type=Checked("distance", parse_distance),
     help="From one copy to the next.",
 )  # fmt: skip
 @click.option(
@@ -56,7 +50,7 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     help='Write what an FIU block trace writes instead: lines "time pid process lba size W|R major minor md5".',
 )  # fmt: skip
 @click.option(
-    "--threshold", "thresholds", metavar="N", multiple=True, type=click.IntRange(1, 64), default=(1, 2, 4, 8),
+    "--threshold", "thresholds", metavar="N", multiple=True, type=THRESHOLD, default=(1, 2, 4, 8),
     show_default=True, help="Run thresholds to try; repeatable.",
 )  # fmt: skip
 @click.option(
@@ -68,7 +62,7 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     help="Without a fast device, with one, or each.",
 )  # fmt: skip
 @click.option(
-    "--tier-threshold", metavar="N", type=click.IntRange(1, configuration.TIER_THRESHOLD_MAX), default=8,
+    "--tier-threshold", metavar="N", type=TIER_THRESHOLD, default=8,
     show_default=True, help="References from which on a block goes to the fast device.",
 )  # fmt: skip
 @click.option(
@@ -76,7 +70,7 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     help="Mean size of the requests.",
 )  # fmt: skip
 @click.option(
-    "--read-cache", "read_cache_bytes", metavar="SIZE", default="64MiB", show_default=True, callback=_size,
+    "--read-cache", "read_cache_bytes", metavar="SIZE", default="64MiB", show_default=True, type=SIZE,
     help="Of the server.",
 )  # fmt: skip
 @click.option("--depth", type=click.IntRange(1, 64), default=16, show_default=True, help="Writes in flight.")
@@ -85,8 +79,8 @@ def _distance(context: click.Context, parameter: click.Parameter, text: str) -> 
     "--folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where the servers' data goes meanwhile.  [default: the system's temporary folder]",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the figures.")
+@json_option
+@plot_option("Draw the figures.")
 @click.option("--data", hidden=True, help="Not needed: measures on servers of its own.")
 def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> None:
     """What sharing equal blocks saves, and what it costs those who read.
@@ -113,7 +107,7 @@ def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> 
     if plot:
         shown.draw(document, plot)
     if as_json:
-        click.echo(json.dumps(document, indent=2))
+        emit(document)
         return
     from atoll.kernel import show
 

@@ -1,43 +1,24 @@
 """`atoll chaos`: its options; the work is chaos.py's."""
 
-import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from atoll.kernel import config as configuration
+from atoll.kernel.cli_options import SIGNALS, SIZE, data_option, emit, json_option, plot_option
 
 ROLES = ("nic", "nbd", "dedup", "disk", "llrrm", "kernel")
 
 
-def _signals(context: click.Context, parameter: click.Parameter, text: str) -> tuple[signal.Signals, ...]:
-    try:
-        return tuple(signal.Signals["SIG" + name.strip().upper().removeprefix("SIG")] for name in text.split(","))
-    except KeyError as error:
-        raise click.BadParameter(f"no such signal: {error.args[0]}") from None
-
-
-def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    try:
-        return int(configuration.parse_size(text))
-    except configuration.ConfigError as error:
-        raise click.BadParameter(str(error)) from None
-
-
 @click.command()
-@click.option(
-    "--data", metavar="DIR", envvar="ATOLL_DATA", default=f"./{configuration.DEFAULT_DATA}", show_default=True,
-    show_envvar=True, type=click.Path(path_type=Path), help="Data directory of the server.",
-)  # fmt: skip
+@data_option
 @click.option(
     "--target", type=click.Choice([*ROLES, "any", "pairs"]), default="any", show_default=True,
     help="Who is killed: one role, each in turn, or two at once.",
 )  # fmt: skip
 @click.option(
-    "--signal", "signals", metavar="NAMES", default="KILL", show_default=True, callback=_signals,
+    "--signal", "signals", metavar="NAMES", default="KILL", show_default=True, type=SIGNALS,
     help="KILL, SEGV, STOP, ...; one of them is drawn for each kill.",
 )  # fmt: skip
 @click.option(
@@ -63,14 +44,14 @@ def _size(context: click.Context, parameter: click.Parameter, text: str) -> int:
     help="Requests in all; leaves the machine idle time, so that silences are the server's.  [default: no limit]",
 )  # fmt: skip
 @click.option(
-    "--size", "size_bytes", metavar="SIZE", default="256MiB", show_default=True, callback=_size,
+    "--size", "size_bytes", metavar="SIZE", default="256MiB", show_default=True, type=SIZE,
     help="Of the volume, which is made for the run.",
 )  # fmt: skip
 @click.option("--volume", metavar="NAME", help="Use this volume: WHAT IT HOLDS IS LOST.")
 @click.option("--workers", type=click.IntRange(1, 64), help="Processes of the load.  [default: by the processors]")
 @click.option("--churn/--no-churn", default=True, show_default=True, help="Also come and go with new connections.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help="Draw the throughput over time.")
+@json_option
+@plot_option("Draw the throughput over time.")
 def chaos(data: Path, as_json: bool, plot: str | None, volume: str | None, **options: Any) -> None:
     """Kill domains under a load that checks every byte.
 
@@ -89,7 +70,7 @@ def chaos(data: Path, as_json: bool, plot: str | None, volume: str | None, **opt
     if plot:
         chaos_report.plot(result, plot)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        emit(result)
     else:
         from rich.console import Console
 

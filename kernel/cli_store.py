@@ -3,7 +3,6 @@ services/dedup/check (named as text: the kernel imports no service), the online 
 """
 
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +13,11 @@ from typing import Any
 import click
 
 from atoll.kernel import config as configuration
+from atoll.kernel.cli_options import EXIT_NEGATIVE, EXIT_SERVER, EXIT_USAGE, SIZE, emit, json_option
 from atoll.kernel.client import Client, NoAnswer, NoServer
 
 CHECKER = "atoll.services.dedup.check.run"
 
-EXIT_NEGATIVE = 1
-EXIT_USAGE = 2
-EXIT_SERVER = 3
 POLL_S = 0.2
 LINES_SHOWN = 100
 
@@ -28,27 +25,15 @@ data_option = click.option(
     "--data", metavar="DIR", envvar="ATOLL_DATA", type=click.Path(path_type=Path),
     help=f"Data directory of the server.  [env var: ATOLL_DATA; default: ./{configuration.DEFAULT_DATA}]",
 )  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 device_option = click.option(
     "--device", metavar="PATH", type=click.Path(path_type=Path),
     help="The device, where the data directory does not tell; without a data directory it is looked at by itself.",
 )  # fmt: skip
 
 
-def emit(document: Any) -> None:
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
-
-
 def fail(text: str, status: int) -> None:
     click.echo("atoll: " + " ".join(text.split()), err=True)
     sys.exit(status)
-
-
-def size_of(context: click.Context, parameter: click.Parameter, text: str) -> int:
-    try:
-        return int(configuration.parse_size(text))
-    except configuration.ConfigError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @contextmanager
@@ -177,7 +162,7 @@ def device() -> None:
 @data_option
 @json_option
 @device_option
-@click.argument("size", callback=size_of)
+@click.argument("size", type=SIZE)
 @click.option("--sparse", is_flag=True, help="Do not preallocate what is added to the device file.")
 def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int, sparse: bool) -> None:
     """Enlarge the device to SIZE: the file is made longer, and the next `atoll serve` uses all of it.
@@ -230,7 +215,7 @@ def patiently(client: Client, call: str, **fields: Any) -> dict[str, Any]:
 @data_option
 @json_option
 @click.option(
-    "--rate", metavar="SIZE", default="64MiB", show_default=True, callback=size_of,
+    "--rate", metavar="SIZE", default="64MiB", show_default=True, type=SIZE,
     help="Bytes read in a second at most; 0: no limit.",
 )  # fmt: skip
 @click.option("--background", is_flag=True, help="Do not wait for its end: atoll status shows it.")

@@ -44,6 +44,28 @@ def test_every_command_has_help_and_takes_a_data_directory(command: tuple[str, .
     assert command in {("serve",), ("config", "show")} or "--json" in result.output
 
 
+WRONG_VALUES = [
+    (("volume", "create", "v", "8 parsecs"), "'8 parsecs'"),
+    (("device", "grow", "8 parsecs"), "'8 parsecs'"),
+    (("scrub", "--rate", "8 parsecs"), "'8 parsecs'"),
+    (("chaos", "--size", "8 parsecs"), "'8 parsecs'"),
+    (("bench", "dedup", "--size", "8 parsecs"), "'8 parsecs'"),
+    (("bench", "dedup", "--distance", "off"), "'off'"),
+    (("kill", "nic", "--signal", "HUG"), "'HUG'"),
+    (("chaos", "--signal", "KILL,HUG"), "'HUG'"),
+    (("volume", "set", "v", "--threshold", "65"), "65 is not in the range 1<=x<=64"),
+    (("bench", "dedup", "--threshold", "65"), "65 is not in the range 1<=x<=64"),
+    (("volume", "set", "v", "--tier-threshold", "0"), "0 is not in the range"),
+    (("bench", "dedup", "--tier-threshold", "0"), "0 is not in the range"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG_VALUES, ids=[" ".join(each[0]) for each in WRONG_VALUES])
+def test_a_wrong_value_is_named(arguments: tuple[str, ...], named: str) -> None:
+    result = CliRunner().invoke(cli.cli, arguments)
+    assert result.exit_code == cli.EXIT_USAGE and named in result.output, result.output
+
+
 def test_help_tells_the_exit_status() -> None:
     assert "3  no server runs on the data directory" in atoll("--help").stdout
     assert "3  no server runs on the data directory" in atoll("serve", "--help").stdout
