@@ -1,21 +1,12 @@
 /*
- * Requests of dedup: acceptance, waiting, completion; life of the datapath. See datapath.h for the whole picture.
+ * Requests of dedup: acceptance, execution. See datapath.h for the whole picture.
  *
  *   datapath_message     accepts one request and executes it; most are finished in the same step
  *   datapath_step        waiting requests, flushes, destage
- *   slot_*               a request's pins and its waiting for pages
  *
- * A waiting request is in one queue: retry (executed again when something has changed), flush, or that of a cache page.
- *
- * After a crash: queues are made again out of the ACCEPTED slots, in the order of acceptance; completed requests stay
- * completed, and a repeat of one is answered again without being applied again (I6).
+ * After a crash: completed requests stay completed, and a repeat of one is answered again without being applied again (I6).
  */
 #include "services/dedup/datapath.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-
-#include "ipc/crashpoint.h"
 
 /* --- Suspects (I8) --------------------------------------------------------------------------------------------------- */
 
@@ -57,235 +48,6 @@ void datapath_note_suspect(struct datapath *dp)
     found->crashes++;
     atoll_compiler_barrier();
     dp->domain->self->current = 0;
-}
-
-/* --- Queues ------------------------------------------------------------------------------------------------------------ */
-
-static void queue_put(struct datapath *dp, uint32_t *head, uint32_t *tail, uint32_t *count, uint32_t number)
-{
-    dp->slot_next[number] = DP_NO_SLOT;
-    if (*head == DP_NO_SLOT)
-        *head = number;
-    else
-        dp->slot_next[*tail] = (uint16_t)number;
-    *tail = number;
-    ++*count;
-}
-
-static void queue_retry(struct datapath *dp, uint32_t number)
-{
-    queue_put(dp, &dp->retry_head, &dp->retry_tail, &dp->retry_count, number);
-    if (posted_request(&dp->arena->slots[number].request))
-        posted_wait(dp, number);
-}
-
-static void queue_flush(struct datapath *dp, uint32_t number)
-{
-    struct dp_slot *slot = &dp->arena->slots[number];
-    queue_put(dp, &dp->flush_head, &dp->flush_tail, &dp->flush_count, number);
-    if (slot->phase == PHASE_DESTAGE && slot->target > dp->flush_target)
-        dp->flush_target = slot->target;
-}
-
-/* A flush is asked: what failed before may be well again, so it fails for what is tried from now on. */
-static void begin_flush(struct datapath *dp, uint32_t number)
-{
-    dp->flush_since[number] = dp->destage_failures;
-    destage_hurry(dp);
-    queue_flush(dp, number);
-}
-
-/* --- Slots ------------------------------------------------------------------------------------------------------------- */
-
-void slot_save(struct datapath *dp, struct dp_slot *slot) { atoll_save(dp->journal, &slot->identity, DP_SLOT_HOT_BYTES); }
-
-static void pinned_add(struct datapath *dp, struct dp_slot *slot)
-{
-    struct dp_arena *arena = dp->arena;
-    uint64_t *place = (uint64_t *)(void *)&slot->segment_count;
-    atoll_save(dp->journal, place, 8); /* segment_count, pinned_place */
-    slot->pinned_place = arena->pinned_count;
-    dp_set32(dp, &arena->pinned[arena->pinned_count], (uint32_t)(slot - arena->slots));
-    dp_set32(dp, &arena->pinned_count, arena->pinned_count + 1);
-}
-_Static_assert(offsetof(struct dp_slot, segment_count) % 8 == 0 &&
-               offsetof(struct dp_slot, pinned_place) == offsetof(struct dp_slot, segment_count) + 4, "saved as a word");
-
-void slot_set_segments(struct datapath *dp, struct dp_slot *slot, const struct atoll_segment *segments, uint32_t count)
-{
-    bool pins = false;
-    assert(count <= DP_SEGMENTS && slot->segment_count == 0 && slot->pinned_place == DP_NONE);
-    atoll_save(dp->journal, slot->segments, count * sizeof segments[0]);
-    for (uint32_t index = 0; index < count; index++) {
-        slot->segments[index] = segments[index];
-        pins = pins || segments[index].kind == ATOLL_SEGMENT_DATA;
-    }
-    if (pins)
-        pinned_add(dp, slot);
-    dp_set32(dp, &slot->segment_count, count);
-}
-
-static void unpin_address(struct datapath *dp, uint64_t address, uint64_t end)
-{
-    for (address &= ~(uint64_t)(DP_BLOCK - 1); address < end; address += DP_BLOCK) {
-        uint32_t page = cache_page_of(dp, address);
-        if (page != DP_NONE)
-            cache_unpin(dp, page);
-        else if (address - dp->nic_buffer < dp->arena->nic_pages * DP_BLOCK)
-            log_unpin(dp, (uint32_t)((address - dp->nic_buffer) / DP_BLOCK));
-        else
-            log_unpin(dp, (uint32_t)(dp->arena->nic_pages + (address - dp->merge_buffer) / DP_BLOCK));
-    }
-}
-
-void slot_unpin(struct datapath *dp, struct dp_slot *slot)
-{
-    struct dp_arena *arena = dp->arena;
-    if (slot->segment_count == 0)
-        return;
-    for (uint32_t index = 0; index < slot->segment_count; index++)
-        if (slot->segments[index].kind == ATOLL_SEGMENT_DATA)
-            unpin_address(dp, slot->segments[index].address, slot->segments[index].address + slot->segments[index].length);
-    atoll_save(dp->journal, &slot->segment_count, 8);
-    slot->segment_count = 0;
-    if (slot->pinned_place != DP_NONE) {
-        uint32_t place = slot->pinned_place, last = arena->pinned[arena->pinned_count - 1];
-        dp_set32(dp, &arena->pinned[place], last);
-        dp_set32(dp, &arena->slots[last].pinned_place, place);
-        dp_set32(dp, &arena->pinned_count, arena->pinned_count - 1);
-        slot->pinned_place = DP_NONE; /* after the line above: `last` may be this very slot */
-    }
-}
-
-void dp_sweep(struct datapath *dp)
-{
-    struct dp_arena *arena = dp->arena;
-    if (dp->swept)
-        return;
-    dp->swept = true;
-    dp->sweep_age = 0;
-    atoll_count(dp->domain, DEDUP_COUNTER_SWEEPS, 1);
-    for (uint32_t place = arena->pinned_count; place-- > 0;) {
-        uint32_t number = arena->pinned[place];
-        struct dp_slot *slot = &arena->slots[number];
-        if (dp->journal->count >= DP_STEP_JOURNAL)
-            break;
-        if (slot->state != SLOT_DONE)
-            continue;
-        uint32_t done = atoll_load_acquire(&dp->nic_public->done[number]); /* SP-DONE */
-        if ((int32_t)(done - atoll_identity_sequence(slot->identity)) >= 0)
-            slot_unpin(dp, slot);
-    }
-}
-
-/* --- Completion ---------------------------------------------------------------------------------------------------------- */
-
-static void send_done(struct datapath *dp, uint32_t number)
-{
-    struct dp_slot *slot = &dp->arena->slots[number];
-    struct atoll_descriptor message = {.opcode = ATOLL_OP_DONE,
-                                       .identity = slot->identity,
-                                       .part = (uint16_t)slot->part,
-                                       .status = (uint16_t)slot->status};
-    message.words[0] = slot->failed_address;
-    message.words[1] = slot->failed_lba;
-    if (slot->status == ATOLL_OK && slot->extent_count != 0) {
-        message.address = (uint64_t)(uintptr_t)slot->segments;
-        message.length = slot->extent_count * (uint32_t)sizeof(struct atoll_extent);
-    } else if (slot->status == ATOLL_OK && slot->result_bytes != 0) {
-        message.length = slot->result_bytes;
-        if (slot->segment_count == 1 && slot->segments[0].kind == ATOLL_SEGMENT_DATA) {
-            message.address = slot->segments[0].address;
-        } else {
-            message.address = (uint64_t)(uintptr_t)slot->segments;
-            message.segment_count = (uint16_t)slot->segment_count;
-        }
-    }
-    if (slot->status != ATOLL_OK)
-        atoll_count(dp->domain, DEDUP_COUNTER_ERRORS, 1);
-    bool sent = atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
-    if (!sent) /* one message per slot is outstanding and the ring has two places for each: nbd broke the rule */
-        atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
-}
-
-/* The slot's hot part has been saved. Its status and result are set. */
-static void finish(struct datapath *dp, uint32_t number)
-{
-    struct dp_slot *slot = &dp->arena->slots[number];
-    slot->state = SLOT_DONE;
-    slot->phase = PHASE_START;
-    if (dp->posted_count != 0)
-        posted_over(dp, number);
-    if (slot->status != ATOLL_OK)
-        slot_unpin(dp, slot);
-    if (number >= ATOLL_SLOT_COUNT) { /* nobody waits for it */
-        slot->state = SLOT_FREE;
-        return;
-    }
-    ATOLL_CRASH_POINT(dp->domain, "dedup.done.before");
-    send_done(dp, number);
-    ATOLL_CRASH_POINT(dp->domain, "dedup.done.after");
-}
-
-void slot_wait_page(struct datapath *dp, uint32_t number)
-{
-    struct dp_slot *slot = &dp->arena->slots[number];
-    assert(slot->state == SLOT_ACCEPTED && slot->phase == PHASE_LOADING);
-    bool stale = false;
-    uint32_t failed = DP_NONE;
-    uint64_t bytes = 0, failed_bytes = 0; /* of the result before the segment; before the failed block */
-    for (uint32_t index = 0; index < slot->segment_count; index++) {
-        uint64_t address = slot->segments[index].address, end = address + slot->segments[index].length;
-        for (address &= ~(uint64_t)(DP_BLOCK - 1); address < end; address += DP_BLOCK) {
-            uint32_t page = cache_page_of(dp, address);
-            if (page == DP_NONE)
-                break; /* the whole segment lies elsewhere */
-            if (dp->pages[page].state == PAGE_LOADING) {
-                dp->slot_next[number] = dp->page_waiters[page];
-                dp->page_waiters[page] = (uint16_t)number;
-                return;
-            }
-            stale = stale || dp->pages[page].state == PAGE_STALE || dp->pages[page].state == PAGE_ABANDONED;
-            if (dp->pages[page].state == PAGE_FAILED && failed == DP_NONE) {
-                failed = page;
-                failed_bytes = bytes + (address > slot->segments[index].address ? address - slot->segments[index].address : 0);
-            }
-        }
-        bytes += slot->segments[index].length;
-    }
-    if (dp->journal->count >= DP_STEP_JOURNAL) { /* all slots may have waited for this page: the others in later steps */
-        queue_retry(dp, number);
-        dp->retry = true;
-        return;
-    }
-    slot_save(dp, slot);
-    if (stale) {
-        slot_unpin(dp, slot);
-        slot->phase = PHASE_START;
-        slot->result_bytes = 0;
-        queue_retry(dp, number);
-        dp->retry = true;
-        return;
-    }
-    if (failed != DP_NONE) {
-        slot->status = dp->pages[failed].status;
-        slot->failed_address = dp->pages[failed].pba;
-        uint64_t lba = (slot->request.words[0] + failed_bytes) / DP_BLOCK;
-        if (slot->request.opcode == ATOLL_OP_READ) {
-            slot->failed_lba = lba + 1;
-            dp_note_damage(dp, slot->failed_address, slot->status, slot->request.halves[4], lba);
-        }
-    }
-    finish(dp, number);
-}
-
-void dp_note_damage(struct datapath *dp, uint64_t pba, uint32_t status, uint32_t volume, uint64_t lba)
-{
-    if (dp->damage_count == DP_DAMAGE_NOTES) {
-        dp->damage_dropped++;
-        return;
-    }
-    dp->damage[dp->damage_count++] = (struct dp_damage){.pba = pba, .lba = lba, .volume = volume, .status = status};
 }
 
 /* --- Execution ------------------------------------------------------------------------------------------------------------ */
@@ -369,15 +131,15 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
     dp->domain->self->current = 0;
 
     if (outcome == OUTCOME_DONE) {
-        finish(dp, number);
+        slot_finish(dp, number);
         return;
     }
     if (posted && slot->status != ATOLL_OK) {
         uint32_t kept = posted_keep(dp, number, request);
         if (kept != DP_NO_SLOT) {
-            queue_retry(dp, kept);
+            slot_queue_retry(dp, kept);
             slot->status = ATOLL_OK;
-            finish(dp, number);
+            slot_finish(dp, number);
             return;
         }
     }
@@ -388,7 +150,7 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
     }
     switch (outcome) {
     case OUTCOME_RETRY:
-        queue_retry(dp, number);
+        slot_queue_retry(dp, number);
         break;
     case OUTCOME_LOADING:
         slot->phase = PHASE_LOADING;
@@ -396,13 +158,13 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
         break;
     case OUTCOME_RANGE:
         slot->phase = PHASE_RANGE;
-        queue_retry(dp, number);
+        slot_queue_retry(dp, number);
         dp->ranges = dp->retry = true;
         break;
     default:
         slot->phase = PHASE_DESTAGE;
         slot->target = dp->arena->next_order - 1;
-        begin_flush(dp, number);
+        flush_begin(dp, number);
     }
 }
 
@@ -412,7 +174,7 @@ static void refuse(struct datapath *dp, uint32_t number, const struct atoll_desc
     if (request->opcode == ATOLL_OP_WRITE)
         write_refuse_payload(dp, request);
     slot->status = status;
-    finish(dp, number);
+    slot_finish(dp, number);
 }
 
 void datapath_expect(struct datapath *dp, const struct atoll_descriptor *message)
@@ -443,7 +205,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     struct dp_slot *slot = &arena->slots[number];
     if (slot->state == SLOT_DONE && slot->identity == message->identity && slot->part == message->part) {
         atoll_count(dp->domain, DEDUP_COUNTER_REPEATS, 1);
-        send_done(dp, number);
+        slot_answer(dp, number);
         return;
     }
     if (slot->state == SLOT_ACCEPTED) { /* its DONE is still to come */
@@ -471,7 +233,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     if (__builtin_expect(find_suspect(dp, message->identity, message->part) != 0, 0)) {
         atoll_save(dp->journal, &slot->request, sizeof slot->request);
         slot->request = *message;
-        queue_retry(dp, number); /* executed alone, in a transaction of its own */
+        slot_queue_retry(dp, number); /* executed alone, in a transaction of its own */
         dp->retry = true;
         return;
     }
@@ -486,10 +248,10 @@ void datapath_resume(struct datapath *dp, uint32_t number)
         break;
     case PHASE_DESTAGE:
     case PHASE_SYNC:
-        begin_flush(dp, number);
+        flush_begin(dp, number);
         break;
     default:
-        queue_retry(dp, number);
+        slot_queue_retry(dp, number);
     }
 }
 
@@ -552,7 +314,7 @@ static bool run_retry(struct datapath *dp)
     while (number != DP_NO_SLOT) {
         uint32_t next = dp->slot_next[number];
         if (dp->journal->count >= DP_STEP_JOURNAL) {
-            queue_retry(dp, number);
+            slot_queue_retry(dp, number);
             again = true;
         } else {
             execute_again(dp, number);
@@ -565,65 +327,13 @@ static bool run_retry(struct datapath *dp)
     return dp->retry_count < count || dp->retry;
 }
 
-/* A page that the device did not take, or one of this volume that is never to be destaged. (One of another volume is not waited for.) */
-static bool is_unflushable(const struct datapath *dp, uint32_t volume)
+void dp_note_damage(struct datapath *dp, uint64_t pba, uint32_t status, uint32_t volume, uint64_t lba)
 {
-    return dp->arena->failed_records != dp->arena->aside_records || dp->arena->aside[volume % ATOLL_VOLUME_COUNT] != 0;
-}
-
-/* Finishes the flushes that are reached; the others stay queued. */
-static bool run_flushes(struct datapath *dp)
-{
-    uint64_t pending = destage_pending_order(dp), ticket = 0;
-    uint32_t number = dp->flush_head, last_status = 0;
-    bool did = false;
-    dp->flush_head = DP_NO_SLOT;
-    dp->flush_count = 0;
-    dp->flush_target = 0;
-    dp->failures_told = dp->destage_failures;
-    while (number != DP_NO_SLOT) {
-        struct dp_slot *slot = &dp->arena->slots[number];
-        uint32_t next = dp->slot_next[number], status = ATOLL_OK;
-        bool over = false, tried = slot->target < pending || dp->destage_failures != dp->flush_since[number];
-        if (dp->journal->count >= DP_STEP_JOURNAL) {
-            queue_flush(dp, number);
-            number = next;
-            did = true;
-            continue;
-        }
-        slot_save(dp, slot);
-        if (slot->phase == PHASE_DESTAGE && is_unflushable(dp, slot->request.halves[4]) && tried) {
-            over = true;
-            status = ATOLL_EUNFLUSHED;
-        } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
-            if (ticket == 0)
-                ticket = store_sync(dp->dedup);
-            ATOLL_CRASH_POINT(dp->domain, "dedup.flush.sync");
-            slot->phase = PHASE_SYNC;
-            slot->ticket = ticket;
-            slot->sync_failures = store_sync_failures(dp->dedup, &last_status);
-            did = true;
-        }
-        if (!over && slot->phase == PHASE_SYNC) {
-            if (store_synced(dp->dedup) >= slot->ticket) {
-                over = true;
-            } else if (store_sync_failures(dp->dedup, &last_status) != slot->sync_failures) {
-                over = true;
-                status = last_status != ATOLL_OK ? last_status : ATOLL_EIO;
-            }
-        }
-        if (over) {
-            if (status != ATOLL_OK)
-                atoll_count(dp->domain, DEDUP_COUNTER_FLUSH_FAILURES, 1);
-            slot->status = status;
-            finish(dp, number);
-            did = true;
-        } else {
-            queue_flush(dp, number);
-        }
-        number = next;
+    if (dp->damage_count == DP_DAMAGE_NOTES) {
+        dp->damage_dropped++;
+        return;
     }
-    return did;
+    dp->damage[dp->damage_count++] = (struct dp_damage){.pba = pba, .lba = lba, .volume = volume, .status = status};
 }
 
 bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
@@ -638,7 +348,7 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     else if (dp->retry || dp->now_ms - dp->retry_ms >= 5)
         did |= run_retry(dp);
     if (dp->flush_count != 0)
-        did |= run_flushes(dp);
+        did |= flush_step(dp);
     did |= destage_step(dp, &wake);
     did |= tier_step(dp, &wake);
     did |= scrub_step(dp, &wake);

@@ -425,14 +425,27 @@ static inline void dp_prefetch(const void *block)
         __builtin_prefetch((const char *)block + offset);
 }
 
-/* --- datapath.c: slots, acceptance, completion, waiting ------------------------------------------------------------ */
+/* --- datapath_slot.c ------------------------------------------------------------------------------------------------- */
 void slot_save(struct datapath *dp, struct dp_slot *slot);            /* before changing its hot part */
 /* Gives the slot these segments; each page of DATA segments has been pinned by the caller. */
 void slot_set_segments(struct datapath *dp, struct dp_slot *slot, const struct atoll_segment *segments, uint32_t count);
 void slot_unpin(struct datapath *dp, struct dp_slot *slot);           /* releases the pages of its segments */
 void slot_wait_page(struct datapath *dp, uint32_t number);            /* READ in PHASE_LOADING: queue at its next page, or finish */
-void datapath_commit(struct datapath *dp);                            /* in the middle of a step; what is freed is given back in it */
+void slot_queue_retry(struct datapath *dp, uint32_t number);          /* to be executed again */
+void slot_queue_flush(struct datapath *dp, uint32_t number);          /* in PHASE_DESTAGE or PHASE_SYNC */
+void slot_answer(struct datapath *dp, uint32_t number);               /* sends, or repeats, the answer of a DONE slot */
+/* The request is over. Its slot's hot part has been saved, status and result are set. */
+void slot_finish(struct datapath *dp, uint32_t number);
 void dp_sweep(struct datapath *dp);                                   /* pins whose replies nic has sent */
+
+/* --- datapath_flush.c ------------------------------------------------------------------------------------------------ */
+/* A flush is asked: what failed before may be well again, so it fails for what is tried from now on. */
+void flush_begin(struct datapath *dp, uint32_t number);
+/* Finishes the flushes that are reached; the others stay queued. True if something was done. */
+bool flush_step(struct datapath *dp);
+
+/* --- datapath.c: acceptance, execution ------------------------------------------------------------------------------- */
+void datapath_commit(struct datapath *dp);                            /* in the middle of a step; what is freed is given back in it */
 /* What comes of a request whose metadata is not there (`want` is not STORE_HAVE): RETRY, or DONE with the slot's status set. */
 enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want);
 /* The volume that a request names, or NULL with *status set. Checks offset and length against its size. */
@@ -634,7 +647,7 @@ int du_start(struct datapath *dp, uint64_t *number); /* enum atoll_status */
 bool du_step(struct datapath *dp);
 void du_state(struct datapath *dp, struct du_state *state);
 
-/* --- datapath.c: life ----------------------------------------------------------------------------------------------------- */
+/* --- datapath_life.c ----------------------------------------------------------------------------------------------------- */
 struct dp_geometry { uint64_t nic_pages, merge_pages, cache_pages, tier_pages, tier_places; };
 uint64_t datapath_arena_bytes(const struct dp_geometry *geometry);
 uint64_t datapath_buffer_bytes(const struct dp_geometry *geometry);
