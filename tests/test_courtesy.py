@@ -1,4 +1,4 @@
-"""nic beside a process that computes on its processor: it waits politely for clients, and for nobody who never waits."""
+"""nic beside a process that computes on its processor: it waits politely for clients, not for who never waits."""
 
 from __future__ import annotations
 
