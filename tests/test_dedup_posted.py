@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import pytest
-from dedupkit import BLOCK, OK, Request, Stage
+from dedupkit import BLOCK, DEDUP, KERNEL, NBD, OK, Request, Stage
 
-from atoll.ipc._ipc import lib
+from atoll.ipc._ipc import ffi, lib
+from atoll.ipc.crashpoint import point_hash
 
 SIZE = 64 * BLOCK
+PART = 16  # blocks of a posted write, at most
 
 
 def block(seed: int) -> bytes:
@@ -96,3 +99,53 @@ def test_one_that_waits_when_all_die() -> None:
         stage.drain()
         stage.check()
         assert stage.free_pages == set(range(stage.nic_pages))
+
+
+def test_space_of_those_that_come_when_it_has_just_grown_short() -> None:
+    """Dedup dies when ordinary and posted writes have taken what was free and have been answered: nbd posts as many once
+    more, if it still may. On a small device little else is kept."""
+    most = int(lib.ATOLL_POSTED_BLOCKS)
+    with Stage(device_blocks=2304, nic_pages=1024, destage_delay_ms=10_000_000) as stage:
+        stage.config.posted_blocks = most
+        stage.open()
+        volume = stage.create_volume("v", 8192 * BLOCK)
+        stage.run_until_idle()
+        arena = stage.domains[NBD].peers[DEDUP]
+        public = ffi.cast("struct atoll_dedup_public *", ffi.cast("char *", arena) + arena.role_offset)
+        used = 0
+
+        def contents(count: int) -> bytes:
+            nonlocal used
+            used += count
+            return b"".join(block(used + number) for number in range(count))
+
+        def post() -> None:
+            for _ in range(most // PART):
+                stage.post(volume, used * BLOCK, contents(PART))
+
+        assert public.posted_blocks == most
+        while (room := stage.figures().available_blocks) > 2 * most:
+            stage.write(volume, used * BLOCK, contents(min(PART, room - 2 * most)))
+            stage.run_until_idle()
+            stage.flush(volume)
+            stage.drain()
+        assert public.posted_blocks == most
+        for _ in range(most // PART):  # ordinary ones, which leave what is kept for the others
+            stage.write(volume, used * BLOCK, contents(PART))
+        post()
+        header = stage.domains[KERNEL].self
+        header.crash_sequence += 1
+        header.crash_point = point_hash("dedup.step.committed")
+        assert stage.turns_in_child() == -signal.SIGKILL
+        header.crash_point = 0
+        stage.answers()
+        assert not stage.requests
+        if public.posted_blocks:
+            post()
+        stage.attach()
+        turns(stage, 1000)
+        assert not stage.requests, f"{len(stage.requests)} posted writes find no room"
+        flush = stage.flush(volume)
+        stage.drain()
+        assert flush.status == OK
+        stage.check()

@@ -92,3 +92,12 @@ def test_a_read_from_memory_sends_what_it_found_and_nothing_old(defines: list[st
 )
 def test_each_part_of_the_look_up_is_needed(defines: list[str], wrong: str, tmp_path: Path) -> None:
     assert wrong in verdict("lookup.pml", defines, tmp_path)
+
+
+def test_a_posted_write_finds_room(tmp_path: Path) -> None:
+    assert verdict("posted.pml", [], tmp_path) == ""
+
+
+@pytest.mark.parametrize("left_out", ["-DNO_NBD_FENCE", "-DNO_DEDUP_FENCE", "-DNO_SECOND_LOOK", "-DNO_COUNT", "-DLATE"])
+def test_each_part_of_posting_is_needed(left_out: str, tmp_path: Path) -> None:
+    assert "have>0" in verdict("posted.pml", [left_out], tmp_path)

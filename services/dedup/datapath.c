@@ -259,6 +259,7 @@ void datapath_commit(struct datapath *dp)
 {
     log_settle(dp);
     give_flush(dp);
+    posted_end(dp);
     atoll_domain_commit(dp->domain);
     log_committed(dp);
 }
@@ -342,7 +343,6 @@ bool datapath_step(struct datapath *dp, uint64_t *wake_ms)
     uint64_t wake = 0;
     if (++dp->sweep_age >= 1024 || dp->arena->pinned_records > dp->log_limbo_count || dp->blocked != 0)
         dp_sweep(dp);
-    posted_settle(dp);
     if (dp->retry_count == 0)
         dp->retry = false, dp->blocked = 0, dp->space_target = 0;
     else if (dp->retry || dp->now_ms - dp->retry_ms >= 5)

@@ -507,8 +507,9 @@ uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_de
 void posted_attach(struct datapath *dp);
 /* Ends posting; true if nothing is on its way any more and their space is anybody's. */
 bool posted_shut(struct datapath *dp);
-/* Once a step: posting begins or ends with the room that there is. */
-void posted_settle(struct datapath *dp);
+/* Before a commit: no more of them, if room has grown short. After the step: again, if there is enough. */
+void posted_end(struct datapath *dp);
+void posted_begin(struct datapath *dp);
 /* True if the page is of one that was taken over after the death of all and is not applied yet. For the checker. */
 bool posted_holds(const struct datapath *dp, uint32_t page);
 /* First thing after the death of all, while slots still say what was applied. Commits. */

@@ -8,7 +8,8 @@
  * that can be read and is never destaged.
  *
  * Space: `posted_blocks` in the public part says how many blocks may be on their way; ordinary requests leave as many free. Where space
- * grows short it becomes 0, and when nbd has seen that and nothing is on its way any more (SP-POST), the rest is anybody's.
+ * grows short it becomes 0, and when nbd has seen that and nothing is on its way any more (SP-POST), the rest is anybody's. It becomes 0 before
+ * the answers that made space short can be seen: nbd, told of them, would post as many once more. (models/posted.pml)
  *
  * After a crash: the list is made again from the slots. After the death of all: what nic has noted as posted and no slot has
  * applied gets a slot of dedup's own, too, before anything else is served.
@@ -103,14 +104,16 @@ bool posted_shut(struct datapath *dp)
     return true;
 }
 
-void posted_settle(struct datapath *dp)
+void posted_end(struct datapath *dp)
 {
-    int64_t room = store_unpromised(dp->dedup);
-    uint64_t allowed = dp->dedup->public->posted_blocks;
-    if (dp->posted_most == 0 || dp->posted_ends || room < ROOM_TO_BEGIN / 2 * ATOLL_POSTED_BLOCKS) {
-        if (allowed != 0)
-            allow(dp, 0);
-    } else if (allowed == 0 && dp->lookup.uses != 0 && room >= ROOM_TO_BEGIN * ATOLL_POSTED_BLOCKS) {
+    if (dp->posted_most == 0 || dp->posted_ends || store_unpromised(dp->dedup) < ROOM_TO_BEGIN / 2 * ATOLL_POSTED_BLOCKS)
+        allow(dp, 0);
+}
+
+void posted_begin(struct datapath *dp)
+{
+    if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses != 0 &&
+        store_unpromised(dp->dedup) >= ROOM_TO_BEGIN * ATOLL_POSTED_BLOCKS) {
         posted_attach(dp); /* first they are kept */
         allow(dp, dp->posted_most);
     }

@@ -200,6 +200,7 @@ static bool take_completions(struct dedup *dedup, uint32_t role)
 
 static void commit(struct dedup *dedup)
 {
+    posted_end(dedup->datapath);
     ATOLL_CRASH_POINT(dedup->domain, "dedup.step.commit");
     atoll_domain_commit(dedup->domain);
     log_committed(dedup->datapath);
@@ -230,6 +231,8 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         did |= datapath_step(dp, wake_ms);
     }
     commit(dedup);
+    if (serve)
+        posted_begin(dp);
     destage_step_over(dp);
     if (store_step(dedup)) {
         dp->retry = true;
