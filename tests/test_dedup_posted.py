@@ -102,8 +102,8 @@ def test_one_that_waits_when_all_die() -> None:
 
 
 def test_space_of_those_that_come_when_it_has_just_grown_short() -> None:
-    """Dedup dies when ordinary and posted writes have taken what was free and have been answered: nbd posts as many once
-    more, if it still may. On a small device little else is kept."""
+    """Dedup dies when ordinary and posted writes have taken what was free and have been answered: nbd posts as many
+    once more, if it still may. On a small device little else is kept."""
     most = int(lib.ATOLL_POSTED_BLOCKS)
     with Stage(device_blocks=2304, nic_pages=1024, destage_delay_ms=10_000_000) as stage:
         stage.config.posted_blocks = most

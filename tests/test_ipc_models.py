@@ -101,3 +101,15 @@ def test_a_posted_write_finds_room(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left_out", ["-DNO_NBD_FENCE", "-DNO_DEDUP_FENCE", "-DNO_SECOND_LOOK", "-DNO_COUNT", "-DLATE"])
 def test_each_part_of_posting_is_needed(left_out: str, tmp_path: Path) -> None:
     assert "have>0" in verdict("posted.pml", [left_out], tmp_path)
+
+
+def test_only_what_may_waits_for_the_timer_of_one_who_dozes(tmp_path: Path) -> None:
+    assert verdict("doze.pml", [], tmp_path) == ""
+
+
+DOZING = ["PRODUCER_FENCE", "CONSUMER_FENCE", "SECOND_LOOK", "WAKE_ALL", "HURRY", "KIND", "COUNT", "SECOND_COUNT"]
+
+
+@pytest.mark.parametrize("left_out", DOZING)
+def test_each_part_of_dozing_is_needed(left_out: str, tmp_path: Path) -> None:
+    assert verdict("doze.pml", [f"-DNO_{left_out}"], tmp_path) == "invalid end state"
