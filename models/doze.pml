@@ -14,7 +14,7 @@
  *   -DMESSAGES=n, -DMANY=n, -DKILLS=n  (of each side)
  */
 #ifndef MESSAGES
-#define MESSAGES 4
+#define MESSAGES 3
 #endif
 #ifndef MANY
 #define MANY 2
