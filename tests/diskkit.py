@@ -231,14 +231,14 @@ class Stage:
 
     def submit(
         self, opcode: int, offset: int = 0, segments: list[tuple[int, int]] | None = None, length: int | None = None,
-        identity: int | None = None, commit: bool = True,
+        identity: int | None = None, commit: bool = True, flags: int = 0,
     ) -> int:  # fmt: skip
         """`segments`: (address, bytes); one is sent inline, several as a list in dedup's arena."""
         identity = self.identity() if identity is None else identity
         segments = segments or []
         message = self.message
         ffi.memmove(message, bytes(64), 64)
-        message.opcode, message.identity = opcode, identity
+        message.opcode, message.identity, message.flags = opcode, identity, flags
         message.words[0] = offset
         total = sum(size for _, size in segments)
         if opcode == DISCARD:

@@ -323,6 +323,15 @@ def test_runs_on_the_path_while_clients_wait_for_reads(tmp_path):
         load({cpu}, **awaited)
         load(everywhere, **matching)
         load({cpu}, **awaited)
+        many = [stage.submit(READ, 0, [(stage.buffers, BLOCK)], flags=lib.ATOLL_FLAG_AWAITED) for _ in range(256)]
+        answered: list[int] = []
+        while len(answered) < len(many):  # gathered, where the device is not too fast for that: none is left lying
+            found = stage.completions(10)
+            assert found and all(status == OK for _, status, _ in found)
+            answered += [identity for identity, _, _ in found]
+        assert sorted(answered) == sorted(many)
+        for identity in many:
+            stage.release(identity)
         os.sched_setaffinity(stage.pid, {other})
         for _ in range(2):
             load({other}, **write)

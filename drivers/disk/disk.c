@@ -15,6 +15,7 @@
 
 #include "drivers/disk/io.h"
 #include "ipc/crashpoint.h"
+#include "ipc/spin.h"
 
 _Static_assert(sizeof(struct disk_slot) % 8 == 0 && sizeof(struct iovec) == sizeof(struct atoll_segment), "slot layout");
 _Static_assert(DISK_STEP_MESSAGES * 16 < ATOLL_JOURNAL_ENTRIES, "a step's words fit the journal");
@@ -23,6 +24,13 @@ _Static_assert(ATOLL_IO_COUNT <= 0x10000, "an identity leaves the upper 16 bits 
 
 /* Turns on the processor that it leaves to others before it starts what no client waits for. */
 #define GIVE_WAY_TURNS 3
+/* Small reads that clients wait for are gathered while the device has at least GATHER_BUSY requests to work on: until there are
+ * GATHER_ENOUGH, for GATHER_TURNS turns of the others at most. */
+#define GATHER_BUSY 4
+#define GATHER_ENOUGH 8
+#define GATHER_TURNS 8
+/* After a turn that took longer than ATOLL_SPIN_LOST_NS. */
+#define GATHER_REST_NS 100000000
 
 uint64_t disk_role_bytes(void) { return sizeof(struct disk_table); }
 
@@ -161,6 +169,8 @@ static uint32_t take(struct disk *disk)
         disk->domain->self->current = message.identity;
         place_note(disk, &message);
         disk->gives_way = disk->gives_way && (message.flags & ATOLL_FLAG_ALONE) != 0;
+        disk->gathers = message.opcode == ATOLL_OP_IO_READ && message.length <= ATOLL_BLOCK_BYTES &&
+                        (message.flags & ATOLL_FLAG_AWAITED) != 0;
         io_take(disk, &message);
         count++;
     }
@@ -175,23 +185,43 @@ static void give_way(const struct disk *disk)
         sched_yield();
 }
 
+static bool outcomes_ready(struct disk *disk)
+{
+    return disk->engine == DISK_ENGINE_URING ? uring_ready(disk->uring) : threads_ready(disk->threads);
+}
+
+/* To start reads costs some ten microseconds a time, for one as for many: a system call and the notification of the device. Who is woken
+ * up runs first, so that reads which come one after the other through the path would be started in ones and twos. While the
+ * device is busy that gains them nothing; so the others, who bring more, have their turns before. What is done is answered at once, and
+ * where somebody computes on this processor, so that a turn is long in coming back, there is no gathering for a while. Nor is there
+ * where the clients have no other processor: there they send many at a time anyway. */
+static void gather(struct disk *disk)
+{
+    for (uint32_t turn = 0; turn < GATHER_TURNS && disk->gathers && disk->submitted >= GATHER_BUSY && place_near(disk); turn++) {
+        uint64_t now = atoll_now_ns();
+        if (now < disk->gather_from_ns || outcomes_ready(disk) ||
+            atoll_domain_pending(disk->domain, ATOLL_ROLE_DEDUP) >= GATHER_ENOUGH)
+            return;
+        sched_yield();
+        uint64_t later = atoll_now_ns();
+        if (later - now > ATOLL_SPIN_LOST_NS)
+            disk->gather_from_ns = later + GATHER_REST_NS;
+    }
+}
+
 static void wait_for_work(struct disk *disk)
 {
     struct atoll_domain *domain = disk->domain;
     uint32_t ignored = takeable(disk) == 0 ? 1u << ATOLL_ROLE_DEDUP : 0;
     struct pollfd fds[2] = {{.fd = disk->eventfd, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
     int timeout_ms = ignored != 0 ? 100 : -1;
-    bool ready;
 
     if (!atoll_domain_may_sleep(domain, ignored))
         return;
     if (disk->engine == DISK_ENGINE_URING) {
-        ready = uring_ready(disk->uring);
         fds[1].fd = uring_poll_fd(disk->uring);
         if (uring_unsubmitted(disk->uring))
             timeout_ms = 1;
-    } else {
-        ready = threads_ready(disk->threads);
     }
     if (disk->next_due_ns != UINT64_MAX) {
         uint64_t now = atoll_now_ns();
@@ -199,7 +229,7 @@ static void wait_for_work(struct disk *disk)
         if (timeout_ms < 0 || wait_ms < (uint64_t)timeout_ms)
             timeout_ms = wait_ms < 3600000 ? (int)wait_ms : 3600000;
     }
-    if (!ready) {
+    if (!outcomes_ready(disk)) {
         atoll_count(domain, DISK_SLEEPS, 1);
         int count = poll(fds, 2, timeout_ms);
         if (count > 0 && (fds[0].revents & POLLIN)) {
@@ -224,6 +254,7 @@ int disk_run(struct disk *disk)
         if (disk->stopping && disk->in_flight == 0 && atoll_domain_pending(domain, ATOLL_ROLE_DEDUP) == 0)
             return ATOLL_REASON_STOP;
 
+        gather(disk);
         uint32_t applied = complete(disk);
         uint32_t taken = take(disk);
         uint32_t answered = 0;

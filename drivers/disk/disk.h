@@ -135,6 +135,8 @@ struct disk {
     uint32_t queue_count;
     uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */
     bool gives_way;                      /* what was taken in this step comes after the requests of clients */
+    bool gathers;                        /* what was taken last was a small read that a client waits for */
+    uint64_t gather_from_ns;             /* not before (CLOCK_MONOTONIC) */
     struct disk_place *place;            /* where it runs; NULL: where the scheduler wants */
 };
 
@@ -195,9 +197,11 @@ uint32_t threads_complete(struct thread_engine *engine, struct disk *disk, uint3
 bool threads_ready(struct thread_engine *engine);
 void threads_close(struct thread_engine *engine);
 
-/* place.c. `_note`: a message has been taken; `_settle`: at the end of a turn that took messages. */
+/* place.c. `_note`: a message has been taken; `_settle`: at the end of a turn that took messages; `_near`: it has come to the
+ * path's processor, and had a choice. */
 void place_note(struct disk *disk, const struct atoll_descriptor *message);
 void place_settle(struct disk *disk);
+bool place_near(const struct disk *disk);
 void place_close(struct disk *disk);
 
 /* io.c: bytes to transfer in all attempts together. */

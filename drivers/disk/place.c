@@ -47,6 +47,8 @@ void place_close(struct disk *disk)
     free(disk->place);
 }
 
+bool place_near(const struct disk *disk) { return disk->place != 0 && atoll_place_near(disk->place->where); }
+
 void place_note(struct disk *disk, const struct atoll_descriptor *message)
 {
     struct disk_place *place = disk->place;
