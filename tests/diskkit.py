@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,17 @@ class Stage:
         assert [each[0] for each in found] == [identity], (identity, found)
         self.release(identity)
         return found[0][1], found[0][2]
+
+    def complete_all(self, identities: Iterable[int]) -> None:
+        """Waits until each of them has succeeded, once; no other completion may come."""
+        asked, answered = sorted(identities), []
+        while len(answered) < len(asked):
+            found = self.completions(10)
+            assert found and all(status == OK for _, status, _ in found)
+            answered += [identity for identity, _, _ in found]
+        assert sorted(answered) == asked
+        for identity in answered:
+            self.release(identity)
 
     def release(self, identity: int) -> None:
         self.free.append(identity >> 32)

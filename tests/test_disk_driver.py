@@ -95,14 +95,7 @@ def test_whole_table_in_flight(stage):
             asked.add(stage.submit(READ, block * BLOCK, [(stage.buffers + block * BLOCK, BLOCK)], commit=False))
         stage.commit()
         assert len(asked) == IO_COUNT
-        answered: list[int] = []
-        while len(answered) < IO_COUNT:
-            found = stage.completions(10)
-            assert found and all(status == OK for _, status, _ in found)
-            answered += [identity for identity, _, _ in found]
-        assert sorted(answered) == sorted(asked)
-        for identity in answered:
-            stage.release(identity)
+        stage.complete_all(asked)
     assert stage.completions() == []
 
 
@@ -324,14 +317,7 @@ def test_runs_on_the_path_while_clients_wait_for_reads(tmp_path):
         load(everywhere, **matching)
         load({cpu}, **awaited)
         many = [stage.submit(READ, 0, [(stage.buffers, BLOCK)], flags=lib.ATOLL_FLAG_AWAITED) for _ in range(256)]
-        answered: list[int] = []
-        while len(answered) < len(many):  # gathered, where the device is not too fast for that: none is left lying
-            found = stage.completions(10)
-            assert found and all(status == OK for _, status, _ in found)
-            answered += [identity for identity, _, _ in found]
-        assert sorted(answered) == sorted(many)
-        for identity in many:
-            stage.release(identity)
+        stage.complete_all(many)  # gathered, where the device is not too fast for that: none is left lying
         os.sched_setaffinity(stage.pid, {other})
         for _ in range(2):
             load({other}, **write)
