@@ -520,3 +520,33 @@ def test_its_writes_come_from_pages_of_its_own(stage: Tiered) -> None:
     stage.settle()
     writes = [io for io in stage.io_log if io.role == LLRRM and io.opcode == WRITE and io.length == BLOCK]
     assert writes
+
+
+def test_candidates_on_both_devices_when_few_reads_can_be_sent() -> None:
+    """Clients' reads have taken almost all that is theirs; what destage is to compare with lies on the main device and
+    on the fast one, whose reads may take no more than clients' may."""
+    left = 8
+    with Tiered() as stage:
+        stage.begin()
+        stage.put(0, *(block(index) for index in range(448)))
+        stage.put(1000, *(block(5000 + index) for index in range(8)))
+        stage.put(1100, *(block(5000 + index) for index in range(8)))
+        stage.settle()
+        assert stage.figures().tier_used == 8
+        stage.forget_cache()
+        most = int(lib.ATOLL_IO_COUNT) - 64 - int(lib.ATOLL_IO_BLOCKS)  # io.h
+        waiting = [stage.read(stage.volume, 2 * number * BLOCK, BLOCK) for number in range(most - left)]
+        while len(stage.ios) < len(waiting):
+            stage.turn()
+            stage.take_ios()
+        equal = [block(32 * number + 1) for number in range(10)] + [block(5000)]  # far apart: each read alone
+        write = stage.write(stage.volume, 1200 * BLOCK, b"".join(equal))
+        for _ in range(50):
+            stage.turn()
+            stage.take_ios()
+        assert len(stage.ios) > len(waiting), "candidates are being read"
+        stage.held |= {1200 + index: data for index, data in enumerate(equal)}
+        stage.run_until_idle()
+        assert all(request.status == OK for request in (write, *waiting))
+        stage.drain()
+        stage.verify()

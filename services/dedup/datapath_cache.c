@@ -278,7 +278,8 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
             tier_reads += sources[index].tier;
         }
     }
-    if (reads > io_room(dp->dedup, who) || tier_reads > tier_room(dp))
+    /* The tier's reads leave to others what clients' do, and come among those of the main device, which need not. */
+    if (reads > io_room(dp->dedup, who) || (tier_reads != 0 && (tier_reads > tier_room(dp) || reads > io_room(dp->dedup, IO_FILL))))
         return false;
 
     /* Pages that are there must not be evicted for the missing ones. */
