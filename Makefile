@@ -32,7 +32,6 @@ test: test-setup
 test-setup: setup $(STAMPS)/system-test $(STAMPS)/dev
 
 bench: bench-setup
-	@mkdir -p build/bench
 	$(VENV)/bin/python -m atoll.bench.compare --json build/bench/bench.json --plot build/bench $(ARGS)
 
 bench-setup: setup $(STAMPS)/system-bench

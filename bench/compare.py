@@ -220,6 +220,8 @@ def main(
         peers.prefer(niceness)
     if quick:
         rounds, runtime_s = 3, 1.0
+    if json_file:  # before half an hour of measuring, not after it
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
     above = Path(folder) if folder else next((path for path in (Path("build"),) if path.is_dir()), Path())
     with tempfile.TemporaryDirectory(prefix="bench-", dir=above) as name:
         here = Path(name).absolute()

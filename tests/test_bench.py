@@ -189,13 +189,14 @@ def test_the_page_is_filled_between_its_marks() -> None:
 def test_the_exit_status_says_whether_goals_are_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = document()
     monkeypatch.setattr(compare, "run", lambda *_: found)
-    few = ["--no-check", "--no-system", "--no-curves", "--folder", str(tmp_path), "--json", str(tmp_path / "json")]
+    written = tmp_path / "new" / "json"
+    few = ["--no-check", "--no-system", "--no-curves", "--folder", str(tmp_path), "--json", str(written)]
     for met, status in ((False, 1), (True, 0)):
         found["goals"][0]["met"] = met
         with redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as ended:
             compare.main(few)
         assert ended.value.code == status
-    assert json.loads((tmp_path / "json").read_text()) == found
+    assert json.loads(written.read_text()) == found
     done = subprocess.run(
         [sys.executable, "-m", "atoll.bench.compare", "--rows", "none"], capture_output=True, text=True, timeout=60
     )
