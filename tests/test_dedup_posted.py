@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from typing import Any
 
 import pytest
 from dedupkit import BLOCK, DEDUP, KERNEL, NBD, OK, Request, Stage
@@ -13,6 +14,7 @@ from atoll.ipc.crashpoint import point_hash
 
 SIZE = 64 * BLOCK
 PART = 16  # blocks of a posted write, at most
+LEAF = 512 * BLOCK  # what one page of the map says
 
 
 def block(seed: int) -> bytes:
@@ -24,6 +26,11 @@ def until_written(stage: Stage) -> None:
     while not any(io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 10 * BLOCK for io in stage.ios):
         stage.turn()
         stage.take_ios()
+
+
+def public_of(stage: Stage) -> Any:
+    arena = stage.domains[NBD].peers[DEDUP]
+    return ffi.cast("struct atoll_dedup_public *", ffi.cast("char *", arena) + arena.role_offset)
 
 
 def turns(stage: Stage, count: int = 20) -> None:
@@ -110,8 +117,7 @@ def test_space_of_those_that_come_when_it_has_just_grown_short() -> None:
         stage.open()
         volume = stage.create_volume("v", 8192 * BLOCK)
         stage.run_until_idle()
-        arena = stage.domains[NBD].peers[DEDUP]
-        public = ffi.cast("struct atoll_dedup_public *", ffi.cast("char *", arena) + arena.role_offset)
+        public = public_of(stage)
         used = 0
 
         def contents(count: int) -> bytes:
@@ -149,3 +155,70 @@ def test_space_of_those_that_come_when_it_has_just_grown_short() -> None:
         stage.drain()
         assert flush.status == OK
         stage.check()
+
+
+def test_they_end_before_the_map_has_no_more_room() -> None:
+    """Each of these writes needs another page of the map. Whoever comes too late is refused, and nobody was told before
+    that all is well."""
+    with Stage(device_blocks=8192, nic_pages=1024) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.open()
+        volume = stage.create_volume("v", 1024 * LEAF)
+        stage.run_until_idle()
+        public = public_of(stage)
+        posted = 0
+        for number in range(1024):
+            may = public.posted_blocks != 0
+            posted += may
+            request = (stage.post if may else stage.write)(volume, number * LEAF, block(number))
+            turns(stage, 4)
+            stage.run_until_idle()
+            if request.status != OK:
+                break
+        assert request.status == lib.ATOLL_ENOSPC and posted != 0 and not may
+        assert stage.figures().waiting == 0
+        flush = stage.flush(volume)
+        stage.drain()
+        assert flush.status == OK
+        stage.check()
+
+
+def test_they_end_while_one_cannot_be_applied() -> None:
+    """Its page of the map cannot be read: it is kept, no more come, and its blocks are given to nobody else."""
+    settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 2048}
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 16 * LEAF)
+        for number in range(2):
+            stage.write(volume, number * LEAF, block(number))
+        stage.run_until_idle()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(**settings) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.device[:] = device
+        stage.open()
+        public = public_of(stage)
+        stage.write(volume, LEAF, block(2))  # this page of the map has been read
+        stage.run_until_idle()
+        assert public.posted_blocks != 0
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
+        contents = b"".join(block(10 + number) for number in range(PART))
+        kept = stage.post(volume, BLOCK, contents)
+        while not kept.done:
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        assert stage.figures().waiting == 1
+        assert public.posted_blocks == 0
+        for number in range(2304 // PART):
+            request = stage.write(volume, LEAF + (1 + number) * PART * BLOCK, contents[number:] + contents[:number])
+            while not request.done:
+                stage.turn()
+                stage.disk()
+                stage.answers()
+            if request.status != OK:
+                break
+        assert request.status == lib.ATOLL_ENOSPC
+        assert stage.figures().available_blocks >= PART

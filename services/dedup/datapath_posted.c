@@ -9,7 +9,9 @@
  *
  * Space: `posted_blocks` in the public part says how many blocks may be on their way; ordinary requests leave as many free. Where space
  * grows short it becomes 0, and when nbd has seen that and nothing is on its way any more (SP-POST), the rest is anybody's. It becomes 0 before
- * the answers that made space short can be seen: nbd, told of them, would post as many once more. (models/posted.pml)
+ * the answers that made space short can be seen: nbd, told of them, would post as many once more. (models/posted.pml) It also becomes 0 where
+ * the map may not grow much more, and as long as one cannot be applied; so what cannot be is no more than what was on its way, and the
+ * blocks for it stay kept.
  *
  * After a crash: the list is made again from the slots. After the death of all: what nic has noted as posted and no slot has
  * applied gets a slot of dedup's own, too, before anything else is served.
@@ -20,6 +22,10 @@
 
 /* Posting begins with so many times what may be on its way, and ends with half as many. */
 #define ROOM_TO_BEGIN 4
+/* Pages by which the map may grow meanwhile: a leaf and a directory for each block, more only if blocks lie far apart. In a small store
+ * this part of what it may have at all. */
+#define MAP_TO_END (2 * ATOLL_POSTED_BLOCKS)
+#define MAP_PART 8
 
 bool posted_request(const struct atoll_descriptor *request)
 {
@@ -77,6 +83,17 @@ uint32_t posted_failing(const struct datapath *dp)
     return count;
 }
 
+/* Blocks of those that cannot be applied for the time being. */
+static uint64_t failing_blocks(const struct datapath *dp)
+{
+    uint64_t blocks = 0;
+    for (uint32_t index = 0; index < dp->posted_count; index++) {
+        const struct dp_slot *slot = &dp->arena->slots[dp->posted[index]];
+        blocks += slot->status != ATOLL_OK ? slot->request.length / DP_BLOCK : 0;
+    }
+    return blocks;
+}
+
 /* --- Space ------------------------------------------------------------------------------------------------------------ */
 
 static void allow(struct datapath *dp, uint64_t blocks)
@@ -93,27 +110,34 @@ void posted_attach(struct datapath *dp)
 
 bool posted_shut(struct datapath *dp)
 {
-    if (!dp->posted_keeps)
-        return true;
-    allow(dp, 0);
-    atoll_full_fence(); /* SP-POST */
-    if (posted_failing(dp) != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
-        return false;
-    dp->posted_keeps = false;
-    store_keep_posted(dp->dedup, 0);
+    if (dp->posted_keeps) {
+        allow(dp, 0);
+        atoll_full_fence(); /* SP-POST */
+        if (posted_failing(dp) != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
+            return false;
+        dp->posted_keeps = false;
+    }
+    store_keep_posted(dp->dedup, failing_blocks(dp));
     return true;
+}
+
+/* Less than `times` what posting ends with. */
+static bool is_short(const struct datapath *dp, uint32_t times)
+{
+    uint64_t most, room = store_map_room(dp->dedup, &most), pages = most / MAP_PART < MAP_TO_END ? most / MAP_PART : MAP_TO_END;
+    return store_unpromised(dp->dedup) < times * (ROOM_TO_BEGIN / 2) * ATOLL_POSTED_BLOCKS || room < times * pages;
 }
 
 void posted_end(struct datapath *dp)
 {
-    if (dp->posted_most == 0 || dp->posted_ends || store_unpromised(dp->dedup) < ROOM_TO_BEGIN / 2 * ATOLL_POSTED_BLOCKS)
+    if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp) != 0 || is_short(dp, 1))
         allow(dp, 0);
 }
 
 void posted_begin(struct datapath *dp)
 {
     if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses != 0 &&
-        store_unpromised(dp->dedup) >= ROOM_TO_BEGIN * ATOLL_POSTED_BLOCKS) {
+        posted_failing(dp) == 0 && !is_short(dp, 2)) {
         posted_attach(dp); /* first they are kept */
         allow(dp, dp->posted_most);
     }

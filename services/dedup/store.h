@@ -181,6 +181,8 @@ bool store_reserve_posted(struct dedup *dedup, uint64_t blocks);
 void store_keep_posted(struct dedup *dedup, uint64_t blocks);
 /* What store_reserve would grant if nothing were kept for posted writes; may be negative. */
 int64_t store_unpromised(struct dedup *dedup);
+/* Pages that the map may still grow by; *most: that it may have. */
+uint64_t store_map_room(const struct dedup *dedup, uint64_t *most);
 void store_unreserve(struct dedup *dedup, uint64_t blocks);
 /* A run of at most `want` free blocks in sequence, after the last one handed out where possible; consumes as many reservations;
  * *pba is its start; the blocks are "in flight" (in use, no reference) until store_place or store_abandon. 0 if free blocks exist only after a

@@ -212,6 +212,14 @@ static uint64_t map_limit(const struct store *store)
     return area->slots > kept ? area->slots - kept : 0;
 }
 
+uint64_t store_map_room(const struct dedup *dedup, uint64_t *most)
+{
+    const struct store *store = dedup->store;
+    uint64_t used = store->area->map_pages + store->area->map_fresh;
+    *most = map_limit(store);
+    return used < *most ? *most - used : 0;
+}
+
 /* A page of zeros that is on no device yet. */
 static enum store_want make(struct store *store, uint64_t page, uint32_t parent, struct format_pointer *pointer, uint32_t *frame)
 {
