@@ -138,9 +138,10 @@ def _pids() -> Iterator[int]:
 
 def _name(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
     except OSError:
         return "?"
+    return "".join(each if each.isprintable() else "?" for each in name)  # whoever it is of chose it
 
 
 def _from_outside(pid: int) -> dict[str, Any]:

@@ -82,4 +82,5 @@ def plot_option(what: str) -> Callable[[F], F]:
 
 def emit(document: Any) -> None:
     """JSON for programs, indented for people who look at it anyway."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    click.echo(text.encode(errors="backslashreplace").decode())  # file names need not be UTF-8; \udcff is JSON, too

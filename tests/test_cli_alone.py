@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from serverkit import ATOLL
 
-from atoll.kernel import cli
+from atoll.kernel import cli, cli_options
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,3 +147,11 @@ def test_asking_imports_nothing_heavy() -> None:
     code = f"import sys, atoll.kernel.cli; print([m for m in sys.modules if m.split('.')[0] in {heavy}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
+
+
+def test_a_document_may_name_files_whose_names_are_not_utf_8(capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"image": "é\udcff.img"}
+    cli_options.emit(document)
+    printed = capsys.readouterr().out
+    assert json.loads(printed.encode()) == document
+    assert "é" in printed

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from serverkit import ATOLL
 
+from atoll.kernel import audit as auditing
 from atoll.kernel import show
 from atoll.kernel.audit import look
 
@@ -163,3 +164,13 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     done = subprocess.run([str(ATOLL), "audit", "--data", str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == f"atoll: {tmp_path}/instance.json: names no shared-memory object\n"
+
+
+def test_what_processes_call_themselves_does_not_reach_the_terminal() -> None:
+    own = Path("/proc/self/comm")
+    before = own.read_text()
+    try:
+        own.write_text("\x1b[8mhidden")
+        assert auditing._name(os.getpid()) == "?[8mhidden"
+    finally:
+        own.write_text(before)
