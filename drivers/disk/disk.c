@@ -29,7 +29,7 @@ _Static_assert(ATOLL_IO_COUNT <= 0x10000, "an identity leaves the upper 16 bits 
 #define GATHER_BUSY 4
 #define GATHER_ENOUGH 8
 #define GATHER_TURNS 8
-/* After a turn that took longer than ATOLL_SPIN_LOST_NS. */
+/* After turns that took longer than ATOLL_SPIN_LOST_NS together. */
 #define GATHER_REST_NS 100000000
 
 uint64_t disk_role_bytes(void) { return sizeof(struct disk_table); }
@@ -193,19 +193,19 @@ static bool outcomes_ready(struct disk *disk)
 /* To start reads costs some ten microseconds a time, for one as for many: a system call and the notification of the device. Who is woken
  * up runs first, so that reads which come one after the other through the path would be started in ones and twos. While the
  * device is busy that gains them nothing; so the others, who bring more, have their turns before. What is done is answered at once, and
- * where somebody computes on this processor, so that a turn is long in coming back, there is no gathering for a while. Nor is there
- * where the clients have no other processor: there they send many at a time anyway. */
+ * where somebody computes on this processor, so that turns are long in coming back, there is no gathering for a while. Nor is there
+ * where the server has no other processor: clients beside it send many at a time anyway. */
 static void gather(struct disk *disk)
 {
-    for (uint32_t turn = 0; turn < GATHER_TURNS && disk->gathers && disk->submitted >= GATHER_BUSY && place_near(disk); turn++) {
-        uint64_t now = atoll_now_ns();
-        if (now < disk->gather_from_ns || outcomes_ready(disk) ||
-            atoll_domain_pending(disk->domain, ATOLL_ROLE_DEDUP) >= GATHER_ENOUGH)
-            return;
+    if (!disk->gathers || disk->submitted < GATHER_BUSY || !place_near(disk))
+        return;
+    uint64_t begin = atoll_now_ns(), now = begin;
+    for (uint32_t turn = 0; turn < GATHER_TURNS && now >= disk->gather_from_ns && !outcomes_ready(disk) &&
+                            atoll_domain_pending(disk->domain, ATOLL_ROLE_DEDUP) < GATHER_ENOUGH; turn++) {
         sched_yield();
-        uint64_t later = atoll_now_ns();
-        if (later - now > ATOLL_SPIN_LOST_NS)
-            disk->gather_from_ns = later + GATHER_REST_NS;
+        now = atoll_now_ns();
+        if (now - begin > ATOLL_SPIN_LOST_NS)
+            disk->gather_from_ns = now + GATHER_REST_NS;
     }
 }
 
