@@ -225,7 +225,8 @@ static enum store_want make(struct store *store, uint64_t page, uint32_t parent,
 {
     struct store_area *area = store->area;
     bool map = FORMAT_PAGE_TREE(page) == FORMAT_TREE_MAP;
-    if (map && area->state == STORE_READY && area->map_pages + area->map_fresh >= map_limit(store)) {
+    uint64_t most;
+    if (map && area->state == STORE_READY && store_map_room(store->dedup, &most) == 0) {
         if (!area->checkpoint_wanted && area->frames_dirty != 0) /* it gives empty pages back */
             STORE_SET(store, checkpoint_wanted, 1);
         return lost(store, page, ATOLL_ENOSPC);
