@@ -125,8 +125,8 @@ class Server:
     def die(self) -> None:
         """All processes at once, without warning.
 
-        Each is stopped before the first is killed: else the supervisor may outlive a domain by the milliseconds in which
-        it puts a successor in its place.
+        Each is stopped before the first is killed: else the supervisor may outlive a domain by the milliseconds in
+        which it puts a successor in its place.
         """
         assert self.process is not None
         self.note_instance()
