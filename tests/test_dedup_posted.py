@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -222,3 +223,56 @@ def test_they_end_while_one_cannot_be_applied() -> None:
                 break
         assert request.status == lib.ATOLL_ENOSPC
         assert stage.figures().available_blocks >= PART
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
+    """Its page of the map cannot be read for a while. As long, what touches it fails, flushes too, and none is posted;
+    not even while the page is being tried again."""
+    settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024}
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 16 * LEAF)
+        stage.write(volume, 0, block(0))
+        stage.run_until_idle()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(**settings) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.device[:] = device
+        stage.open()
+        public = public_of(stage)
+        failed = 0
+
+        def fail(io: Any) -> int:
+            nonlocal failed
+            failed += io.opcode == lib.ATOLL_OP_IO_READ
+            return int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_READ else OK
+
+        stage.io_rule = fail
+        posted = [stage.post(volume, BLOCK * (1 + number), block(1 + number)) for number in range(3)]
+        read = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle()
+        assert read.status == lib.ATOLL_EIO and all(request.done for request in posted)
+        tried = failed
+        deadline = time.monotonic() + 20
+        while failed < tried + 4:  # both copies, twice
+            read, flush = stage.read(volume, BLOCK, BLOCK), stage.flush(volume)
+            turns(stage)
+            assert (read.status, flush.status) == (lib.ATOLL_EIO, lib.ATOLL_EUNFLUSHED)
+            assert public.posted_blocks == 0 and stage.figures().waiting == 3
+            stage.disk()
+            assert time.monotonic() < deadline
+        if dies:
+            stage.attach()
+        stage.io_rule = None
+        while stage.figures().waiting:
+            stage.turn()
+            stage.disk()
+            assert time.monotonic() < deadline
+        read, flush = stage.read(volume, 0, 4 * BLOCK), stage.flush(volume)
+        stage.drain()
+        assert read.data == b"".join(block(number) for number in range(4)) and flush.status == OK
+        assert public.posted_blocks != 0
+        stage.check()

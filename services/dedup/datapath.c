@@ -120,8 +120,9 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
 {
     struct dp_slot *slot = &dp->arena->slots[number];
     bool posted = posted_request(request);
+    uint32_t before = slot->status;
     if (posted)
-        slot->status = ATOLL_OK; /* why the last attempt failed is history */
+        slot->status = ATOLL_OK;
     dp->arena->current_part = slot->part;
     atoll_compiler_barrier();
     dp->domain->self->current = slot->identity;
@@ -134,6 +135,8 @@ static void execute(struct datapath *dp, uint32_t number, const struct atoll_des
         slot_finish(dp, number);
         return;
     }
+    if (posted && slot->status == ATOLL_OK)
+        slot->status = before; /* what failed and is being tried again has not succeeded yet */
     if (posted && slot->status != ATOLL_OK) {
         uint32_t kept = posted_keep(dp, number, request);
         if (kept != DP_NO_SLOT) {

@@ -247,6 +247,8 @@ static enum store_want make(struct store *store, uint64_t page, uint32_t parent,
     return STORE_HAVE;
 }
 
+static uint32_t now_ms(void) { return (uint32_t)(atoll_now_ns() / 1000000); }
+
 static bool submit_read(struct store *store, uint32_t frame)
 {
     const uint8_t *memory = store_bounce(store);
@@ -256,25 +258,55 @@ static bool submit_read(struct store *store, uint32_t frame)
                                        memory + (STORE_BATCH_READS + f->bounce) * ATOLL_BLOCK_BYTES, ATOLL_BLOCK_BYTES);
 }
 
+/* Of a frame whose read has ended: the page cannot be had for the time being. */
+static void set_bad(struct store *store, uint32_t frame, uint32_t status)
+{
+    struct store_frame *f = &store->frames[frame];
+    store->bounce_busy &= ~((uint64_t)1 << f->bounce);
+    set32(store, &f->attempt, status);
+    set32(store, &f->bounce, now_ms());
+    set32(store, &f->state, FRAME_BAD);
+}
+
+static bool may_read(const struct store *store)
+{
+    return store->bounce_busy != ~(uint64_t)0 && store->dedup->io->free_count != 0;
+}
+
+/* Into a frame that is saved: all of it is changed directly. */
+static void read_into(struct store *store, uint32_t frame)
+{
+    struct store_frame *f = &store->frames[frame];
+    f->bounce = (uint32_t)__builtin_ctzll(~store->bounce_busy);
+    store->bounce_busy |= (uint64_t)1 << f->bounce;
+    f->attempt = 0;
+    f->state = FRAME_LOADING;
+    store->fresh[frame] = FRESH_VISITS;
+    if (!submit_read(store, frame)) /* the driver's buffer area is too small to read anything */
+        set_bad(store, frame, ATOLL_EIO);
+}
+_Static_assert(STORE_PAGE_READS == 64, "a bit each");
+
 static enum store_want begin_read(struct store *store, uint64_t page, uint32_t parent, const struct format_pointer *pointer)
 {
     if (store_slot_pba(store, pointer->slot, 0) == 0)
         return lost(store, page, ATOLL_ECORRUPT);
-    if (store->bounce_busy == ~(uint64_t)0 || store->dedup->io->free_count == 0)
-        return STORE_WAIT; /* for those that are being read */
-    uint32_t frame = take_frame(store, page, parent);
-    if (frame == STORE_NO_FRAME)
-        return STORE_WAIT;
-    uint32_t bounce = (uint32_t)__builtin_ctzll(~store->bounce_busy);
-    store->bounce_busy |= (uint64_t)1 << bounce;
-    store->frames[frame].bounce = bounce; /* saved by take_frame, like what follows */
-    store->frames[frame].state = FRAME_LOADING;
-    bool sent = submit_read(store, frame);
-    if (!sent) /* the driver's buffer area is too small to read anything */
-        store->frames[frame].state = FRAME_BAD, store->frames[frame].attempt = ATOLL_EIO, store->bounce_busy &= ~((uint64_t)1 << bounce);
+    uint32_t frame = may_read(store) ? take_frame(store, page, parent) : STORE_NO_FRAME; /* else for those that are being read */
+    if (frame != STORE_NO_FRAME)
+        read_into(store, frame);
     return STORE_WAIT;
 }
-_Static_assert(STORE_PAGE_READS == 64, "a bit each");
+
+/* Somebody asks for one that could not be read: perhaps the device has come to itself. */
+static enum store_want read_again(struct store *store, uint32_t frame)
+{
+    struct store_frame *f = &store->frames[frame];
+    if (now_ms() - f->bounce < STORE_RETRY_NS / 1000000 || !may_read(store))
+        return lost(store, f->page, f->attempt);
+    atoll_save(store->journal, f, sizeof *f);
+    read_into(store, frame);
+    return STORE_WAIT;
+}
 
 enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame)
 {
@@ -291,7 +323,7 @@ enum store_want store_get(struct store *store, uint64_t page, bool create, uint3
             return STORE_WAIT;
         store->fresh[found] = 0;
         if (f->state == FRAME_BAD)
-            return lost(store, page, f->attempt);
+            return read_again(store, found);
         *frame = found;
         return STORE_HAVE;
     }
@@ -356,13 +388,12 @@ void store_cache_io(struct store *store, uint64_t number, uint32_t status)
         if (submit_read(store, frame))
             return;
     }
-    store->bounce_busy &= ~((uint64_t)1 << f->bounce);
     store->woken = true;
     if (!good) {
-        set32(store, &f->attempt, status);
-        set32(store, &f->state, FRAME_BAD);
+        set_bad(store, frame, status);
         return;
     }
+    store->bounce_busy &= ~((uint64_t)1 << f->bounce);
     bool repair = f->attempt == 1;
     set32(store, &f->state, FRAME_VALID);
     if (FORMAT_PAGE_TREE(f->page) == FORMAT_TREE_REFS && FORMAT_PAGE_LEVEL(f->page) == 0)

@@ -34,7 +34,7 @@
 #define STORE_GROUP_BLOCKS FORMAT_GROUP_BLOCKS /* blocks that one group word sums up */
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
 #define STORE_PLACES_PER_PRINT 4       /* copies of one content that it remembers: where a run threshold keeps several */
-#define STORE_RETRY_NS 1000000000u     /* back-off after a failed write */
+#define STORE_RETRY_NS 1000000000u     /* back-off after a failed write, or read of a page */
 #define STORE_QUARANTINE 1024          /* runs of places that late I/O may hit */
 #define STORE_SWEEP_FRAMES 1024        /* looked at in one step */
 #define STORE_SWEEP_CONVERT 4          /* cleaned in one step */
@@ -112,7 +112,7 @@ enum frame_state {
     FRAME_FREE = 0,
     FRAME_LOADING = 1,
     FRAME_VALID = 2,
-    FRAME_BAD = 3      /* cannot be had; stays a while so that who asked is told */
+    FRAME_BAD = 3      /* could not be had; stays a while so that who asked is told, and is read again for who asks later */
 };
 enum frame_flag {
     FRAME_DIRTY = 1,   /* differs from what was written last */
@@ -130,7 +130,7 @@ struct store_frame {
     uint32_t held_children;
     uint32_t live;       /* words that exist in memory only: logged entries; blocks in flight, pending */
     uint32_t attempt;    /* LOADING: copy that is being read; BAD: status */
-    uint32_t bounce;     /* LOADING: bounce page */
+    uint32_t bounce;     /* LOADING: bounce page; BAD: since when, in ms modulo 2^32 */
 };
 _Static_assert(sizeof(struct store_frame) == 40, "a frame's entry");
 
