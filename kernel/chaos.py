@@ -60,6 +60,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
             client.call("volume-create", name=name, size_bytes=options.size_bytes, read_only=False)
         try:
             targets, size = _targets(client, name, options.transport)
+            _look_for_places(client, options.connections, _workers(options))
             return _run(options, client, targets, min(size, options.size_bytes), say)
         finally:
             if options.volume is None:
@@ -80,10 +81,25 @@ def _targets(client: Client, name: str, transport: str) -> tuple[list[Target], i
     raise Refused(f"no volume is called {name!r}")
 
 
+def _workers(options: Options) -> int:
+    return options.workers or max(1, min(os.cpu_count() or 1, options.connections, 4))
+
+
+def _look_for_places(client: Client, connections: int, workers: int) -> None:
+    """One connection too many would wait for its place until others end."""
+    nic = client.call("status")["domains"].get("nic", {})
+    most, used = nic.get("connections_most"), nic.get("connections", 0)
+    if most is not None and used + connections + workers > most:
+        raise Refused(
+            f"the server takes {most} connections (nic.max_connections) and has {used}:"
+            f" there is no place for {connections} and {workers} more for the check at the end"
+        )
+
+
 def _run(
     options: Options, client: Client, targets: list[Target], size_bytes: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    count = options.workers or max(1, min(os.cpu_count() or 1, options.connections, 4))
+    count = _workers(options)
     shared = Shared(count + 1)
     plans = _plans(options, targets, size_bytes, count)
     jobs = [_start(work, (plan, shared)) for plan in plans]

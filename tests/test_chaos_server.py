@@ -120,3 +120,14 @@ def assert_right(shared: Shared, reports: list) -> None:
     assert [report.failure for report in reports if report.failure] == []
     totals = shared.totals()
     assert not any(totals[name] for name in ("drops", "errors", "wrong_sectors", "lost_sectors"))
+
+
+def test_more_connections_than_the_server_takes(make_server):
+    """One too many would wait until another ends. As many as there are places for do."""
+    server = make_server(config={"nic": {"max_connections": 4}}).start()
+    run = ["chaos", "--size", "16MiB", "--duration", "2", "--workers", "1", "--connections"]
+    said = server.cli(*run, "4", status=None, timeout_s=60)
+    assert said.returncode == 4
+    assert "takes 4 connections (nic.max_connections) and has 0: there is no place for 4 and 1 more" in said.stderr
+    server.cli(*run, "3", timeout_s=60)
+    assert [volume["name"] for volume in server.json("volume", "list") if volume["name"].startswith("chaos")] == []

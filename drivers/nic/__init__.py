@@ -102,7 +102,7 @@ def main(context: Any) -> None:
     nic = open_nic(context, engine)
 
     def status(message: dict[str, Any]) -> dict[str, Any]:
-        return status_of(nic, engine)
+        return status_of(nic, engine) | {"connections_most": int(limits_of(context.config).max_connections)}
 
     def connections(message: dict[str, Any]) -> dict[str, Any]:
         return {"connections": connections_of(nic)}
