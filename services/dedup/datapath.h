@@ -498,8 +498,9 @@ void posted_over(struct datapath *dp, uint32_t number);
 /* True if `request`, of `slot`, must be executed after a posted write that waits; *status other than OK: that one cannot be had, and
  * neither can this. */
 bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t *status);
-/* How many of those that wait cannot be applied for the time being. */
-uint32_t posted_failing(const struct datapath *dp);
+/* Those that cannot be applied for the time being. */
+struct posted_failing { uint32_t count; uint64_t blocks; };
+struct posted_failing posted_failing(const struct datapath *dp);
 /* The slot's posted write, whose status says why it cannot be applied, gets a slot that nbd does not know, to be queued there. Returns its number;
  * DP_NO_SLOT: it has one, or none is free. */
 uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);

@@ -75,23 +75,15 @@ bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const 
     return waits;
 }
 
-uint32_t posted_failing(const struct datapath *dp)
+struct posted_failing posted_failing(const struct datapath *dp)
 {
-    uint32_t count = 0;
-    for (uint32_t index = 0; index < dp->posted_count; index++)
-        count += dp->arena->slots[dp->posted[index]].status != ATOLL_OK;
-    return count;
-}
-
-/* Blocks of those that cannot be applied for the time being. */
-static uint64_t failing_blocks(const struct datapath *dp)
-{
-    uint64_t blocks = 0;
+    struct posted_failing failing = {0};
     for (uint32_t index = 0; index < dp->posted_count; index++) {
         const struct dp_slot *slot = &dp->arena->slots[dp->posted[index]];
-        blocks += slot->status != ATOLL_OK ? slot->request.length / DP_BLOCK : 0;
+        failing.count += slot->status != ATOLL_OK;
+        failing.blocks += slot->status != ATOLL_OK ? slot->request.length / DP_BLOCK : 0;
     }
-    return blocks;
+    return failing;
 }
 
 /* --- Space ------------------------------------------------------------------------------------------------------------ */
@@ -110,19 +102,20 @@ void posted_attach(struct datapath *dp)
 
 bool posted_shut(struct datapath *dp)
 {
+    struct posted_failing failing = posted_failing(dp);
     if (dp->posted_keeps) {
         allow(dp, 0);
         atoll_full_fence(); /* SP-POST */
-        if (posted_failing(dp) != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
+        if (failing.count != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
             return false;
         dp->posted_keeps = false;
     }
-    store_keep_posted(dp->dedup, failing_blocks(dp));
+    store_keep_posted(dp->dedup, failing.blocks);
     return true;
 }
 
 /* Less than `times` what posting ends with. */
-static bool is_short(const struct datapath *dp, uint32_t times)
+static bool lacks_room(const struct datapath *dp, uint32_t times)
 {
     uint64_t most, room = store_map_room(dp->dedup, &most), pages = most / MAP_PART < MAP_TO_END ? most / MAP_PART : MAP_TO_END;
     return store_unpromised(dp->dedup) < times * (ROOM_TO_BEGIN / 2) * ATOLL_POSTED_BLOCKS || room < times * pages;
@@ -130,14 +123,14 @@ static bool is_short(const struct datapath *dp, uint32_t times)
 
 void posted_end(struct datapath *dp)
 {
-    if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp) != 0 || is_short(dp, 1))
+    if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp).count != 0 || lacks_room(dp, 1))
         allow(dp, 0);
 }
 
 void posted_begin(struct datapath *dp)
 {
     if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses != 0 &&
-        posted_failing(dp) == 0 && !is_short(dp, 2)) {
+        posted_failing(dp).count == 0 && !lacks_room(dp, 2)) {
         posted_attach(dp); /* first they are kept */
         allow(dp, dp->posted_most);
     }

@@ -299,10 +299,10 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
         return look_at_map(dedup, goal);
     if (goal->phase == 0) {
         dp->posted_ends = goal->kind == DEDUP_GOAL_CLOSE;
-        if (posted_failing(dp) != 0 && goal->kind != DEDUP_GOAL_SYNC)
+        if (posted_failing(dp).count != 0 && goal->kind != DEDUP_GOAL_SYNC)
             return DEDUP_REASON_UNFLUSHED;
         if ((int32_t)(goal->asked - dedup->domain->rings->rx[ATOLL_ROLE_NBD].head) > 0 ||
-            dp->posted_count != posted_failing(dp))
+            dp->posted_count != posted_failing(dp).count)
             return 0;
         dp->drain = goal->kind != DEDUP_GOAL_SYNC;
         if (dp->drain && destage_pending_order(dp) != UINT64_MAX)
