@@ -311,13 +311,20 @@ static void write_rest(struct datapath *dp, uint32_t number)
     match_decide(dp, number, &decision);
     uint32_t writer_count = decision.writer_count;
     uint32_t placed = writer_count == 0 ? 0 : store_allocate(dp->dedup, writer_count, &pba);
-    if (placed == 0 && writer_count != 0) {
+    bool lost = placed == 0 && writer_count != 0 && store_exhausted(dp->dedup); /* what was promised them is not there any more (I7) */
+    if (lost) {
+        destage_failed(dp);
+        atoll_count(dp->domain, DEDUP_COUNTER_DESTAGE_ERRORS, writer_count);
+    } else if (placed == 0 && writer_count != 0) {
         uint32_t status;
         dp->space_ticket = store_sync(dp->dedup);
         dp->space_failures = store_sync_failures(dp->dedup, &status);
     }
-    for (uint32_t index = placed; index < writer_count; index++)
+    for (uint32_t index = placed; index < writer_count; index++) {
+        if (lost)
+            log_set_flag(dp, decision.writers[index], RECORD_FAILED);
         log_requeue(dp, decision.writers[index]);
+    }
     uint32_t total = placed + match_trim(dp, &decision, pba, placed);
     if (placed == 0) {
         batch_set_state(dp, number, RUN_FREE);

@@ -341,6 +341,8 @@ static void check_sums(struct datapath *dp, struct check *check)
     if (check->stored + writing != space->stored_blocks)
         found(&check->findings, "%llu places are referred to, %llu are being written, the store has %llu", U(check->stored), U(writing),
               U(space->stored_blocks));
+    if (!store_groups_agree(dp->dedup))
+        found(&check->findings, "free, pending and stored blocks of the groups are not what the sums say");
     if (check->reservations + space->zero_promises != space->reserved_blocks)
         found(&check->findings, "%llu logged blocks and %llu promises, %llu reservations", U(check->reservations),
               U(space->zero_promises), U(space->reserved_blocks));

@@ -219,8 +219,10 @@ static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, bool p
     bool frees = false;
     if (blocks == 0 || (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks)))
         return OUTCOME_DONE;
-    if (posted) /* never refused for want of space */
-        return store_reserve_posted(dp->dedup, blocks) ? OUTCOME_DONE : OUTCOME_RETRY;
+    if (posted) { /* never refused for want of space */
+        store_reserve_promised(dp->dedup, blocks);
+        return OUTCOME_DONE;
+    }
     if (!posted_shut(dp)) /* what is kept for posted writes can be had soon */
         return wait_for(dp, RESOURCE_SPACE);
     if (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks))
@@ -318,15 +320,9 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
         if (MAP_KIND(values[index]) != MAP_ZERO)
             continue;
         store_unmap(dp->dedup, volume, first + index, values[index]);
+        store_reserve_promised(dp->dedup, 1);
         values[index] = 0;
-        if (!store_reserve_posted(dp->dedup, 1)) { /* of the space that has just become free */
-            store_unreserve(dp->dedup, needed - zero_count);
-            slot->status = ATOLL_ENOSPC;
-        } else {
-            needed++; /* counted in `needed` and in zero_count: now it is reserved */
-            zero_count--;
-            needed--;
-        }
+        zero_count--;
     }
     if (outcome != OUTCOME_DONE || slot->status != ATOLL_OK) {
         unpin_ragged(dp, ragged, ragged_count);

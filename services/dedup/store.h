@@ -175,8 +175,9 @@ bool store_reserve(struct dedup *dedup, uint64_t blocks);
 /* The same for blocks whose persistent value names a place with one reference, which becomes free when they are placed: a few
  * blocks are kept for these, so that a full device can be overwritten. */
 bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks);
-/* For a posted write, whose client has been answered: takes of what store_keep_posted keeps. */
-bool store_reserve_posted(struct dedup *dedup, uint64_t blocks);
+/* For who has been promised them: a posted write, whose client has been answered (store_keep_posted), or an entry that gives up its
+ * promise for it. There are as many unless places were lost since, by damage to a page of counts. */
+void store_reserve_promised(struct dedup *dedup, uint64_t blocks);
 /* So many blocks are promised to nobody but posted writes; private to the process, 0 at first. */
 void store_keep_posted(struct dedup *dedup, uint64_t blocks);
 /* What store_reserve would grant if nothing were kept for posted writes; may be negative. */
@@ -188,6 +189,8 @@ void store_unreserve(struct dedup *dedup, uint64_t blocks);
  * *pba is its start; the blocks are "in flight" (in use, no reference) until store_place or store_abandon. 0 if free blocks exist only after a
  * sync (caller asks for one). */
 uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
+/* True if store_allocate cannot find any, nor after a sync: there are fewer places than reservations. */
+bool store_exhausted(struct dedup *dedup);
 /* Back to free (at the next sync) and to the caller's reservation. `quarantine`: never again in this run (late I/O may land there). */
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
 struct store_space {
@@ -196,6 +199,8 @@ struct store_space {
         quarantined_blocks, available_blocks /* what store_reserve would still grant */, cache_pages, cache_held_pages, cache_dirty_pages;
 };
 void store_space(struct dedup *dedup, struct store_space *space);
+/* For the checker: the words of all groups add up to what store_space says. */
+bool store_groups_agree(struct dedup *dedup);
 
 /* --- Fingerprints -------------------------------------------------------------------------------------------------- */
 /* Of a block whose fingerprint was asked for (store_want_prints); false: not a data block, or never used. If its count is in memory too

@@ -37,6 +37,8 @@
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write, or read of a page */
 #define STORE_QUARANTINE 1024          /* runs of places that late I/O may hit */
 #define STORE_SWEEP_FRAMES 1024        /* looked at in one step */
+#define STORE_REGAIN_LAST_NS 30000000000u /* longest pause between two attempts at pages of counts that could not be read */
+#define STORE_REGAIN_GROUPS 4096       /* looked at in one step of it */
 #define STORE_SWEEP_CONVERT 4          /* cleaned in one step */
 #define STORE_FREE_PER_STEP 512        /* old places of metadata pages freed in one step */
 #define STORE_DELETE_ENTRIES FORMAT_HOLES_MAX /* freed by one record group of a deletion */
@@ -216,6 +218,7 @@ struct store_area {
     /* Space, blocks. */
     uint64_t data_blocks;       /* that can hold data */
     uint64_t free_blocks, pending_blocks, stored_blocks /* in flight included */, in_flight_blocks, quarantined_blocks;
+    uint64_t given_up_blocks;   /* of the quarantined: free, as far as is known, but their page of counts cannot be read */
     uint64_t reserved_blocks;   /* promises included */
     uint64_t references, zero_promises;
     uint64_t mapped[ATOLL_VOLUME_COUNT]; /* entries whose persistent value names a block */
@@ -283,6 +286,7 @@ struct store {
     uint64_t bounce_busy;              /* bit per bounce page of STORE_PAGE_READS */
     bool urgent, starved, starved_urgent, woken;
     uint64_t delete_retry_ns;
+    uint64_t regain_ns, regain_pause_ns, regain_group; /* store_regain_step: not before; since the last time; where it is */
     bool none_to_delete;               /* since a volume was last changed */
     uint32_t want_status;
     uint64_t want_page;
@@ -388,6 +392,7 @@ void store_refs_loaded(struct store *store, uint32_t frame);          /* a page 
 bool store_keeps_content(struct store *store, uint64_t pba);   /* data that cannot be overwritten before the next sync */
 int64_t store_available(const struct store *store);            /* blocks that may still be promised to data */
 bool store_sweep(struct store *store);                         /* pending blocks of synced epochs become free */
+bool store_regain_step(struct store *store);                   /* pages of counts that could not be read are tried again */
 
 /* --- store_print.c --- */
 void store_remember_print(struct store *store, uint64_t pba, uint32_t count);  /* into the fingerprint cache */

@@ -95,6 +95,21 @@ void store_set_ref(struct store *store, uint64_t pba, uint32_t count)
     atoll_set32(store->journal, word, count);
 }
 
+/* The page of counts of a group that was given up can be read now: what is free there comes back. */
+static void take_group_back(struct store *store, uint64_t group, const uint32_t *words)
+{
+    uint32_t count = 0, known = GROUP_FREE(store->groups[group]);
+    for (uint32_t index = 0; index < FORMAT_REFS_PER_PAGE; index++)
+        count += words[index] == 0;
+    count = count > known ? count - known : 0;
+    if (count > store->area->given_up_blocks) /* the group's word came from the device, too */
+        count = (uint32_t)store->area->given_up_blocks;
+    group_change(store, group * STORE_GROUP_BLOCKS, (int32_t)count, 0, 0);
+    STORE_ADD(store, free_blocks, count);
+    STORE_ADD(store, quarantined_blocks, -(uint64_t)count);
+    STORE_ADD(store, given_up_blocks, -(uint64_t)count);
+}
+
 /* Words that no page on the device has: blocks that hold no data, and quarantined ones. */
 void store_refs_loaded(struct store *store, uint32_t frame)
 {
@@ -110,6 +125,8 @@ void store_refs_loaded(struct store *store, uint32_t frame)
         for (; from < to; from++)
             words[from - first] = REF_QUARANTINED;
     }
+    if (store->area->given_up_blocks != 0)
+        take_group_back(store, first / STORE_GROUP_BLOCKS, words);
 }
 
 bool store_sweep(struct store *store)
@@ -181,10 +198,13 @@ bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks)
     return reserve(store, blocks, store_available(store) - store->kept_posted + kept_for_overwrites(store));
 }
 
-bool store_reserve_posted(struct dedup *dedup, uint64_t blocks)
+void store_reserve_promised(struct dedup *dedup, uint64_t blocks)
 {
-    return reserve(dedup->store, blocks, store_available(dedup->store) + kept_for_overwrites(dedup->store));
+    struct store *store = dedup->store;
+    STORE_ADD(store, reserved_blocks, blocks);
 }
+
+bool store_exhausted(struct dedup *dedup) { return dedup->store->area->free_blocks + dedup->store->area->pending_blocks == 0; }
 
 void store_keep_posted(struct dedup *dedup, uint64_t blocks) { dedup->store->kept_posted = (int64_t)blocks; }
 
@@ -217,9 +237,27 @@ void store_space(struct dedup *dedup, struct store_space *space)
     space->available_blocks = available > 0 ? (uint64_t)available : 0;
 }
 
+bool store_groups_agree(struct dedup *dedup)
+{
+    const struct store *store = dedup->store;
+    const struct store_area *area = store->area;
+    uint64_t free_count = 0, pending_count = 0, stored_count = 0;
+    for (uint64_t group = 0; group * STORE_GROUP_BLOCKS < area->device_blocks; group++) {
+        uint64_t word = store->groups[group];
+        if (GROUP_FREE(word) + GROUP_PENDING(word) + GROUP_STORED(word) > store_group_blocks(store, group))
+            return false;
+        free_count += GROUP_FREE(word);
+        pending_count += GROUP_PENDING(word);
+        stored_count += GROUP_STORED(word);
+    }
+    return free_count == area->free_blocks && pending_count == area->pending_blocks &&
+           stored_count + area->in_flight_blocks == area->stored_blocks &&
+           free_count + pending_count + area->stored_blocks + area->quarantined_blocks == area->data_blocks;
+}
+
 /* --- Allocation ------------------------------------------------------------------------------------------------------ */
 
-/* The page of counts of a group is damaged in both copies: its blocks are not handed out. */
+/* The page of counts of a group cannot be read: its blocks are not handed out. What was promised of them, destage does not find. */
 static void give_group_up(struct store *store, uint64_t group)
 {
     uint64_t *word = &store->groups[group];
@@ -227,6 +265,39 @@ static void give_group_up(struct store *store, uint64_t group)
     atoll_set64(store->journal, word, GROUP(0, GROUP_PENDING(*word), GROUP_STORED(*word), GROUP_EPOCH(*word)));
     STORE_ADD(store, free_blocks, -(uint64_t)count);
     STORE_ADD(store, quarantined_blocks, count);
+    STORE_ADD(store, given_up_blocks, count);
+    store->regain_ns = store->regain_pause_ns = 0;
+}
+
+bool store_regain_step(struct store *store)
+{
+    const struct store_area *area = store->area;
+    uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS, now;
+    if (area->given_up_blocks == 0 || (now = atoll_now_ns()) < store->regain_ns)
+        return false;
+    for (uint32_t looked = 0; looked < STORE_REGAIN_GROUPS && store->regain_group < groups; looked++, store->regain_group++) {
+        uint64_t group = store->regain_group, word = store->groups[group];
+        uint32_t frame;
+        bool starved = store->starved;
+        if (GROUP_FREE(word) + GROUP_PENDING(word) + GROUP_STORED(word) >= store_group_blocks(store, group))
+            continue;
+        enum store_want want = store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, group), true, &frame);
+        store->starved = starved; /* nobody waits for that one */
+        if (want == STORE_WAIT) {
+            store->regain_ns = now + STORE_RETRY_NS / 64;
+            return false;
+        }
+    }
+    if (store->regain_group < groups)
+        return true;
+    store->regain_group = 0;
+    store->regain_pause_ns = 2 * store->regain_pause_ns;
+    if (store->regain_pause_ns < STORE_RETRY_NS)
+        store->regain_pause_ns = STORE_RETRY_NS;
+    if (store->regain_pause_ns > STORE_REGAIN_LAST_NS)
+        store->regain_pause_ns = STORE_REGAIN_LAST_NS;
+    store->regain_ns = now + store->regain_pause_ns;
+    return false;
 }
 
 /* Longest run of takeable blocks among [pba, end) of one group, at most `want`. */
