@@ -1,4 +1,4 @@
-"""A page of counts that cannot be read: nobody knows which of its blocks are free, and nobody gets them until it can."""
+"""A page of counts that cannot be read: nobody knows which of its blocks are free; nobody gets them until it can."""
 
 from __future__ import annotations
 
