@@ -572,9 +572,8 @@ class Stage:
         for address, size in io.segments:
             memory = ffi.buffer(ffi.cast("char *", address), size)
             if io.opcode == lib.ATOLL_OP_IO_READ:
-                header = physmap.header(io.role)
-                base = physmap.address(io.role) + int(header.buffer_offset)
-                assert base <= address and address + size <= base + int(header.buffer_bytes)
+                base, end = self.buffer_of(io.role)
+                assert base <= address and address + size <= end
                 memory[:] = device[at : at + size]
             elif io.opcode == lib.ATOLL_OP_IO_WRITE:
                 device[at : at + size] = memory[:]
@@ -589,6 +588,12 @@ class Stage:
         for io in ios:
             self.complete(io)
         return len(ios)
+
+    def buffer_of(self, role: int) -> tuple[int, int]:
+        """First address and end of a role's buffer area."""
+        header = physmap.header(role)
+        base = physmap.address(role) + int(header.buffer_offset)
+        return base, base + int(header.buffer_bytes)
 
     # --- All of them ------------------------------------------------------------------------------------------------
 

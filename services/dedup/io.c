@@ -128,17 +128,13 @@ void io_adopt(struct dedup *dedup)
         struct io_slot *slot = &dedup->io->slots[number];
         if (!in_flight[number])
             continue;
-        bool valid = slot->kind == IO_STORE;
-        for (uint32_t index = 0; valid && index < slot->segment_count && slot->opcode == ATOLL_OP_IO_READ; index++)
-            valid = atoll_reference_in(dedup->domain, slot->device, slot->segments[index].address,
-                                       slot->segments[index].length);
-        if (valid) {
+        if (slot->kind == IO_STORE && store_io_stands(dedup, slot)) {
             bool sent = io_send(dedup, number, 0); /* same content to the same place: harmless if it was done before */
             assert(sent);
             continue;
         }
         if (slot->kind == IO_STORE)
-            store_io_done(dedup, slot, ATOLL_EIO); /* the driver's buffers have shrunk meanwhile */
+            store_io_done(dedup, slot, ATOLL_EIO); /* for the store it has failed, like any other that does */
         io_release(dedup, number);
     }
 }

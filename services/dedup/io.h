@@ -70,12 +70,15 @@ void io_format(struct io_table *table);
 /* Requests that can be submitted now: IO_STORE any, IO_DESTAGE (its writes, and reads to match) all but the store's share,
  * IO_FILL (clients' reads) all but destage's too. */
 uint32_t io_room(const struct dedup *dedup, enum io_kind kind);
-/* After the death of all (rings and drivers started anew, nothing is in flight): IO_STORE requests are sent again, the
- * datapath's are released; it does its own again. In the running transaction. */
+/* After the death of all (rings and drivers started anew, nothing is in flight): IO_STORE requests that
+ * stand are sent again, the others have failed; the datapath's are released, it does its own again. In the running transaction. */
 void io_adopt(struct dedup *dedup);
 
 /* Owners' handlers. `slot` is valid during the call; submitting new requests from within is allowed. */
 void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
+/* After the death of all, which makes the driver's memory anew: true if the request can be sent again as it is, because what it writes lies in
+ * dedup's own arena, or what it reads goes where the store's pages are now. */
+bool store_io_stands(struct dedup *dedup, const struct io_slot *slot);
 
 #endif

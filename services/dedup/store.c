@@ -154,6 +154,18 @@ void store_seal_super(struct format_super *super, uint64_t place, void *block)
 
 static void format_io(struct store *store, uint32_t status);
 
+bool store_io_stands(struct dedup *dedup, const struct io_slot *slot)
+{
+    const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(dedup->store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
+    for (uint32_t index = 0; index < slot->segment_count; index++) {
+        uint64_t address = slot->segments[index].address, length = slot->segments[index].length;
+        if (slot->opcode == ATOLL_OP_IO_READ ? bounce == 0 || address - bounce > bytes || length > bytes - (address - bounce)
+                                             : !atoll_reference_in(dedup->domain, ATOLL_ROLE_DEDUP, address, length))
+            return false;
+    }
+    return true;
+}
+
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status)
 {
     struct store *store = dedup->store;

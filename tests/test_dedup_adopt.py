@@ -1,0 +1,102 @@
+"""All die while the store has something under way that lies in the driver's memory, which the next run makes anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from dedupkit import BLOCK, DISK, OK, Io, Stage
+
+from atoll.ipc._ipc import lib
+
+SIZE = 256 * BLOCK
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def until(stage: Stage, what: Callable[[Io], bool]) -> None:
+    """Does all I/O up to the first that is so, which stays under way."""
+    for _ in range(10_000):
+        stage.turn()
+        stage.take_ios()
+        if any(what(io) for io in stage.ios):
+            return
+        for io in list(stage.ios):
+            stage.complete(io)
+        stage.answers()
+    raise AssertionError("it does not come")
+
+
+def from_driver(stage: Stage, io: Io) -> bool:
+    base, end = stage.buffer_of(DISK)
+    return io.opcode == lib.ATOLL_OP_IO_WRITE and all(base <= address < end for address, _ in io.segments)
+
+
+@pytest.mark.parametrize("opcode", [lib.ATOLL_OP_IO_READ, lib.ATOLL_OP_IO_WRITE])
+def test_while_blocks_are_written_again(opcode: int) -> None:
+    """After a failed flush blocks are read back and written again, out of the driver's memory."""
+    with Stage(device_blocks=4096) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        for number in range(20):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.drain()
+        fails = iter([int(lib.ATOLL_EIO)])
+        stage.io_rule = lambda io: next(fails, OK) if io.opcode == lib.ATOLL_OP_IO_SYNC else OK
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status == lib.ATOLL_EIO
+        stage.io_rule = None
+        stage.flush(volume)
+        if opcode == lib.ATOLL_OP_IO_WRITE:
+            until(stage, lambda io: from_driver(stage, io))
+        else:
+            until(stage, lambda io: io.opcode == lib.ATOLL_OP_IO_READ)
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.run_until_idle()
+        flush = stage.flush(volume)
+        stage.drain()
+        assert flush.status == OK
+        read = stage.read(volume, 0, 20 * BLOCK)
+        stage.run_until_idle()
+        assert read.status == OK and read.data == b"".join(block(number) for number in range(20))
+        stage.check()
+
+
+@pytest.mark.parametrize("pages", [512, 540, 640, 1024, 460])
+def test_while_a_page_of_metadata_is_read(pages: int) -> None:
+    """The driver's buffers are larger in the next run, or smaller: it is not read to where others are now."""
+    with Stage(device_blocks=4096) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        for number in range(20):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.drain()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(device_blocks=4096) as stage:
+        stage.device[:] = device
+        stage.open()
+        read = stage.read(volume, 0, 20 * BLOCK)
+        until(stage, lambda io: io.opcode == lib.ATOLL_OP_IO_READ)
+        stage.shapes[DISK] = (4096, pages * BLOCK)
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.take_ios()
+        _, end = stage.buffer_of(DISK)
+        mine = 128 * BLOCK  # STORE_BOUNCE_PAGES
+        assert all(address >= end - mine for io in stage.ios for address, _ in io.segments)
+        stage.run_until_idle()
+        read = stage.read(volume, 0, 20 * BLOCK)
+        stage.run_until_idle()
+        assert read.status == OK and read.data == b"".join(block(number) for number in range(20))
+        stage.drain()
+        stage.check()
