@@ -482,6 +482,44 @@ def test_a_failed_destage_is_kept_and_tried_elsewhere() -> None:
         stage.check()
 
 
+@pytest.mark.parametrize("how", ["write", "trim"])
+def test_overwritten_while_a_failed_destage_is_finished(how: str) -> None:
+    """Piece by piece its blocks lose their places. One that has lost its own holds space again, until it is overwritten."""
+    with Stage(cache_pages=2304, nic_pages=1024) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * BLOCK)
+        stage.run_until_idle()
+        blocks, deadline = 120, time.monotonic() + 20  # more than a piece
+        for number in range(blocks):
+            stage.write(volume, number * BLOCK, random.Random(number).randbytes(BLOCK))
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_WRITE else OK
+        stage.io_log.clear()
+        while not any(io.opcode == lib.ATOLL_OP_IO_WRITE and io.length > 64 * BLOCK for io in stage.io_log):
+            stage.turn()
+            stage.disk()
+            assert time.monotonic() < deadline
+        stage.turn()
+        stage.answers()
+        assert 0 < stage.figures().failed_records < blocks
+        stage.check()
+        for number in range(blocks):
+            if how == "write":
+                stage.write(volume, number * BLOCK, random.Random(1000 + number).randbytes(BLOCK))
+            else:
+                stage.trim(volume, number * BLOCK, BLOCK)
+        while stage.requests:
+            stage.turn()
+            stage.disk()
+            stage.answers()
+            stage.check()
+        stage.io_rule = None
+        flush = stage.flush(volume)
+        stage.drain()
+        assert flush.status == OK
+        stage.check()
+        assert stage.figures().reserved_blocks == 0
+
+
 def test_a_flush_tries_again_at_once_what_has_failed() -> None:
     """However long the back-off has become: the device is well again, and so is the flush."""
     with Stage() as stage:

@@ -176,7 +176,7 @@ static void check_records(struct datapath *dp, struct check *check)
             if (run->state >= RUN_WRITING && !writer && index < run->done)
                 continue; /* a follower that has been finished */
             members++;
-            if (r->state != RECORD_DROPPED && r->state != (writer ? RECORD_WRITING : RECORD_MATCHING))
+            if (r->state != RECORD_DROPPED && r->state != (writer && index >= run->done ? RECORD_WRITING : RECORD_MATCHING))
                 found(findings, "run %u, record %u: state %u", number, run->records[index], r->state);
             if (r->state != RECORD_DROPPED && r->order < run->min_order)
                 found(findings, "run %u, record %u: order %llu is below the run's", number, run->records[index], U(r->order));

@@ -78,6 +78,14 @@ static bool finish_ready(struct datapath *dp, uint32_t record, uint64_t pba, enu
     return store_want_base(dp->dedup, at(dp, record)->base) != STORE_WAIT;
 }
 
+/* Its place is given up for another one; it goes back to the list, or is set aside, when the run ends. Whoever overwrites it until then takes
+ * over the reservation that it has again. */
+static void lose_place(struct datapath *dp, const struct dp_run *run, uint32_t index, bool quarantine)
+{
+    store_abandon(dp->dedup, run->pba + index, 1, quarantine);
+    dp_set32(dp, &at(dp, run->records[index])->state, RECORD_MATCHING);
+}
+
 /* A record that has been written. It stays until the followers have compared themselves with its page: DROPPED says that
  * the map does not name it any more, its link that its place is its own no more. */
 static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t index, bool place_lost)
@@ -88,14 +96,14 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         store_abandon(dp->dedup, run->pba + index, 1, false);
         store_unreserve(dp->dedup, 1); /* who overwrote it has a reservation of its own */
     } else if (r->flags & RECORD_CONDEMNED) {
-        store_abandon(dp->dedup, run->pba + index, 1, place_lost);
-        return; /* set aside when the run ends */
+        lose_place(dp, run, index, place_lost);
+        return;
     } else if (run->status != ATOLL_OK || place_lost) { /* the page of its place's fingerprint is damaged: another place */
-        store_abandon(dp->dedup, run->pba + index, 1, place_lost);
+        lose_place(dp, run, index, place_lost);
         if (!place_lost)
             log_set_flag(dp, record, RECORD_FAILED);
         atoll_count(dp->domain, DEDUP_COUNTER_DESTAGE_ERRORS, 1);
-        return; /* it goes back to the list when the run ends */
+        return;
     } else {
         store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
         tier_consider(dp, r->volume, run->pba + index);
