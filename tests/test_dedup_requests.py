@@ -484,7 +484,7 @@ def test_a_failed_destage_is_kept_and_tried_elsewhere() -> None:
 
 @pytest.mark.parametrize("how", ["write", "trim"])
 def test_overwritten_while_a_failed_destage_is_finished(how: str) -> None:
-    """Piece by piece its blocks lose their places. One that has lost its own holds space again, until it is overwritten."""
+    """Piece by piece its blocks lose their places. One that has lost its own holds space again, until overwritten."""
     with Stage(cache_pages=2304, nic_pages=1024) as stage:
         stage.open()
         volume = stage.create_volume("v", 256 * BLOCK)
