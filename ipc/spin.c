@@ -7,14 +7,13 @@
 #define VAIN_MOST 8
 _Static_assert((1 << VAIN_MOST) - 1 == ATOLL_SPIN_REST, "rests double");
 
-static void in_vain(struct atoll_luck *luck, uint32_t more)
+void atoll_luck_vain(struct atoll_luck *luck, uint32_t more)
 {
     luck->vain = luck->vain + more < VAIN_MOST ? luck->vain + more : VAIN_MOST;
     luck->rest = (1u << luck->vain) - 1;
 }
 
-/* Whether this occasion is one for an attempt. */
-static bool attempts(struct atoll_luck *luck)
+bool atoll_luck_tries(struct atoll_luck *luck)
 {
     if (luck->rest == 0)
         return true;
@@ -29,7 +28,7 @@ static void begin(struct atoll_rings *rings, struct atoll_spin *spin, uint64_t n
         rings->lucky->spins.vain = 0;
     rings->lucky = 0;
     rings->worked = false;
-    rings->spin_until = attempts(&spin->spins) ? now + rings->spin_ns : 0;
+    rings->spin_until = atoll_luck_tries(&spin->spins) ? now + rings->spin_ns : 0;
 }
 
 /* Nobody who sends to the domain is awake, so nothing comes before somebody is woken. (The kernel wakes whom it calls.) */
@@ -44,7 +43,7 @@ static bool all_sleep(const struct atoll_domain *domain)
 /* Looks on without giving way. True if something has come. */
 static bool hold(struct atoll_domain *domain, struct atoll_spin *spin, uint32_t ignored_roles, atoll_look *look, void *context)
 {
-    if (look == 0 || spin->hold_ns == 0 || !attempts(&spin->holds))
+    if (look == 0 || spin->hold_ns == 0 || !atoll_luck_tries(&spin->holds))
         return false;
     uint64_t until = atoll_now_ns() + spin->hold_ns;
     do {
@@ -56,7 +55,7 @@ static bool hold(struct atoll_domain *domain, struct atoll_spin *spin, uint32_t 
             return true;
         }
     } while (atoll_now_ns() < until);
-    in_vain(&spin->holds, 1);
+    atoll_luck_vain(&spin->holds, 1);
     return false;
 }
 
@@ -80,13 +79,13 @@ bool atoll_domain_spin(struct atoll_domain *domain, struct atoll_spin *spin, uin
         if (look == 0 && all_sleep(domain))
             break;
         if (last >= rings->spin_until) {
-            in_vain(&spin->spins, 1);
+            atoll_luck_vain(&spin->spins, 1);
             break;
         }
         sched_yield();
         uint64_t now = atoll_now_ns();
         if (now - last > ATOLL_SPIN_LOST_NS) { /* what has come meanwhile is seen by who is about to sleep */
-            in_vain(&spin->spins, VAIN_MOST / 2);
+            atoll_luck_vain(&spin->spins, VAIN_MOST / 2);
             break;
         }
         last = now;

@@ -27,6 +27,11 @@
 /* A turn that comes back later than this was taken by somebody who computes; a client that answers takes less. */
 #define ATOLL_SPIN_LOST_NS 1000000
 
+/* Whether this occasion is one for an attempt. */
+bool atoll_luck_tries(struct atoll_luck *luck);
+/* An attempt has brought nothing; `more`: it counts as so many. One that has brought something sets `vain` to 0. */
+void atoll_luck_vain(struct atoll_luck *luck, uint32_t more);
+
 /* Looks at what else the domain waits for, beside its rings. True: there is something to do. */
 typedef bool atoll_look(void *context);
 

@@ -45,28 +45,56 @@ def test_who_waits_for_a_connection_has_it_when_one_is_free(make_server: Callabl
     before.close()
 
 
-def test_nic_looks_on_for_a_client_on_another_processor(make_server: Callable[..., Server]) -> None:
-    """What such a client sends at once is seen before nic gives way a second time."""
+def counted_reads(server: Server, connection: Connection, counter: str) -> Callable[[], int]:
+    """Reads READS times, one by one; nic's counter since before that."""
+    request = request_bytes(Request(Command.READ, 0, 1, 0, 512))
+    reply = bytearray(16 + 512)
+    connection.negotiate("disk", structured=False, allocation=False)
+    connection.sock.settimeout(None)  # with a timeout Python polls before each call: too slow
+
+    def value() -> int:
+        return int(server.json("status")["counters"]["nic"][counter])
+
+    def read() -> int:
+        before = value()
+        for _ in range(READS):
+            connection.sock.sendall(request)
+            assert connection.sock.recv_into(reply, len(reply), socket.MSG_WAITALL) == len(reply)
+        return value() - before
+
+    return read
+
+
+@pytest.mark.parametrize(("own", "counter"), [(1, "held"), (0, "guessed")])
+def test_nic_expects_a_client_where_it_is(make_server: Callable[..., Server], own: int, counter: str) -> None:
+    """Seen before nic gives way a second time: what a client on another processor sends at once. Received without
+    asking epoll for it: what one on nic's own has sent meanwhile."""
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < 2:
         pytest.skip("one processor")
     config = {"kernel": {"cpus": allowed[:1]}, "volumes": [{"name": "disk", "size": "16MiB"}]}
     server = make_server(config=config).start()
-    request = request_bytes(Request(Command.READ, 0, 1, 0, 512))
-    reply = bytearray(16 + 512)
     with Connection.open(str(server.socket), timeout_s=20) as connection:
-        connection.negotiate("disk", structured=False, allocation=False)
-        connection.sock.settimeout(None)  # with a timeout Python polls before each call: too slow
-
-        def held() -> int:
-            for _ in range(READS):
-                connection.sock.sendall(request)
-                assert connection.sock.recv_into(reply, len(reply), socket.MSG_WAITALL) == len(reply)
-            return int(server.json("status")["counters"]["nic"]["held"])
-
-        os.sched_setaffinity(0, allowed[1:])
+        read = counted_reads(server, connection, counter)
+        os.sched_setaffinity(0, allowed[own : own + 1])
         try:
-            wait_for("requests that came while nic looked on", held)
+            wait_for("requests that came as expected", read)
+        finally:
+            os.sched_setaffinity(0, allowed)
+
+
+def test_with_several_connections_nic_does_not_guess(make_server: Callable[..., Server]) -> None:
+    """Whom it guessed would come first, again and again."""
+    allowed = sorted(os.sched_getaffinity(0))
+    server = make_server(
+        config={"kernel": {"cpus": allowed[:1]}, "volumes": [{"name": "disk", "size": "16MiB"}]}
+    ).start()
+    with Connection.open(str(server.socket), timeout_s=20) as connection, Connection.open(str(server.socket)) as other:
+        other.negotiate("disk")
+        read = counted_reads(server, connection, "guessed")
+        os.sched_setaffinity(0, allowed[:1])
+        try:
+            assert read() == 0
         finally:
             os.sched_setaffinity(0, allowed)
 

@@ -50,6 +50,7 @@ COUNTERS = (
     "latency_requests",
     "pauses",
     "held",
+    "guessed",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

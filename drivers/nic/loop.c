@@ -253,7 +253,7 @@ bool nic_look(struct nic *nic, int timeout_ms)
 }
 
 /* For a spinning nic. Whatever it is: epoll tells it once only. */
-static bool look_at_sockets(void *context) { return nic_look(context, 0); }
+static bool look_at_sockets(void *context) { return nic_guess(context) || nic_look(context, 0); }
 
 static int timeout_ms(const struct nic *nic, uint64_t until_ns, bool blocked)
 {

@@ -87,7 +87,8 @@ enum nic_counter {
     NIC_LATENCY_REQUESTS = 28, /* times that the processors were asked to stay awake: latency.c */
     NIC_PAUSES = 29,           /* for a client that has replies to read: coalesce.c */
     NIC_HELD = 30,             /* times that a client sent while nic held the processor: ipc/spin.h */
-    NIC_COUNTER_COUNT = 31
+    NIC_GUESSED = 31,          /* receives without asking epoll that brought something: guess.c */
+    NIC_COUNTER_COUNT = 32
 };
 
 enum nic_phase {
@@ -375,6 +376,14 @@ struct nic_courtesy {
     uint64_t waited_ns, turns; /* as last read */
 };
 
+/* See guess.c. */
+struct nic_guess {
+    uint32_t connection;       /* replied to last, with nothing left to send */
+    bool due;                  /* nic has not looked for its next request yet */
+    bool made;                 /* a receive is intended or under way */
+    struct atoll_luck luck;
+};
+
 /* See coalesce.c. */
 struct nic_coalesce {
     uint64_t replies;          /* NIC_REPLIES as it was at since_ns */
@@ -417,6 +426,7 @@ struct nic {
     struct nic_courtesy courtesy;
     struct nic_latency latency;
     struct nic_coalesce coalesce;
+    struct nic_guess guess;
     struct nic_pages *pages;
     struct nic_queue work;     /* connections to look at */
     struct nic_queue page_waiters;
@@ -561,6 +571,12 @@ void nic_courtesy_open(struct nic *nic);
 void nic_courtesy_close(struct nic *nic);
 /* When `courtesy.next_ns` has come. */
 void nic_courtesy_look(struct nic *nic);
+
+/* guess.c. `_due`: all replies to the connection are in its socket. nic_guess, when nic is back from giving way: true if it receives on
+ * a guess. `_over`: what a receive has brought. */
+void nic_guess_due(struct nic *nic, uint32_t connection);
+bool nic_guess(struct nic *nic);
+void nic_guess_over(struct nic *nic, bool right);
 
 /* loop.c: looks at sockets and listeners, waiting for so long at most (-1: no limit). True if there was something. */
 bool nic_look(struct nic *nic, int timeout_ms);

@@ -541,6 +541,7 @@ void nic_received(struct nic *nic, struct nic_connection *connection, int32_t re
             if (!hint->readable)
                 hint->speculate = false;
             hint->readable = false;
+            nic_guess_over(nic, false);
             atoll_count(nic->domain, NIC_EMPTY_RECEIVES, 1);
         } else if (result != -EINTR && result != -ENOMEM && result != -ENOBUFS) {
             atoll_count(nic->domain, NIC_SOCKET_ERRORS, 1);
@@ -549,6 +550,7 @@ void nic_received(struct nic *nic, struct nic_connection *connection, int32_t re
         return;
     }
     uint32_t count = (uint32_t)result;
+    nic_guess_over(nic, true);
     if (!hint->readable)
         hint->speculate = true;
     /* A short read of a stream empties it; what comes later shows in epoll. */

@@ -200,6 +200,8 @@ void nic_sent(struct nic *nic, struct nic_connection *connection, int32_t result
     }
     if (connection->send_head != 0)
         nic_deadline(nic, nic->now_ns + nic->limits.reply_ns);
+    else
+        nic_guess_due(nic, nic_index(nic, connection));
     if (close)
         nic_linger(nic, connection);
 }
