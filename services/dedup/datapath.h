@@ -76,6 +76,9 @@
 #define DP_SCRUB_REFERRERS 4
 /* Request slots: nbd's, and dedup's own for posted writes (datapath_posted.c). */
 #define DP_SLOTS (ATOLL_SLOT_COUNT + ATOLL_POSTED_BLOCKS)
+/* Records whose sets of equal ones are asked for before they are entered there: those of a large write lie in memory that is in no
+ * cache, beside a page that is being asked for at the same time. */
+#define DP_EQUAL_LATE 16
 /* Blocks that one step can put into the look-up table; more are not put there. */
 #define DP_LOOKUP_NOTES 4096
 /* Pages that the read cache makes free at once when it has none: one look at who uses them serves all. */
@@ -321,7 +324,7 @@ struct datapath {
     uint64_t *equal_sets;       /* records by fingerprint, as a hint: see log_equal */
     uint64_t equal_mask;        /* of sets */
     uint32_t *equal_next;       /* an older record with the same content */
-    uint32_t equal_late;        /* the newest record, whose set is on its way */
+    uint32_t equal_late[DP_EQUAL_LATE], equal_turn; /* the newest records, whose sets are on their way */
     uint32_t *log_limbo;        /* PINNED records without pins: see log_settle */
     uint32_t log_limbo_count;
     struct dp_lookup lookup;
@@ -470,6 +473,7 @@ struct log_cursor { const uint64_t *leaf; uint64_t leaf_end; uint32_t volume; };
 uint32_t log_find(const struct datapath *dp, struct log_cursor *cursor, uint32_t volume, uint64_t lba);
 /* A LOGGED record in the list whose content has this fingerprint, or DP_NONE. A hint: those of a predecessor are not known. */
 uint32_t log_equal(const struct datapath *dp, struct fingerprint print);
+void log_know_equals(struct datapath *dp);              /* of those, too, that have just been logged */
 void log_prefetch_equal(const struct datapath *dp, struct fingerprint print);
 void log_unlink(struct datapath *dp, uint32_t record);
 void log_requeue(struct datapath *dp, uint32_t record);  /* back into the list, by its order; state LOGGED */

@@ -11,6 +11,8 @@
 
 /* Steps that wait for the pages that say what may be equal to a batch. */
 #define LOOKUPS 64
+/* Records ahead in the list whose cache lines are asked for. */
+#define LIST_AHEAD 8
 
 static struct fingerprint zero_print;
 static const uint8_t zero_block[DP_BLOCK];
@@ -107,6 +109,8 @@ enum batch_looked batch_look_up(struct datapath *dp)
         record = at(dp, record)->next;
     for (; record != DP_NONE && count < piece; record = at(dp, record)->next) {
         records[count++] = record;
+        if (record + LIST_AHEAD < dp->record_count) /* where it is likely to go on: a large write's records stand in sequence */
+            __builtin_prefetch(at(dp, record + LIST_AHEAD));
         store_prefetch_candidates(dp->dedup, at(dp, record)->print);
         log_prefetch_equal(dp, at(dp, record)->print);
     }
@@ -202,6 +206,7 @@ bool batch_collect(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     uint32_t chosen[ATOLL_IO_BLOCKS], taken[ATOLL_IO_BLOCKS], before = run->state == RUN_FREE ? 0 : run->record_count, count = 0;
+    log_know_equals(dp);
     uint32_t chosen_count = choose(dp, dp->batch_blocks - before, chosen);
     uint64_t lowest = before == 0 ? UINT64_MAX : run->min_order;
     bool check = dp->shared; /* else when it is written: the piece that this makes larger holds nobody up */

@@ -272,6 +272,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
                              ? (struct source){.block = pbas[index]}
                              : (struct source){.block = tier_block(&dp->tier, places[index]), .tier = true};
         *tiered = *tiered || sources[index].tier;
+        s3fifo_prefetch(dp->pools[sources[index].tier ? POOL_TIER : POOL_DISK].queues, pbas[index]);
         missing_count++;
         if (index == 0 || !missing[index - 1] || !in_sequence(sources[index - 1], sources[index])) {
             reads++;

@@ -113,7 +113,8 @@ static void equal_attach(struct datapath *dp)
     dp->equal_mask = sets - 1;
     dp->equal_sets = aligned_alloc(64, sets * EQUAL_WAYS * sizeof *dp->equal_sets);
     dp->equal_next = calloc(dp->record_count, sizeof *dp->equal_next);
-    dp->equal_late = DP_NONE;
+    for (uint32_t turn = 0; turn < DP_EQUAL_LATE; turn++)
+        dp->equal_late[turn] = DP_NONE;
     if (dp->equal_sets == 0 || dp->equal_next == 0)
         abort(); /* less than a MiB at the start of a process */
     memset(dp->equal_sets, 0, sets * EQUAL_WAYS * sizeof *dp->equal_sets);
@@ -133,13 +134,24 @@ static void equal_enter(struct datapath *dp, uint32_t record)
     set[way] = (uint64_t)tag << 32 | record;
 }
 
-/* Its set is asked for now, and looked at when the next record comes. */
+/* Its set is asked for now, and looked at when some more records have come. */
 static void equal_add(struct datapath *dp, uint32_t record)
 {
+    uint32_t *late = &dp->equal_late[dp->equal_turn++ % DP_EQUAL_LATE];
     __builtin_prefetch(equal_set(dp, at(dp, record)->print), 1);
-    if (dp->equal_late != DP_NONE)
-        equal_enter(dp, dp->equal_late);
-    dp->equal_late = record;
+    if (*late != DP_NONE)
+        equal_enter(dp, *late);
+    *late = record;
+}
+
+void log_know_equals(struct datapath *dp)
+{
+    for (uint32_t each = 0; each < DP_EQUAL_LATE; each++) { /* the oldest first: the newest is found first */
+        uint32_t *late = &dp->equal_late[(dp->equal_turn + each) % DP_EQUAL_LATE];
+        if (*late != DP_NONE)
+            equal_enter(dp, *late);
+        *late = DP_NONE;
+    }
 }
 
 void log_prefetch_equal(const struct datapath *dp, struct fingerprint print) { __builtin_prefetch(equal_set(dp, print)); }

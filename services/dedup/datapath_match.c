@@ -350,6 +350,28 @@ static bool came_late(struct datapath *dp, const struct dp_record *r, uint32_t l
     return link == DP_NONE && store_candidates(dp->dedup, r->print, &place, 1) != 0;
 }
 
+/* Cache lines of what sharing them looks at and changes: comparing the whole batch has pushed them out again. */
+static void prefetch_share(struct datapath *dp, const uint32_t *records, const uint64_t *places, uint32_t count)
+{
+    for (uint32_t index = 0; index < count; index++) {
+        const struct dp_record *r = at(dp, records[index]);
+        store_prefetch_candidates(dp->dedup, r->print);
+        if (places[index] == 0) {
+            destage_prefetch_inflight(dp, r->print);
+            continue;
+        }
+        store_prefetch_map(dp->dedup, r->volume, r->lba);
+        store_prefetch_block(dp->dedup, places[index]);
+        if (MAP_KIND(r->base) == MAP_PBA)
+            store_prefetch_block(dp->dedup, MAP_NUMBER(r->base));
+    }
+    for (uint32_t index = 0; index < count; index++) {
+        const struct dp_record *r = at(dp, records[index]);
+        if (places[index] != 0 && MAP_KIND(r->base) == MAP_PBA)
+            store_prefetch_forget(dp->dedup, MAP_NUMBER(r->base));
+    }
+}
+
 /* One run of the batch: shares, follows, holds back. places[i]: confirmed, or 0. What is left goes to `rest`, with its links; returns
  * how many. */
 static uint32_t share_run(struct datapath *dp, const uint32_t *records, const uint64_t *places, const uint32_t *link, uint32_t count,
@@ -360,8 +382,7 @@ static uint32_t share_run(struct datapath *dp, const uint32_t *records, const ui
     uint8_t choice[ATOLL_IO_BLOCKS];
     struct runs_rule rule;
     assert(count >= 1 && count <= ATOLL_IO_BLOCKS);
-    for (uint32_t index = 0; index < count; index++)
-        destage_prefetch_inflight(dp, at(dp, records[index])->print);
+    prefetch_share(dp, records, places, count);
     for (uint32_t index = 0; index < count; index++) {
         const struct dp_record *r = at(dp, records[index]);
         struct runs_block *block = &blocks[index];

@@ -85,6 +85,8 @@ static uint32_t *bucket_of(const struct s3fifo *queues, uint64_t key)
     return &queues->heads[(uint32_t)(key * 0x9e3779b97f4a7c15u >> 32) & queues->mask];
 }
 
+void s3fifo_prefetch(const struct s3fifo *queues, uint64_t key) { __builtin_prefetch(bucket_of(queues, key)); }
+
 /* The link that leads to the key's ghost, or to S3FIFO_NONE. */
 static uint32_t *find_ghost(const struct s3fifo *queues, uint64_t key)
 {

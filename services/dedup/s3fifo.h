@@ -45,6 +45,7 @@ struct s3fifo_busy {
 /* For pages 0 to page_count - 1, at least 1. NULL: no memory. */
 struct s3fifo *s3fifo_open(uint32_t page_count);
 void s3fifo_close(struct s3fifo *queues);
+void s3fifo_prefetch(const struct s3fifo *queues, uint64_t key); /* it will come in: the cache line for that */
 void s3fifo_enter(struct s3fifo *queues, uint32_t page, uint64_t key);
 void s3fifo_leave(struct s3fifo *queues, uint32_t page);
 void s3fifo_use(struct s3fifo *queues, uint32_t page);
