@@ -613,6 +613,8 @@ void destage_blame(struct datapath *dp);
 void destage_settled(struct datapath *dp, uint32_t record);
 /* Next record being written with this content: its node (run * DP_RUN_RECORDS + index), or DP_NONE. `after`: DP_NONE begins. */
 uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after);
+/* The node of a record that is being written; DP_NONE: its write could not be finished. */
+uint32_t destage_node(const struct datapath *dp, uint32_t record);
 void destage_prefetch_inflight(const struct datapath *dp, struct fingerprint print);
 
 /* --- datapath_match.c --------------------------------------------------------------------------------------------------- */

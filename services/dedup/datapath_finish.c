@@ -41,6 +41,14 @@ void inflight_remove(struct datapath *dp, uint32_t run, uint32_t index)
     *link = dp->inflight_next[node];
 }
 
+uint32_t destage_node(const struct datapath *dp, uint32_t record)
+{
+    uint32_t node = *inflight_bucket(dp, dp->records[record].print);
+    while (node != DP_NONE && dp->arena->runs[node / DP_RUN_RECORDS].records[node % DP_RUN_RECORDS] != record)
+        node = dp->inflight_next[node];
+    return node;
+}
+
 void destage_prefetch_inflight(const struct datapath *dp, struct fingerprint print)
 {
     __builtin_prefetch(inflight_bucket(dp, print), 1);

@@ -49,6 +49,10 @@ static uint32_t run_end(struct datapath *dp, const uint32_t *records, uint32_t c
 /* Where `record` is about to be stored, or is expected to be found equal; 0: not known. */
 static uint64_t planned_place(const struct datapath *dp, uint32_t record)
 {
+    if (dp->records[record].state == RECORD_WRITING) {
+        uint32_t node = destage_node(dp, record);
+        return node == DP_NONE ? 0 : dp->arena->runs[node / DP_RUN_RECORDS].pba + node % DP_RUN_RECORDS;
+    }
     for (uint32_t each = 0; each < DP_RUNS; each++) { /* the newest first: what is written in sequence follows it */
         const struct dp_run *run = &dp->arena->runs[(dp->newest_run + each) % DP_RUNS];
         for (uint32_t index = 0; run->state != RUN_FREE && index < run->record_count; index++) {
