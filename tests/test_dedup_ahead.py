@@ -103,6 +103,66 @@ def test_a_neighbour_that_cannot_be_read_disturbs_nobody(what: str) -> None:
             assert request.status == OK and request.data == block(number)
 
 
+def test_a_candidate_that_rots_is_named_and_not_shared() -> None:
+    """It differs from its equal, and its fingerprint says which of them is damaged."""
+    with stage() as it:
+        volume = store(it, 1)
+        it.device[it.device.find(block(0))] ^= 1
+        it.write(volume, 9 * BLOCK, block(0))
+        it.drain()
+        it.check()
+        counters = it.counters()
+        assert counters["corrupt_reads"] == 1 and counters["compare_mismatches"] == 0 and counters["shared_blocks"] == 0
+        old, new = it.read(volume, 0, BLOCK), it.read(volume, 9 * BLOCK, BLOCK)
+        it.run_until_idle()
+        assert old.status == lib.ATOLL_ECORRUPT and new.data == block(0)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_what_destage_reads_is_checked_before_a_client_gets_it(crash: bool) -> None:
+    with stage() as it:
+        volume = store(it, 64)
+        place = it.device.find(block(32)) // BLOCK // 32  # a neighbourhood
+        beside = [number for number in range(64) if it.device.find(block(number)) // BLOCK // 32 == place]
+        rotten, sound = beside[5], beside[6]
+        it.device[it.device.find(block(rotten))] ^= 1
+        for at in beside[:2]:
+            it.write(volume, (8 * COUNT + 2 * at) * BLOCK, block(at))
+        it.drain()
+        assert it.counters()["ahead_read_blocks"] > 4 and it.counters()["corrupt_reads"] == 0
+        if crash:
+            it.open(crashed=True)
+        seen = len(it.io_log)
+        bad, good = it.read(volume, rotten * BLOCK, BLOCK), it.read(volume, sound * BLOCK, BLOCK)
+        it.run_until_idle()
+        assert bad.status == lib.ATOLL_ECORRUPT and good.data == block(sound)
+        again = [io.length for io in it.io_log[seen:] if io.opcode == lib.ATOLL_OP_IO_READ]
+        assert again == [BLOCK], "the bad one"
+        it.check()
+
+
+@pytest.mark.parametrize("rots", [False, True])
+def test_a_client_may_wait_for_what_destage_reads(rots: bool) -> None:
+    with stage() as it:
+        volume = store(it, 1)
+        if rots:
+            it.device[it.device.find(block(0))] ^= 1
+        it.write(volume, 9 * BLOCK, block(0), lib.ATOLL_FLAG_FUA)
+        seen = len(it.io_log)
+        while not it.ios:
+            it.turn()
+            it.take_ios()
+        assert [io.opcode for io in it.ios] == [lib.ATOLL_OP_IO_READ]
+        read = it.read(volume, 0, BLOCK)
+        it.turn()
+        it.run_until_idle()
+        assert read.status == lib.ATOLL_ECORRUPT if rots else read.data == block(0)
+        assert it.counters()["corrupt_reads"] == (1 if rots else 0)
+        assert sum(io.opcode == lib.ATOLL_OP_IO_READ for io in it.io_log[seen:]) == 1
+        it.drain()
+        it.check()
+
+
 @pytest.mark.parametrize("turns", range(1, 16))
 def test_a_candidate_may_go_before_it_is_read(turns: int) -> None:
     """Between the step that chose it and the one that reads it the last volume that refers to it lets it go."""

@@ -115,7 +115,7 @@ void dedup_figures(struct dedup *dedup, struct dedup_figures *figures)
     figures->pinned_records = dp->arena->pinned_records;
     figures->merge_free = dp->merge_free_count + dp->merge_freed_count;
     for (uint64_t page = 0; page < dp->pools[POOL_DISK].count; page++) {
-        figures->cache_valid += dp->pages[page].state == PAGE_VALID;
+        figures->cache_valid += dp->pages[page].state == PAGE_VALID || dp->pages[page].state == PAGE_UNCHECKED;
         figures->cache_loading += dp->pages[page].state == PAGE_LOADING;
         figures->cache_pinned += dp->pages[page].pins != 0;
     }

@@ -143,7 +143,8 @@ enum page_state {
     PAGE_VALID = 2,
     PAGE_FAILED = 3,  /* could not be read, `status` says why; free when the last waiter has seen it */
     PAGE_STALE = 4,   /* its place was rewritten while it was read, or the fast tier failed: who waits executes again */
-    PAGE_ABANDONED = 5 /* being read by a driver that does not answer: nobody waits for it, and it is not used for anything else */
+    PAGE_ABANDONED = 5, /* being read by a driver that does not answer: nobody waits for it, and it is not used for anything else */
+    PAGE_UNCHECKED = 6 /* read for destage alone, and neither compared with its fingerprint nor with a block: nothing for a client yet */
 };
 
 struct dp_page {
@@ -319,6 +320,7 @@ struct datapath {
     uint32_t *cache_heads, *cache_next;  /* hash of attached pages by pba */
     uint32_t cache_mask;
     uint8_t *page_touched;      /* as nbd had it when last looked at */
+    uint8_t *page_unasked;      /* being read for destage, and no client has asked for it */
     struct dp_ahead *ahead;     /* datapath_ahead.c */
 
     uint64_t *equal_sets;       /* records by fingerprint, as a hint: see log_equal */
@@ -529,6 +531,10 @@ void cache_unpin(struct datapath *dp, uint32_t page);
 /* Finds or begins to load `count` blocks and pins their pages. All or none: false if pages or I/O slots are short or a place holds
  * no stored block (*failed = its PBA, else 0). `who`: IO_FILL for a client's read, IO_DESTAGE to match (io_room). */
 bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
+/* Of a page that was read for destage: what it holds is equal to a block of its fingerprint; or is not, so it is compared with the
+ * fingerprint now. False: it is damaged, and nobody finds it any more. */
+void cache_confirmed(struct datapath *dp, uint32_t page);
+bool cache_check(struct datapath *dp, uint32_t page);
 void cache_drop(struct datapath *dp, uint64_t pba);      /* the place is about to be rewritten */
 /* The fast device does not answer: who waits for it executes again. */
 void cache_abandon_tier(struct datapath *dp);

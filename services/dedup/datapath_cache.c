@@ -6,6 +6,7 @@
  *   cache_unpin          a page without pins may be used for another block
  *   cache_drop           the place is about to be rewritten
  *   cache_io_done        check what was read against the fingerprint stored for it
+ *   cache_confirmed      ... or, of what destage reads, have it compared byte by byte with a block that has this fingerprint
  *
  * A page belongs to its place (PBA) by its committed entry; the hash and the stack of free pages are private. A page
  * that is being read is never used for anything else; nor is one that nbd gave to a reader by itself: pages without pins are
@@ -14,6 +15,10 @@
  * and then cache_drop detaches its page: readers pinned to it keep it, nobody finds it any more.
  *
  * Which page gives way is S3-FIFO's matter (s3fifo.h), per pool; what nbd has read by itself counts as used when a page's turn comes.
+ *
+ * What is read for destage alone is UNCHECKED: to be equal, byte by byte, to a block whose fingerprint was taken when it was received says
+ * no less of both than the fingerprint would, and costs one look at each instead of two. It is checked when they differ, so that it
+ * shows which of them is damaged, and before a client gets it.
  *
  * After a crash: cache_attach makes hash, stack and queues again (all free pages are in limbo then); reads in flight complete to
  * the successor.
@@ -184,7 +189,7 @@ static void evict(struct datapath *dp, struct dp_pool *pool)
             break;
         struct dp_page *p = &dp->pages[page];
         assert(p->attached);
-        if (p->pins != 0 || p->state != PAGE_VALID) {
+        if (p->pins != 0 || (p->state != PAGE_VALID && p->state != PAGE_UNCHECKED)) {
             s3fifo_pass(queues, number, &busy);
             continue;
         }
@@ -242,6 +247,45 @@ static void submit(struct datapath *dp, enum io_kind who, const struct source *s
     assert(sent); /* load counted the room */
 }
 
+void cache_confirmed(struct datapath *dp, uint32_t page)
+{
+    if (dp->pages[page].state == PAGE_UNCHECKED)
+        dp_set32(dp, &dp->pages[page].state, PAGE_VALID);
+}
+
+/* What was read is not what was stored there. */
+static void damaged(struct datapath *dp, uint32_t page)
+{
+    struct dp_page *p = &dp->pages[page];
+    atoll_count(dp->domain, DEDUP_COUNTER_CORRUPT_READS, 1);
+    dp_set32(dp, &p->status, ATOLL_ECORRUPT);
+    dp_set32(dp, &p->state, PAGE_FAILED);
+    detach(dp, page);
+    dp_note_damage(dp, p->pba, ATOLL_ECORRUPT, ATOLL_VOLUME_COUNT, 0);
+    if (p->pins == 0)
+        free_page(dp, page);
+}
+
+bool cache_check(struct datapath *dp, uint32_t page)
+{
+    const struct dp_page *p = &dp->pages[page];
+    bool right = p->state != PAGE_UNCHECKED || print_equal(dp_fingerprint(page_memory(dp, page)), p->print);
+    if (right)
+        cache_confirmed(dp, page);
+    else if (p->attached)
+        damaged(dp, page);
+    else /* its place was rewritten, perhaps before it was read */
+        dp_set32(dp, &dp->pages[page].state, PAGE_STALE);
+    return right;
+}
+
+/* A client asks for a page that is there: is it to be had? */
+static bool for_client(struct datapath *dp, uint32_t page)
+{
+    dp->page_unasked[page] = 0; /* it is checked when it comes */
+    return cache_check(dp, page);
+}
+
 /* What cache_load says. With `tier` blocks that have a copy on the fast device are read there; *tiered: some would be. */
 static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, bool tier,
                  bool *tiered, uint64_t *failed)
@@ -257,6 +301,8 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
     /* Look first: nothing is changed until it is known that all can be had. */
     for (uint32_t index = 0; index < count; index++) {
         pages[index] = cache_find(dp, pbas[index]);
+        if (pages[index] != DP_NONE && who == IO_FILL && !for_client(dp, pages[index]))
+            pages[index] = DP_NONE;
         missing[index] = pages[index] == DP_NONE;
         for (uint32_t earlier = 0; missing[index] && earlier < index; earlier++)
             if (pbas[earlier] == pbas[index])
@@ -328,6 +374,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
         p->attached = 1;
         p->status = ATOLL_OK;
         attach(dp, pages[index]);
+        dp->page_unasked[pages[index]] = who == IO_DESTAGE && !sources[index].tier;
         if (sources[index].tier) {
             tier_served(dp, places[index]);
             atoll_count(dp->domain, DEDUP_COUNTER_TIER_READ_BLOCKS, 1);
@@ -398,7 +445,9 @@ static void loaded(struct datapath *dp, uint32_t page, uint64_t block, uint32_t 
         return;
     }
     uint32_t state = PAGE_VALID;
-    if (status == ATOLL_OK && !print_equal(dp_fingerprint(page_memory(dp, page)), p->print))
+    if (status == ATOLL_OK && dp->page_unasked[page])
+        state = PAGE_UNCHECKED;
+    else if (status == ATOLL_OK && !print_equal(dp_fingerprint(page_memory(dp, page)), p->print))
         status = ATOLL_ECORRUPT;
     if (status != ATOLL_OK && tier) {
         /* The main device has it: who waits executes again and finds it there. */
@@ -414,7 +463,7 @@ static void loaded(struct datapath *dp, uint32_t page, uint64_t block, uint32_t 
     }
     dp_set32(dp, &p->status, status);
     dp_set32(dp, &p->state, state);
-    if (state != PAGE_VALID && p->attached)
+    if (state != PAGE_VALID && state != PAGE_UNCHECKED && p->attached)
         detach(dp, page);
     if (state == PAGE_FAILED && dp->page_waiters[page] == DP_NO_SLOT)
         dp_note_damage(dp, p->pba, status, ATOLL_VOLUME_COUNT, 0);

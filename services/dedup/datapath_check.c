@@ -243,7 +243,8 @@ static void check_pins(struct datapath *dp, struct findings *findings)
             found(findings, "cache page %llu: state %u, attached %u, place %llu is found at %u", U(page), p->state, p->attached,
                   U(p->pba), cache_find(dp, p->pba));
         struct fingerprint print;
-        if (p->state == PAGE_VALID && p->attached && store_fingerprint(dp->dedup, p->pba, &print) && !print_equal(print, p->print))
+        bool there = p->attached && (p->state == PAGE_VALID || p->state == PAGE_UNCHECKED);
+        if (there && store_fingerprint(dp->dedup, p->pba, &print) && !print_equal(print, p->print))
             found(findings, "cache page %llu holds an old content of place %llu", U(page), U(p->pba));
     }
     free(records);

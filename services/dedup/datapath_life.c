@@ -72,6 +72,7 @@ static void attach_private(struct datapath *dp)
             abort(); /* as in need */
     }
     dp->page_touched = need(pages, 1);
+    dp->page_unasked = need(pages, 1);
     ahead_attach(dp);
     dp->page_waiters = need(pages, sizeof *dp->page_waiters);
     memset(dp->page_waiters, 0xff, pages * sizeof *dp->page_waiters);
@@ -95,6 +96,7 @@ static void release_private(struct datapath *dp)
         s3fifo_close(dp->pools[number].queues);
     }
     free(dp->page_touched);
+    free(dp->page_unasked);
     ahead_release(dp);
     free(dp->page_waiters);
     free(dp->merge_free);

@@ -311,13 +311,15 @@ static uint64_t confirm(struct datapath *dp, uint32_t record, uint32_t page)
     const struct dp_record *r = at(dp, record);
     const struct dp_page *p = &dp->pages[page];
     struct fingerprint stored;
-    if (p->state != PAGE_VALID || !p->attached || !store_fingerprint(dp->dedup, p->pba, &stored))
+    if ((p->state != PAGE_VALID && p->state != PAGE_UNCHECKED) || !p->attached || !store_fingerprint(dp->dedup, p->pba, &stored))
         return 0;
-    if (!print_equal(stored, r->print) || memcmp(page_memory(dp, page), record_page(dp, record), DP_BLOCK) != 0) {
-        atoll_count(dp->domain, DEDUP_COUNTER_COMPARE_MISMATCHES, 1);
-        return 0;
+    if (print_equal(stored, r->print) && memcmp(page_memory(dp, page), record_page(dp, record), DP_BLOCK) == 0) {
+        cache_confirmed(dp, page);
+        return p->pba;
     }
-    return p->pba;
+    if (cache_check(dp, page))
+        atoll_count(dp->domain, DEDUP_COUNTER_COMPARE_MISMATCHES, 1);
+    return 0;
 }
 
 static bool share(struct datapath *dp, uint32_t record, uint64_t pba)

@@ -186,6 +186,8 @@ void slot_wait_page(struct datapath *dp, uint32_t number)
                 dp->page_waiters[page] = (uint16_t)number;
                 return;
             }
+            if (dp->pages[page].state == PAGE_UNCHECKED) /* cache_load has seen to it already */
+                cache_check(dp, page);
             stale = stale || dp->pages[page].state == PAGE_STALE || dp->pages[page].state == PAGE_ABANDONED;
             if (dp->pages[page].state == PAGE_FAILED && failed == DP_NONE) {
                 failed = page;
