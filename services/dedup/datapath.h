@@ -134,7 +134,8 @@ struct dp_run {
     uint32_t reserved;
     uint64_t min_order;
     uint32_t records[DP_RUN_RECORDS];
-    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE, DP_REJECTED or DP_UNREAD */
+    uint32_t link[DP_RUN_RECORDS]; /* MATCHING: cache page to compare with, DP_NONE, DP_REJECTED or DP_UNREAD. WRITTEN, of a
+                                    * writer: DP_NONE, or DP_REJECTED once its place is not its own any more */
 };
 
 enum page_state {
@@ -617,6 +618,8 @@ void destage_blame(struct datapath *dp);
 
 /* A record of a run has its persistent value; its reservation is not needed. */
 void destage_settled(struct datapath *dp, uint32_t record);
+/* A place is free again: records whose write is complete are not shared with what it will hold. */
+void destage_freed(struct datapath *dp, uint64_t pba);
 /* Next record being written with this content: its node (run * DP_RUN_RECORDS + index), or DP_NONE. `after`: DP_NONE begins. */
 uint32_t destage_inflight(const struct datapath *dp, struct fingerprint print, uint32_t after);
 /* The node of a record that is being written; DP_NONE: its write could not be finished. */

@@ -86,11 +86,26 @@ static bool finish_ready(struct datapath *dp, uint32_t record, uint64_t pba, enu
     return store_want_base(dp->dedup, at(dp, record)->base) != STORE_WAIT;
 }
 
+void destage_freed(struct datapath *dp, uint64_t pba)
+{
+    for (uint64_t left = dp->runs_in[RUN_WRITTEN]; left != 0; left &= left - 1) {
+        struct dp_run *run = &dp->arena->runs[__builtin_ctzll(left)];
+        if (pba - run->pba < run->writer_count)
+            dp_set32(dp, &run->link[pba - run->pba], DP_REJECTED);
+    }
+}
+
+static void give_up_place(struct datapath *dp, uint64_t pba, bool quarantine)
+{
+    store_abandon(dp->dedup, pba, 1, quarantine);
+    destage_freed(dp, pba);
+}
+
 /* Its place is given up for another one; it goes back to the list, or is set aside, when the run ends. Whoever overwrites it until then takes
  * over the reservation that it has again. */
 static void lose_place(struct datapath *dp, const struct dp_run *run, uint32_t index, bool quarantine)
 {
-    store_abandon(dp->dedup, run->pba + index, 1, quarantine);
+    give_up_place(dp, run->pba + index, quarantine);
     dp_set32(dp, &at(dp, run->records[index])->state, RECORD_MATCHING);
 }
 
@@ -101,7 +116,7 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
     uint32_t record = run->records[index];
     struct dp_record *r = at(dp, record);
     if (r->state == RECORD_DROPPED) {
-        store_abandon(dp->dedup, run->pba + index, 1, false);
+        give_up_place(dp, run->pba + index, false);
         store_unreserve(dp->dedup, 1); /* who overwrote it has a reservation of its own */
     } else if (r->flags & RECORD_CONDEMNED) {
         lose_place(dp, run, index, place_lost);
@@ -136,8 +151,8 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
         batch_set_aside(dp, record);
         return;
     }
-    /* Placed leaders have a reference already; a leader that was overwritten is abandoned. */
-    if (run->status == ATOLL_OK && store_references(dp->dedup, run->pba + leader_index) != 0 &&
+    /* Placed leaders have a reference already. The place of one that was overwritten since may hold another block by now. */
+    if (run->status == ATOLL_OK && run->link[leader_index] == DP_NONE && store_references(dp->dedup, run->pba + leader_index) != 0 &&
         memcmp(record_page(dp, record), record_page(dp, leader), DP_BLOCK) == 0 &&
         store_share(dp->dedup, r->volume, r->lba, r->base, run->pba + leader_index)) {
         tier_consider(dp, r->volume, run->pba + leader_index);

@@ -105,8 +105,10 @@ void tier_drop(struct datapath *dp, uint64_t pba)
 
 void datapath_freed(struct dedup *dedup, uint64_t pba)
 {
-    if (dedup->datapath != 0)
-        tier_drop(dedup->datapath, pba);
+    if (dedup->datapath == 0)
+        return;
+    tier_drop(dedup->datapath, pba);
+    destage_freed(dedup->datapath, pba);
 }
 
 void tier_read_failed(struct datapath *dp, uint64_t pba, uint64_t block, uint32_t status)
