@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable
 
 import pytest
-from dedupkit import BLOCK, DISK, OK, Io, Stage
+from dedupkit import BLOCK, DISK, KERNEL, OK, Io, Stage
 
 from atoll.ipc._ipc import lib
+from atoll.ipc.crashpoint import point_hash
 
 SIZE = 256 * BLOCK
 
@@ -35,23 +37,38 @@ def from_driver(stage: Stage, io: Io) -> bool:
     return io.opcode == lib.ATOLL_OP_IO_WRITE and all(base <= address < end for address, _ in io.segments)
 
 
+def writes_again(stage: Stage) -> int:
+    """A flush of 20 blocks has failed, and the next one has been asked for: it writes them again."""
+    volume = stage.create_volume("v", SIZE)
+    stage.run_until_idle()
+    for number in range(20):
+        stage.write(volume, number * BLOCK, block(number))
+    stage.drain()
+    fails = iter([int(lib.ATOLL_EIO)])
+    stage.io_rule = lambda io: next(fails, OK) if io.opcode == lib.ATOLL_OP_IO_SYNC else OK
+    flush = stage.flush(volume)
+    stage.run_until_idle()
+    assert flush.status == lib.ATOLL_EIO
+    stage.io_rule = None
+    stage.flush(volume)
+    return volume
+
+
+def dies_after_commit(stage: Stage) -> None:
+    """Dedup does one more step."""
+    header = stage.domains[KERNEL].self
+    header.crash_sequence += 1
+    header.crash_point = point_hash("dedup.step.committed")
+    assert stage.turns_in_child() == -signal.SIGKILL
+    header.crash_point = 0
+
+
 @pytest.mark.parametrize("opcode", [lib.ATOLL_OP_IO_READ, lib.ATOLL_OP_IO_WRITE])
 def test_while_blocks_are_written_again(opcode: int) -> None:
     """After a failed flush blocks are read back and written again, out of the driver's memory."""
     with Stage(device_blocks=4096) as stage:
         stage.open()
-        volume = stage.create_volume("v", SIZE)
-        stage.run_until_idle()
-        for number in range(20):
-            stage.write(volume, number * BLOCK, block(number))
-        stage.drain()
-        fails = iter([int(lib.ATOLL_EIO)])
-        stage.io_rule = lambda io: next(fails, OK) if io.opcode == lib.ATOLL_OP_IO_SYNC else OK
-        flush = stage.flush(volume)
-        stage.run_until_idle()
-        assert flush.status == lib.ATOLL_EIO
-        stage.io_rule = None
-        stage.flush(volume)
+        volume = writes_again(stage)
         if opcode == lib.ATOLL_OP_IO_WRITE:
             until(stage, lambda io: from_driver(stage, io))
         else:
@@ -66,6 +83,38 @@ def test_while_blocks_are_written_again(opcode: int) -> None:
         read = stage.read(volume, 0, 20 * BLOCK)
         stage.run_until_idle()
         assert read.status == OK and read.data == b"".join(block(number) for number in range(20))
+        stage.check()
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("pages", [0, -8, 8])
+def test_what_was_read_to_be_written_again_is_read_again(read: bool, pages: int) -> None:
+    """All die when blocks have been asked for, or have been read and the step that writes them has ended. Their
+    contents are gone with the driver's memory: the next flush that succeeds has written each of them again."""
+    with Stage(device_blocks=4096) as stage:
+        stage.open()
+        volume = writes_again(stage)
+        until(stage, lambda io: io.opcode == lib.ATOLL_OP_IO_READ)
+        if read:
+            for io in list(stage.ios):
+                stage.complete(io)
+            dies_after_commit(stage)
+            stage.take_ios()
+        stage.shapes[DISK] = (4096, stage.shapes[DISK][1] + pages * BLOCK)
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.io_log.clear()
+        for _ in range(6):
+            flush = stage.flush(volume)
+            stage.run_until_idle()
+            if flush.status == OK:
+                break
+        assert flush.status == OK
+        assert sum(io.length for io in stage.io_log if from_driver(stage, io)) == 20 * BLOCK
+        data = stage.read(volume, 0, 20 * BLOCK)
+        stage.run_until_idle()
+        assert data.status == OK and data.data == b"".join(block(number) for number in range(20))
         stage.check()
 
 

@@ -156,6 +156,8 @@ static void format_io(struct store *store, uint32_t status);
 
 bool store_io_stands(struct dedup *dedup, const struct io_slot *slot)
 {
+    if (slot->argument >> 56 == STORE_IO_REWRITE) /* what was read lies in memory that is made anew */
+        return false;
     const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(dedup->store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
     for (uint32_t index = 0; index < slot->segment_count; index++) {
         uint64_t address = slot->segments[index].address, length = slot->segments[index].length;
@@ -367,8 +369,11 @@ void store_close(struct dedup *dedup)
 
 void store_reopen(struct dedup *dedup)
 {
-    STORE_SET(dedup->store, closing, 0);
-    STORE_SET(dedup->store, closed, 0);
+    struct store *store = dedup->store;
+    STORE_SET(store, closing, 0);
+    STORE_SET(store, closed, 0);
+    if (store->area->sync_phase == SYNC_REWRITE) /* it fails, and the next one begins to write again from the start */
+        STORE_SET(store, sync_error, ATOLL_EIO);
 }
 
 bool store_closed(struct dedup *dedup)
