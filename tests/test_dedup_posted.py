@@ -276,3 +276,28 @@ def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
         assert read.data == b"".join(block(number) for number in range(4)) and flush.status == OK
         assert public.posted_blocks != 0
         stage.check()
+
+
+def test_more_than_was_allowed_takes_nobody_elses_space() -> None:
+    """nbd posts more than it may: what finds no room waits, and what others have been acknowledged keeps its place."""
+    with Stage(device_blocks=2304, nic_pages=4096, destage_delay_ms=10_000_000) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.open()
+        volume, other = stage.create_volume("v", 4096 * BLOCK), stage.create_volume("w", 8192 * BLOCK)
+        stage.run_until_idle()
+        for number in range(100):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.run_until_idle()
+        room = int(stage.figures().available_blocks)
+        contents = [block(1000 + number) for number in range(room + 200 + PART)]
+        for at in range(0, room + 200, PART):
+            stage.post(other, at * BLOCK, b"".join(contents[at : at + PART]))
+            turns(stage, 2)
+        turns(stage, 200)
+        assert stage.figures().waiting != 0
+        flush = stage.flush(volume)
+        for _ in range(1000):
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        assert flush.status == OK and stage.figures().failed_records == 0

@@ -219,10 +219,8 @@ static enum dp_outcome reserve(struct datapath *dp, struct dp_slot *slot, bool p
     bool frees = false;
     if (blocks == 0 || (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks)))
         return OUTCOME_DONE;
-    if (posted) { /* never refused for want of space */
-        store_reserve_promised(dp->dedup, blocks);
-        return OUTCOME_DONE;
-    }
+    if (posted) /* never refused for want of space */
+        return store_reserve_posted(dp->dedup, blocks) ? OUTCOME_DONE : OUTCOME_RETRY;
     if (!posted_shut(dp)) /* what is kept for posted writes can be had soon */
         return wait_for(dp, RESOURCE_SPACE);
     if (!(dp->blocked & RESOURCE_SPACE) && store_reserve(dp->dedup, blocks))

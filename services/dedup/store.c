@@ -351,7 +351,7 @@ uint64_t store_wake_ms(struct dedup *dedup)
     uint64_t due = area->sync_wanted && area->sync_phase == SYNC_IDLE ? area->sync_retry_ns : 0;
     if (area->checkpoint_retry_ns != 0 && (due == 0 || area->checkpoint_retry_ns < due))
         due = area->checkpoint_retry_ns;
-    if (area->given_up_blocks != 0 && (due == 0 || dedup->store->regain_ns < due))
+    if (area->given_up_blocks != 0 && !area->closing && (due == 0 || dedup->store->regain_ns < due))
         due = dedup->store->regain_ns + 1; /* 0 means none */
     if (dedup->store->delete_retry_ns != 0 && (due == 0 || dedup->store->delete_retry_ns < due))
         due = dedup->store->delete_retry_ns;

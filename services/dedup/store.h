@@ -175,8 +175,10 @@ bool store_reserve(struct dedup *dedup, uint64_t blocks);
 /* The same for blocks whose persistent value names a place with one reference, which becomes free when they are placed: a few
  * blocks are kept for these, so that a full device can be overwritten. */
 bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks);
-/* For who has been promised them: a posted write, whose client has been answered (store_keep_posted), or an entry that gives up its
- * promise for it. There are as many unless places were lost since, by damage to a page of counts. */
+/* For a posted write, whose client has been answered: what was kept for it (store_keep_posted), even if places were lost since. False: more
+ * were posted than may be, and nobody's space is left for them. */
+bool store_reserve_posted(struct dedup *dedup, uint64_t blocks);
+/* For an entry that gives up its promise for it. */
 void store_reserve_promised(struct dedup *dedup, uint64_t blocks);
 /* So many blocks are promised to nobody but posted writes; private to the process, 0 at first. */
 void store_keep_posted(struct dedup *dedup, uint64_t blocks);

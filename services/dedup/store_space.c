@@ -98,11 +98,15 @@ void store_set_ref(struct store *store, uint64_t pba, uint32_t count)
 /* The page of counts of a group that was given up can be read now: what is free there comes back. */
 static void take_group_back(struct store *store, uint64_t group, const uint32_t *words)
 {
-    uint32_t count = 0, known = GROUP_FREE(store->groups[group]);
+    uint64_t word = store->groups[group];
+    uint32_t count = 0, known = GROUP_FREE(word), counted = known + GROUP_PENDING(word) + GROUP_STORED(word);
+    uint32_t blocks = store_group_blocks(store, group), left = counted < blocks ? blocks - counted : 0;
     for (uint32_t index = 0; index < FORMAT_REFS_PER_PAGE; index++)
         count += words[index] == 0;
     count = count > known ? count - known : 0;
-    if (count > store->area->given_up_blocks) /* the group's word came from the device, too */
+    if (count > left) /* the group's word came from the device, too */
+        count = left;
+    if (count > store->area->given_up_blocks)
         count = (uint32_t)store->area->given_up_blocks;
     group_change(store, group * STORE_GROUP_BLOCKS, (int32_t)count, 0, 0);
     STORE_ADD(store, free_blocks, count);
@@ -196,6 +200,12 @@ bool store_reserve_overwrite(struct dedup *dedup, uint64_t blocks)
 {
     struct store *store = dedup->store;
     return reserve(store, blocks, store_available(store) - store->kept_posted + kept_for_overwrites(store));
+}
+
+bool store_reserve_posted(struct dedup *dedup, uint64_t blocks)
+{
+    struct store *store = dedup->store;
+    return reserve(store, blocks, store_available(store) + kept_for_overwrites(store) + (int64_t)store->area->quarantined_blocks);
 }
 
 void store_reserve_promised(struct dedup *dedup, uint64_t blocks)
