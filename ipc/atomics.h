@@ -10,7 +10,7 @@
  *   SP-DONE   nic: send complete, then store_release(done)  dedup: load_acquire(done), then reuse the page
  *   SP-USE    nbd:   use = pages, full_fence, look at the pages' generations    dedup: generation + 1, full_fence, look at uses
  *             (as SP-SLEEP: one of the two sees the other)
- *   SP-POST   nbd:   posting = 1, full_fence, look at posted_blocks again, then post    dedup: posted_blocks = 0, full_fence,
+ *   SP-POST   nic:   posting = 1, full_fence, look at posted_blocks again, then post    dedup: posted_blocks = 0, full_fence,
  *             look at posting (likewise)
  *
  * A successor needs compiler order only: its predecessor is dead, and its stores are all in coherent memory.

@@ -359,14 +359,17 @@ static bool may_wait(struct atoll_domain *domain, uint32_t role)
     return true;
 }
 
-int atoll_domain_doze(struct atoll_domain *domain, uint32_t role, int64_t timeout_ns)
+int atoll_domain_doze(struct atoll_domain *domain, uint32_t roles, int64_t timeout_ns)
 {
     if (domain->rings->eventfd[domain->role] < 0) /* on the tails it would wake up at once */
         return atoll_domain_sleep(domain, 0, timeout_ns);
     atoll_store_relaxed(&domain->self->sleeping, DOZING);
     atoll_full_fence(); /* SP-SLEEP */
+    bool waits = atoll_domain_anything_pending(domain, roles);
+    for (uint32_t left = roles; left != 0 && !waits; left &= left - 1)
+        waits = !may_wait(domain, (uint32_t)__builtin_ctz(left));
     int result = 1;
-    if (!atoll_domain_anything_pending(domain, 1u << role) && may_wait(domain, role))
+    if (!waits)
         result = sleep_in_epoll(domain, timeout_ns);
     atoll_domain_awake(domain);
     return result != 0;

@@ -59,9 +59,9 @@ void atoll_domain_wake_all(struct atoll_domain *domain);
  * keep awake (by eventfd they do wake); give a timeout then (100 ms), so that `progress` shows that this is no hang.
  * Returns 1 if there may be something to do, 0 on timeout. */
 int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns);
-/* As atoll_domain_sleep, but messages from `role` that were put with atoll_domain_put_unhurried neither wake nor keep awake before there are
- * ATOLL_DOZE_MESSAGES of them: they are looked at when the timeout ends. 0 <= timeout_ns. Does not spin. */
-int atoll_domain_doze(struct atoll_domain *domain, uint32_t role, int64_t timeout_ns);
+/* As atoll_domain_sleep, but messages from `roles` (bit mask) that were put with atoll_domain_put_unhurried neither wake nor keep awake before there
+ * are ATOLL_DOZE_MESSAGES from one of them: they are looked at when the timeout ends. 0 <= timeout_ns. Does not spin. */
+int atoll_domain_doze(struct atoll_domain *domain, uint32_t roles, int64_t timeout_ns);
 /* For domains that wait in epoll with their eventfd: true if nothing is pending and `sleeping` is set. */
 bool atoll_domain_may_sleep(struct atoll_domain *domain, uint32_t ignored_roles);
 void atoll_domain_awake(struct atoll_domain *domain);

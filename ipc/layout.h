@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 11
+#define ATOLL_LAYOUT_VERSION 12
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -98,9 +98,9 @@ enum atoll_descriptor_flag {
     ATOLL_FLAG_DISCARD = 64,     /* reply: throw away what is still to come of this request's payload */
     ATOLL_FLAG_TAKEN = 128,      /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
     ATOLL_FLAG_AWAITED = 1,      /* IO_READ: a client waits for it (a hint) */
-    ATOLL_FLAG_POSTED = 2,       /* WRITE and its REPLY: the client is answered before dedup has applied it; END follows */
-    ATOLL_FLAG_ALONE = 128       /* nbd -> dedup: no other request waited when it was taken; dedup -> storage driver: clients' requests come
-                                    one by one, and none waits for this (hints) */
+    ATOLL_FLAG_POSTED = 2,       /* REQUEST, its WRITE and DONE: the client has been answered before; END follows, no REPLY */
+    ATOLL_FLAG_ALONE = 128       /* nic -> nbd, POSTED: no other request came with it; nbd -> dedup: no other waited when it was taken;
+                                    dedup -> storage driver: clients' requests come one by one, and none waits for this (hints) */
 };
 
 enum atoll_opcode {
@@ -115,10 +115,11 @@ enum atoll_opcode {
     ATOLL_OP_SENT = 6,       /* a reply without ATOLL_FLAG_LAST is in the socket: `part` as in the reply */
     /* nbd -> nic */
     ATOLL_OP_REPLY = 16,     /* send address,length,segments (length 0: nothing to send), then act on flags;
-                                halves[0] = enum atoll_framing to continue with, if it is an answer to OPEN or OPTION;
-                                POSTED: words[1] = offset in the volume, halves[4] and [5] as for dedup */
+                                if it is an answer to OPEN or OPTION: halves[0] = enum atoll_framing to continue with; where that is of
+                                requests, halves[1] = id + 1 of the volume whose writes may be posted, 0 none, halves[2] = its generation,
+                                halves[3] = 1: replies may come between the parts of another one */
     ATOLL_OP_NEXT = 17,      /* write part `part` is taken: deliver the next part (no bytes, no flags but TAKEN) */
-    ATOLL_OP_END = 18,       /* a posted write, whose REPLY went before, is applied: the slot is free (no flags but TAKEN) */
+    ATOLL_OP_END = 18,       /* a posted write, which nic has answered, is applied: the slot is free (no flags but TAKEN) */
     /* nbd -> dedup: words[0] = offset in the volume (bytes), words[1] = length (bytes), halves[4] = volume id,
      * halves[5] = volume generation */
     ATOLL_OP_READ = 32,
@@ -320,7 +321,7 @@ struct atoll_dedup_public {
 /* A posted write: its client has been answered (or is about to be), and dedup has perhaps not applied it yet. Its pages are nic's until
  * END. Only after the death of all does anybody but nic look at it: then dedup applies what it has not. */
 struct atoll_posted {
-    uint64_t order;           /* of the REPLYs, from 1 on, over all runs; 0: none. Transactional; the rest is written before */
+    uint64_t order;           /* of the answers, from 1 on, over all runs; 0: none. Transactional; the rest is written before */
     uint64_t identity;
     uint64_t address;         /* whole blocks, one run of nic's pages */
     uint64_t offset;          /* in the volume, bytes */
@@ -335,7 +336,9 @@ struct atoll_posted {
 struct atoll_nic_public {
     uint32_t done[2048];      /* per slot: sequence of its last request that is finished for good (SP-DONE) */
     uint64_t posted_order;    /* transactional: the last one given */
-    uint64_t reserved[7];
+    uint32_t posting;         /* not transactional. 1: posted writes may be on their way, or are just being posted (SP-POST) */
+    uint32_t reserved_a;
+    uint64_t reserved[6];
     struct atoll_posted posted[2048]; /* per slot */
 };
 
@@ -343,8 +346,7 @@ struct atoll_nic_public {
  * until nic is done with the slot, no more. */
 struct atoll_nbd_public {
     uint32_t volume[2048];    /* per connection: id + 1 of the volume it uses, 0 none */
-    uint32_t posting;         /* 1: posted writes may be on their way, or are just being posted (SP-POST) */
-    uint32_t reserved[15];
+    uint32_t reserved[16];
     uint64_t used[32];        /* a bit per slot: only these need be looked at */
     uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force until nic's done[slot] has reached its sequence (SP-USE) */
     uint8_t touched[65536];   /* by number of the driver's page, modulo: changes from time to time while the page is read */

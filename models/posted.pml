@@ -1,15 +1,15 @@
 /*
- * Posted writes and the space that is kept for them (SP-POST: services/nbd/posted.c, services/dedup/datapath_posted.c): nbd answers
+ * Posted writes and the space that is kept for them (SP-POST: drivers/nic/posted.c, services/dedup/datapath_posted.c): nic answers
  * writes before dedup has reserved their blocks, dedup says how many may be on their way, and gives what is kept for them to others
  * once it has forbidden them and none is on its way. Both are killed at any point. Can a posted write arrive and find no room?
  *
- * Spin is sequentially consistent, processors are not: dedup and nbd have a store buffer each, a FIFO that drains into memory
+ * Spin is sequentially consistent, processors are not: dedup and nic have a store buffer each, a FIFO that drains into memory
  * whenever it likes (total store order, as x86-64). A full fence waits until the own buffer is empty. A step of dedup takes up to BATCH
  * messages; what it changes is in its own variables until its commit, which a death before it undoes.
  *
  *   spin -a posted.pml && cc -o pan pan.c && ./pan
  *
- *   -DNO_NBD_FENCE, -DNO_DEDUP_FENCE, -DNO_SECOND_LOOK, -DNO_COUNT, -DLATE    leave something out, or do it in
+ *   -DNO_NIC_FENCE, -DNO_DEDUP_FENCE, -DNO_SECOND_LOOK, -DNO_COUNT, -DLATE    leave something out, or do it in
  *                            the wrong order: must fail
  *   -DWRITES=n (of each kind), -DKILLS=n (of each side), -DMOST=n (posted writes on their way)
  */
@@ -34,19 +34,20 @@ byte done_committed = 0; /* posted writes that have been applied */
 byte others = 0;         /* ordinary ones, each of a block that was free */
 bool freed = 0;          /* somebody has trimmed */
 
-/* nbd's arena: `posting` is not transactional; posted writes that it has sent. */
+/* nic's arena: `posting` is not transactional; posted writes that it has sent. */
 bit posting = 0;
 byte sent = 0;
 byte taken = 0;          /* ENDs that it has seen of those */
 
-/* The rings' indices, as the other side sees them. */
+/* The rings' indices, as the other side sees them. nbd between the two passes on each message once and in order, however late: that is what
+ * the rings' model (takeover.pml) shows, and all that is asked of it here. */
 byte done = 0, posted = 0;
 
-byte dedup_deaths = 0, nbd_deaths = 0;
+byte dedup_deaths = 0, nic_deaths = 0;
 
 mtype = { ALLOWED, DONE, POSTING, POSTED };
 chan dedup_stores = [2] of { mtype, byte };
-chan nbd_stores = [2] of { mtype, byte };
+chan nic_stores = [2] of { mtype, byte };
 
 active proctype dedup_buffer()
 {
@@ -58,13 +59,13 @@ end:
     od
 }
 
-active proctype nbd_buffer()
+active proctype nic_buffer()
 {
     byte value;
 end:
     do
-    :: atomic { nbd_stores?POSTING(value) -> posting = value }
-    :: atomic { nbd_stores?POSTED(value) -> posted = value }
+    :: atomic { nic_stores?POSTING(value) -> posting = value }
+    :: atomic { nic_stores?POSTED(value) -> posted = value }
     od
 }
 
@@ -152,29 +153,29 @@ work:
     od
 }
 
-#define NBD_MAY_DIE                                                               \
+#define NIC_MAY_DIE                                                               \
     if                                                                            \
-    :: nbd_deaths < KILLS -> nbd_deaths++; goto successor                         \
+    :: nic_deaths < KILLS -> nic_deaths++; goto successor                         \
     :: skip                                                                       \
     fi
 
 #define PUBLISH(value)                                                            \
     if                                                                            \
-    :: own != value -> own = value; nbd_stores!POSTING(value)                     \
+    :: own != value -> own = value; nic_stores!POSTING(value)                     \
     :: else                                                                       \
     fi
 
-active proctype nbd()
+active proctype nic()
 {
     byte send, take, most;
     bit own = 0;
     goto work;
 
-successor: /* rolled back; what was committed is published; nbd_posted_attach */
-    empty(nbd_stores);
-    nbd_stores!POSTED(sent);
+successor: /* rolled back; what was committed is published; nic_posted_open */
+    empty(nic_stores);
+    nic_stores!POSTED(sent);
     own = posting;
-    NBD_MAY_DIE;
+    NIC_MAY_DIE;
 #ifdef NO_COUNT
     PUBLISH(0);
 #else
@@ -187,16 +188,16 @@ successor: /* rolled back; what was committed is published; nbd_posted_attach */
 work:
     do
     :: taken == WRITES -> break
-    :: else -> /* nbd_step */
+    :: else -> /* a turn of nic's */
         take = done;
         send = sent;
         most = allowed;
         if
         :: send < WRITES && most != 0 ->
             PUBLISH(1);
-            NBD_MAY_DIE;
-#ifndef NO_NBD_FENCE
-            empty(nbd_stores); /* SP-POST */
+            NIC_MAY_DIE;
+#ifndef NO_NIC_FENCE
+            empty(nic_stores); /* SP-POST */
 #endif
 #ifndef NO_SECOND_LOOK
             most = allowed
@@ -207,13 +208,13 @@ work:
         :: send < WRITES && send - take < most -> send++
         :: break
         od;
-        NBD_MAY_DIE;
+        NIC_MAY_DIE;
         atomic { sent = send; taken = take }; /* commit point */
-        NBD_MAY_DIE;
-        nbd_stores!POSTED(sent);
-        NBD_MAY_DIE;
+        NIC_MAY_DIE;
+        nic_stores!POSTED(sent);
+        NIC_MAY_DIE;
         if
-        :: sent == taken -> PUBLISH(0) /* nbd_posted_committed */
+        :: sent == taken -> PUBLISH(0) /* nic_posted_committed */
         :: else
         fi
     od

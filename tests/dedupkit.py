@@ -441,6 +441,7 @@ class Stage:
         assert message.segment_count == 0, "pages that follow each other"
         entry = self.nic_public.posted[request.slot]
         self.posted_order += 1
+        self.nic_public.posted_order = self.posted_order
         entry.order, entry.identity, entry.address = self.posted_order, request.identity, message.address
         entry.offset, entry.length, entry.volume = offset, len(data), volume
         entry.generation = self.generation(volume)

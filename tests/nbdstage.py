@@ -144,6 +144,7 @@ class Stage:
         self.log: list[Work] = []
         self.remember = False
         self.together = False  # a part's pages follow each other
+        self.posts = False  # nic answers what it may
         self.changes = 0  # requests that change something, executed or under way
         self.memory = Memory(
             public=ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area),
@@ -211,11 +212,6 @@ class Stage:
                 entry.name_bytes = len(volume.name)
                 ffi.memmove(entry.name, volume.name, len(volume.name))
             entry.version += 1
-
-    def post(self, blocks: int) -> None:
-        """So many blocks of posted writes may be on their way."""
-        physmap.header(DEDUP).serving_ns = 1
-        ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area).posted_blocks = blocks
 
     def nic_public(self) -> Any:
         return ffi.cast("struct atoll_nic_public *", self.peers[NIC].role_area)
@@ -396,13 +392,6 @@ class Stage:
         assert slot in self.uses, f"reply {message.opcode} to slot {slot}, which is not in use"
         assert message.identity == self.identity(slot), "reply to an earlier use of the slot"
         use, flags = self.uses[slot], message.flags
-        if flags & lib.ATOLL_FLAG_POSTED:
-            assert message.opcode == lib.ATOLL_OP_REPLY and flags == lib.ATOLL_FLAG_LAST | lib.ATOLL_FLAG_POSTED
-            assert use.request is not None and use.pages and not use.posted
-            assert message.words[1] == use.request.offset and message.halves[4] in self.volumes
-            use.posted = True
-            use.wire.receive(self._gather(message), message)
-            return
         assert use.posted == (message.opcode == lib.ATOLL_OP_END)
         if use.pages:
             if flags & lib.ATOLL_FLAG_TAKEN:
@@ -738,10 +727,24 @@ class Wire:
         self.outstanding += 1
         fields = stage.place_part(slot) if payload else {}
         assert not use.part
+        if stage.posts and stage.together and self._may_be_posted(request):
+            use.posted = True
+            fields["flags"] = lib.ATOLL_FLAG_POSTED | (lib.ATOLL_FLAG_ALONE if len(stage.uses) == 1 else 0)
+            self.results[request.cookie] = self.decoder.outstanding.pop(request.cookie)
         stage.put(
             NIC, opcode=lib.ATOLL_OP_REQUEST, identity=stage.identity(slot), bytes=dict(enumerate(head)), **fields
         )
         lib.atoll_domain_commit(stage.peers[NIC].domain)
+
+    def _may_be_posted(self, request: Request) -> bool:
+        assert self.decoder is not None
+        return (
+            request.command == Command.WRITE
+            and request.flags in (0, 32)
+            and (request.offset | request.length) % BLOCK == 0
+            and 0 < request.length <= lib.ATOLL_POSTED_WRITE_BLOCKS * BLOCK
+            and self.decoder.buffered == 0
+        )
 
     def call(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b"") -> Result:
         cookie = self.submit(command, offset, length, flags, payload)

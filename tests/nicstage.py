@@ -7,8 +7,8 @@ with Stage() as stage:
 
 The stand-in for nbd is strict: identities must be new, parts must come in order and hold the pattern's bytes, no slot
 may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % period]. Pages are
-taken over by dedup at random and given back later, sometimes before the reply. Some writes are posted: their END comes
-later. Single-threaded; sockets do not block.
+taken over by dedup at random and given back later, sometimes before the reply. Some writes nic posts (answers by
+itself, as dedup lets it at random, see `posts`): their END comes later. Single-threaded; sockets do not block.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ LAST, CLOSE, DISCARD, TAKEN = (
     lib.ATOLL_FLAG_DISCARD,
     lib.ATOLL_FLAG_TAKEN,
 )
-POSTED = lib.ATOLL_FLAG_POSTED
+POSTED, ALONE = lib.ATOLL_FLAG_POSTED, lib.ATOLL_FLAG_ALONE
+MOST = lib.ATOLL_POSTED_BLOCKS
 READ, WRITE = 0, 1
+VOLUME, GENERATION = 3, 9  # that all connections use
 REQUEST_MAGIC, REPLY_MAGIC = 0x25609513, 0x67446698
 _PERIOD = 65521
 _ONCE = random.Random(20).randbytes(_PERIOD)
@@ -192,6 +194,9 @@ class Stage:
         self.list_area = self.peers[NBD].role_area + 16384
         self.pattern_area = self.peers[NBD].buffer_area
         ffi.memmove(ffi.cast("char *", self.pattern_area), PATTERN, len(PATTERN))
+        self.dedup_public = ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area)
+        physmap.header(DEDUP).serving_ns = 1
+        self.publish()
         self.message = ffi.new("struct atoll_descriptor *")
         self.uses: dict[int, Use] = {}
         self.seen: dict[int, int] = {}  # slot: last sequence
@@ -200,7 +205,8 @@ class Stage:
         self.taken_pages: list[int] = []
         self.hold = False  # nbd answers nothing
         self.take_share = 0.5
-        self.post_share = 0.3
+        self.posts: int | None = None  # blocks of posted writes that may be on their way; None: MOST or 0, by chance
+        self.mixes = False  # the framing's replies may be mixed
         self.hold_ends = False
         self.ends: list[tuple[Use, int]] = []  # posted writes, and the flags of their END
         self.service: Any = None  # (ffi, lib) of an extension that takes the real one's place in the child
@@ -263,6 +269,16 @@ class Stage:
             context.listeners = [Listener(s.fileno(), kinds.get(s.family, "tcp"), "") for s in self.listeners]
         context.open(os.getpid())
         return context
+
+    def publish(self, **fields: int) -> None:
+        """The entry of the volume in dedup's table."""
+        entry = self.dedup_public.volumes[VOLUME]
+        entry.version += 1
+        entry.state, entry.generation, entry.flags = lib.ATOLL_VOLUME_READY, GENERATION, 0
+        entry.size_bytes = 1 << 60
+        for name, value in fields.items():
+            setattr(entry, name, value)
+        entry.version += 1
 
     def counters(self) -> dict[str, int]:
         words = ffi.cast("uint64_t *", physmap.address(NIC) + 8192)
@@ -378,6 +394,8 @@ class Stage:
     def turn(self) -> bool:
         """Everything that clients, nbd and dedup can do now. True if there was anything."""
         busy = False
+        if self.posts is not None or self.random.random() < 0.1:
+            self.dedup_public.posted_blocks = self.random.choice((0, MOST)) if self.posts is None else self.posts
         for client in self.clients:
             busy |= client.turn()
         message = ffi.new("struct atoll_descriptor *")
@@ -489,7 +507,9 @@ class Stage:
             assert magic == REQUEST_MAGIC
             use.cookie = header[8:16]
             use.offset, use.length = struct.unpack_from(">QI", header, 16)
-            if use.type == READ:
+            if message.flags & POSTED:
+                self._posted(use, message)
+            elif use.type == READ:
                 self._read_part(use)
             else:
                 self._write_part(use, message)
@@ -506,6 +526,27 @@ class Stage:
         else:
             raise AssertionError(f"opcode {opcode}")
 
+    def _posted(self, use: Use, message: Any) -> None:
+        assert use.type == WRITE and message.segment_count == message.part == 0
+        assert (use.offset | use.length | message.address) % BLOCK == 0 and message.length == use.length <= 16 * BLOCK
+        assert self.payload(message) == pattern(use.offset, use.length), "payload differs"
+        note = self.nic_public().posted[use.identity >> 32 & 0xFFFF]
+        assert (note.order != 0, note.identity, note.address) == (True, use.identity, message.address)
+        assert (note.offset, note.length) == (use.offset, use.length)
+        assert (note.volume, note.generation) == (VOLUME, GENERATION)
+        assert self.nic_public().posting
+        self.ends.append((use, self._take_pages(message)))
+
+    def _take_pages(self, message: Any) -> int:
+        """By chance, for dedup; the flags that say so."""
+        if not message.length or self.random.random() >= self.take_share:
+            return 0
+        self.taken_pages += self.pages(message)
+        if self.random.random() < 0.3:  # some are back before the word that they were taken
+            self._give_back(0.9)
+            lib.atoll_domain_commit(self.peers[DEDUP].domain)
+        return int(TAKEN)
+
     def _write_part(self, use: Use, message: Any) -> None:
         assert message.part == use.part, f"part {message.part} instead of {use.part}"
         begin = use.offset + use.done
@@ -518,19 +559,8 @@ class Stage:
                 first = ffi.cast("struct atoll_segment *", message.address)[0].address
             assert first % BLOCK == begin % BLOCK
         use.done += message.length
-        flags = 0
-        if message.length and self.random.random() < self.take_share:
-            flags = TAKEN
-            self.taken_pages += self.pages(message)
-            if self.random.random() < 0.3:  # some are back before the word that they were taken
-                self._give_back(0.9)
-                lib.atoll_domain_commit(self.peers[DEDUP].domain)
-        posts = use.done == use.length > 0 and use.part == 0 and message.segment_count == 0
-        posts = posts and self.mixing.get(use.identity >> 48) is None and self.random.random() < self.post_share
-        if posts:
-            self.ends.append((use, flags))
-            self.reply(use, struct.pack(">II", REPLY_MAGIC, 0) + use.cookie, LAST | POSTED)
-        elif use.done == use.length:
+        flags = self._take_pages(message)
+        if use.done == use.length:
             self.reply(use, struct.pack(">II", REPLY_MAGIC, 0) + use.cookie, LAST | flags)
         else:
             self.put(NBD, opcode=lib.ATOLL_OP_NEXT, identity=use.identity, part=use.part, flags=flags)
@@ -572,7 +602,7 @@ class Stage:
                 length = left
             runs.append((begin, length))
             begin, left = begin + length, left - length
-        if flags & LAST and not flags & POSTED:
+        if flags & LAST:
             del self.uses[slot]
         fields: dict[str, Any] = {"segment_count": 0, "address": 0, "length": sum(length for _, length in runs)}
         if len(runs) == 1:
@@ -588,7 +618,7 @@ class Stage:
             identity=use.identity,
             flags=flags,
             part=use.part & 0xFFFF,
-            halves=[framing, 0, use.offset & 0xFFFFFFFF, use.offset >> 32],
+            halves=[framing, VOLUME + 1, GENERATION, int(self.mixes)],
             **fields,
         )
 

@@ -40,6 +40,33 @@ def turns(stage: Stage, count: int = 20) -> None:
         stage.answers()
 
 
+def test_all_that_was_posted_before_is_awaited() -> None:
+    """A drain covers a write that nic has noted as answered and whose message is still on its way through nbd."""
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        first = stage.post(volume, 0, block(1))
+        stage.run_until_idle()
+        note = stage.nic_public.posted[stage.free_slots[-1]]  # of the request to come
+        note.identity, note.order = first.identity + 1, 2
+        stage.nic_public.posted_order = 2
+
+        def drained() -> bool:
+            reason = stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_DRAIN, time.monotonic_ns() + 20_000_000)
+            assert reason in (stage.lib.DEDUP_REASON_REACHED, stage.lib.DEDUP_REASON_TIMEOUT)
+            stage.disk()
+            return bool(reason == stage.lib.DEDUP_REASON_REACHED)
+
+        assert not any(drained() for _ in range(10))
+        second = stage.post(volume, BLOCK, block(2))
+        assert (second.identity, second.slot) == (first.identity + 1, first.slot)
+        while not drained():
+            stage.answers()
+        assert stage.figures().log_records == 0
+        stage.check()
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
     """A flush covers a block that is being written, so a posted write to it waits; so does all that touches it then."""

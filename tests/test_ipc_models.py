@@ -81,7 +81,7 @@ def test_a_read_from_memory_sends_what_it_found_and_nothing_old(defines: list[st
 @pytest.mark.parametrize(
     ("defines", "wrong"),
     [
-        (["-DNO_NBD_FENCE"], "content"),
+        (["-DNO_NIC_FENCE"], "content"),
         (["-DNO_DEDUP_FENCE"], "content"),
         (["-DNO_SECOND_LOOK"], "content"),
         (["-DNO_RETIRE"], "content"),
@@ -98,7 +98,7 @@ def test_a_posted_write_finds_room(tmp_path: Path) -> None:
     assert verdict("posted.pml", [], tmp_path) == ""
 
 
-@pytest.mark.parametrize("left_out", ["-DNO_NBD_FENCE", "-DNO_DEDUP_FENCE", "-DNO_SECOND_LOOK", "-DNO_COUNT", "-DLATE"])
+@pytest.mark.parametrize("left_out", ["-DNO_NIC_FENCE", "-DNO_DEDUP_FENCE", "-DNO_SECOND_LOOK", "-DNO_COUNT", "-DLATE"])
 def test_each_part_of_posting_is_needed(left_out: str, tmp_path: Path) -> None:
     assert "have>0" in verdict("posted.pml", [left_out], tmp_path)
 

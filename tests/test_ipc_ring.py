@@ -285,16 +285,16 @@ def test_one_who_dozes_is_woken_for_what_cannot_wait_and_for_many() -> None:
 
         for number in range(1, 2 * many):
             assert send(posted, lib.atoll_domain_put_unhurried) == (number >= many), number
-        assert lib.atoll_domain_doze(dozer, A, 60_000_000_000) == 1, "so many wait that it does not sleep at all"
+        assert lib.atoll_domain_doze(dozer, 1 << A, 60_000_000_000) == 1, "so many wait that it does not sleep at all"
         take(many)
-        assert lib.atoll_domain_doze(dozer, A, 1_000_000) == 0
+        assert lib.atoll_domain_doze(dozer, 1 << A, 1_000_000) == 0
         assert send(posted, lib.atoll_domain_put), "in a hurry"
         take(many)
         assert not send(posted, lib.atoll_domain_put_unhurried)
         assert send(urgent, lib.atoll_domain_put)
-        assert lib.atoll_domain_doze(dozer, A, 60_000_000_000) == 1, "one of them cannot wait"
+        assert lib.atoll_domain_doze(dozer, 1 << A, 60_000_000_000) == 1, "one of them cannot wait"
         take(2)
-        assert lib.atoll_domain_doze(dozer, A, 1_000_000) == 0 and header.sleeping == 0
+        assert lib.atoll_domain_doze(dozer, 1 << A, 1_000_000) == 0 and header.sleeping == 0
         os.close(eventfd)
 
 

@@ -1,4 +1,4 @@
-"""Writes that nbd answers before dedup has applied them: which, how many, and what is not looked up meanwhile."""
+"""Writes that nic has answered before nbd has seen them: they are passed on, whatever happens, and not overtaken."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from nbdclient import Command, CommandFlag
-from nbdstage import BLOCK, PART, Stage, VolumeData, Wire
+from nbdclient import Command, Request, request_bytes
+from nbdstage import BLOCK, Stage, VolumeData, Wire
 
 from atoll.ipc import physmap
-from atoll.ipc._ipc import lib
+from atoll.ipc._ipc import ffi, lib
 
 MIB = 1 << 20
-MOST = lib.ATOLL_POSTED_BLOCKS
 MODES = {"simple": (False, False), "structured": (True, False), "extended": (True, True)}
 
 
 @pytest.fixture
 def stage() -> Iterator[Stage]:
     with Stage([VolumeData(0, b"disk", bytearray(random.Random(1).randbytes(MIB)))]) as made:
-        made.remember = made.together = True
+        made.remember = made.together = made.posts = True
         made.start()
-        made.post(MOST)
         yield made
 
 
@@ -40,7 +38,9 @@ def plain(stage: Stage) -> Wire:
 
 
 def answered(stage: Stage, wire: Wire, cookie: int) -> None:
-    stage.settle(until=lambda: cookie in wire.results)
+    """It is on its way to dedup."""
+    use = next(use for use in stage.uses.values() if use.request is not None and use.request.cookie == cookie)
+    stage.settle(until=lambda: bool(use.executed))
     wire.results.pop(cookie).check()
 
 
@@ -68,7 +68,7 @@ def test_answered_before_it_is_applied_and_read_behind_it(stage: Stage, wire: Wi
         wire.call(Command.READ, 0, 8 * BLOCK)
     stage.hold = True
     answered(stage, wire, wire.submit(Command.WRITE, 2 * BLOCK, payload=b"n" * 2 * BLOCK))
-    assert stage.area().public.posting == 1 and len(stage.waiting) == 1
+    assert len(stage.waiting) == 1
     reads = [wire.submit(Command.READ, offset, 1000) for offset in (BLOCK, 2 * BLOCK, 3 * BLOCK + 5, 4 * BLOCK)]
     stage.settle(until=lambda: {reads[0], reads[3]} <= wire.results.keys() and len(stage.waiting) == 3)
     assert wire.results[reads[0]].check().data == stage.volumes[0].data[BLOCK : BLOCK + 1000], "from memory"
@@ -76,55 +76,11 @@ def test_answered_before_it_is_applied_and_read_behind_it(stage: Stage, wire: Wi
     stage.settle()
     for cookie in reads[1:3]:
         assert wire.results[cookie].check().data == b"n" * 1000
-    assert posted(stage) == 1 and stage.area().public.posting == 0
+    assert posted(stage) == 1
     stage.check_quiet()
-
-
-def test_bounded(stage: Stage, plain: Wire) -> None:
-    stage.post(8)
-    stage.hold = True
-    for number in range(4):
-        answered(stage, plain, plain.submit(Command.WRITE, number * 2 * BLOCK, payload=b"p" * 2 * BLOCK))
-    waits = plain.submit(Command.WRITE, MIB // 2, payload=b"w" * BLOCK)
-    stage.settle(until=lambda: len(stage.waiting) == 5)
-    assert waits not in plain.results and posted(stage) == 4
-    stage.hold = False
-    stage.settle()
-    plain.results.pop(waits).check()
-    stage.hold = True
-    answered(stage, plain, plain.submit(Command.WRITE, 0, payload=b"q" * BLOCK))
-    stage.post(0)
-    waits = plain.submit(Command.WRITE, BLOCK, payload=b"r" * BLOCK)
-    stage.settle(until=lambda: len(stage.waiting) == 2)
-    assert waits not in plain.results and stage.area().public.posting == 1
-    stage.hold = False
-    stage.settle()
-    assert stage.area().public.posting == 0
-    stage.check_quiet()
-
-
-def test_what_is_awaited(stage: Stage, plain: Wire) -> None:
-    """FUA, less than whole blocks, many blocks, more than a part, and a dedup that has not served yet."""
-    for offset, length, flags in (
-        (0, BLOCK, CommandFlag.FUA),
-        (512, BLOCK, 0),
-        (0, BLOCK - 512, 0),
-        (0, (lib.ATOLL_POSTED_WRITE_BLOCKS + 1) * BLOCK, 0),
-        (0, PART + BLOCK, 0),
-    ):
-        plain.call(Command.WRITE, offset, flags=flags, payload=b"a" * length).check()
-    assert posted(stage) == 0
-    with Stage() as fresh:
-        fresh.post(MOST)
-        physmap.header(lib.ATOLL_ROLE_DEDUP).serving_ns = 0
-        fresh.start()
-        wire = fresh.connect().negotiate()
-        wire.call(Command.WRITE, 0, payload=b"a" * BLOCK).check()
-        assert posted(fresh) == 0
 
 
 def test_its_counts_outlive_it(stage: Stage, plain: Wire) -> None:
-    stage.post(4)
     for _ in range(2):
         plain.call(Command.READ, 0, 8 * BLOCK)
     stage.hold = True
@@ -134,14 +90,12 @@ def test_its_counts_outlive_it(stage: Stage, plain: Wire) -> None:
     stage.kill()
     stage.start()
     reads = [plain.submit(Command.READ, number * BLOCK, BLOCK) for number in range(4)]
-    waits = plain.submit(Command.WRITE, 4 * BLOCK, payload=b"w" * BLOCK)
-    stage.settle(until=lambda: len(stage.waiting) == 9)
-    assert not {waits, *reads} & plain.results.keys() and stage.area().public.posting == 1
+    stage.settle(until=lambda: len(stage.waiting) == 8)
+    assert not set(reads) & plain.results.keys()
     stage.hold = False
     stage.settle()
     for number, cookie in enumerate(reads):
         assert plain.results[cookie].check().data == b"%d" % number * BLOCK
-    assert stage.area().public.posting == 0
     stage.check_quiet()
 
 
@@ -174,7 +128,7 @@ def test_random_requests_and_kills(stage: Stage, wire: Wire, seed: int) -> None:
     oracle = bytearray(stage.volumes[0].data)
     for number in range(150):
         stage.hold, stage.together = chance.random() < 0.5, chance.random() < 0.8
-        stage.post(chance.choice((0, 4, MOST)))
+        stage.posts = chance.random() < 0.7
         first, blocks = chance.randrange(40), chance.randint(1, 3)
         begin, end = first * BLOCK, (first + blocks) * BLOCK
         if chance.random() < 0.6:
@@ -196,3 +150,59 @@ def test_random_requests_and_kills(stage: Stage, wire: Wire, seed: int) -> None:
     stage.settle()
     assert stage.volumes[0].data == oracle
     stage.check_quiet()
+
+
+def test_one_that_has_crashed_nbd_twice_is_passed_on(stage: Stage, plain: Wire) -> None:
+    """Its client has been told that it is done."""
+    stage.kill()
+    plain.submit(Command.WRITE, 0, payload=b"p" * BLOCK)
+    (slot,) = stage.uses
+    stage._map(lib.ATOLL_ROLE_NBD, writable=True)
+    suspects = ffi.cast("struct atoll_suspect *", physmap.address(lib.ATOLL_ROLE_NBD) + 12288)
+    suspects[3].identity, suspects[3].crashes = stage.identity(slot), 2
+    stage._map(lib.ATOLL_ROLE_NBD, writable=False)
+    stage.start(previous_signal=signal.SIGKILL)
+    stage.settle()
+    assert stage.volumes[0].data[:BLOCK] == b"p" * BLOCK
+    assert stage.counters()["poisoned"] == 0 and posted(stage) == 1
+    stage.check_quiet()
+
+
+def test_behind_a_clients_last_word(stage: Stage, plain: Wire) -> None:
+    """nic does not know what DISC means, and answers what follows it: it is applied, then the connection ends."""
+    stage.hold = True
+    answered(stage, plain, plain.submit(Command.WRITE, 0, payload=b"a" * BLOCK))
+    plain.submit(Command.DISC)
+    answered(stage, plain, plain.submit(Command.WRITE, BLOCK, payload=b"b" * BLOCK))
+    assert not plain.is_closed
+    stage.hold = False
+    stage.settle()
+    assert plain.is_closed and stage.volumes[0].data[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+    stage.check_quiet()
+
+
+@pytest.mark.parametrize("bad", ["read", "ragged", "long", "length", "outside", "again", "unknown"])
+def test_what_nic_may_not_post(stage: Stage, plain: Wire, bad: str) -> None:
+    """Another domain's descriptor is checked like any other; dedup sees nothing of it."""
+    length = {"ragged": 1000, "long": 17 * BLOCK}.get(bad, BLOCK)
+    command = Command.READ if bad == "read" else Command.WRITE
+    head = request_bytes(Request(command, 0, 1, 0, length))
+    fields = {"address": stage.page_address(0), "length": length - (bad == "length")}
+    if bad == "outside":
+        fields["address"] = stage.page_address(0) + (1 << 38)
+    stage.hold = bad == "again"
+    if bad == "again":
+        answered(stage, plain, plain.submit(Command.WRITE, 0, payload=b"a" * BLOCK))
+        identity = stage.waiting[0].identity
+    else:
+        identity = (99 if bad == "unknown" else plain.number) << 48 | 7 << 32 | 1000
+    stage.put(
+        lib.ATOLL_ROLE_NIC, opcode=lib.ATOLL_OP_REQUEST, identity=identity, flags=lib.ATOLL_FLAG_POSTED,
+        bytes=dict(enumerate(head)), **fields,
+    )  # fmt: skip
+    lib.atoll_domain_commit(stage.peers[lib.ATOLL_ROLE_NIC].domain)
+    stage.settle(until=lambda: stage.counters()["peer_faults"] == 1)
+    stage.hold = False
+    stage.settle()
+    assert len(stage.log) == (bad == "again")
+    assert plain.call(Command.READ, 0, 1).error is None

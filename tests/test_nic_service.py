@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from nicstage import BLOCK, CLOSE, DISCARD, GREETING, LAST, NBD, PART, POSTED, READ, TAKEN, WRITE, Stage, pattern
+from nicstage import CLOSE, DISCARD, GREETING, LAST, NBD, PART, READ, WRITE, Stage, pattern
 
 from atoll.drivers import nic
 from atoll.ipc._ipc import lib
@@ -312,52 +312,6 @@ def test_bad_messages_change_nothing(uring_stage: Stage) -> None:
     stage.settle()
     stage.until(lambda: stage.counters()["bad_message"] == 6 and stage.counters()["bad_give_back"] == 2)
     stage.check()
-
-
-def test_a_posted_write_holds_slot_and_pages_until_its_end(uring_stage: Stage) -> None:
-    stage = uring_stage
-    stage.post_share, stage.take_share, stage.hold_ends = 1.0, 1.0, True
-    client = stage.connect("unix")
-    for number in range(80):  # more than a connection may have under way
-        client.request(WRITE, number * BLOCK, BLOCK)
-    stage.until(lambda: client.results == 80, "all are answered")
-    status = stage.call("status")
-    assert status["slots_in_use"] == status["buffer_pages_lent"] == 80 and status["buffer_pages_taken"] == 0
-    posted = sorted((entry.order, entry.offset) for entry in stage.nic_public().posted if entry.order)
-    assert posted == [(number + 1, number * BLOCK) for number in range(80)]
-    assert all(entry.length == BLOCK for entry in stage.nic_public().posted if entry.order)
-    stage.kill()
-    stage.start()
-    client.close()
-    stage.hold_ends = False
-    stage.until(lambda: stage.closed_count == 1, "the connection ends when its writes have")
-    stage.give_all_back()
-    stage.until(lambda: stage.call("status")["buffer_pages_free"] == status["buffer_pages"], "no page is left")
-    assert not any(entry.order for entry in stage.nic_public().posted)
-    assert stage.counters()["bad_message"] == stage.counters()["bad_give_back"] == 0
-    stage.check()
-
-
-@pytest.mark.parametrize("bad", ["read", "taken", "again"])
-def test_what_cannot_be_posted(uring_stage: Stage, bad: str) -> None:
-    """A READ; a write whose pages are said to be gone; a second answer."""
-    stage = uring_stage
-    flags = LAST | POSTED | (TAKEN if bad == "taken" else 0)
-    stage.on_request = lambda message: {"header": b"?" * 16, "flags": flags}
-    client = stage.connect("unix")
-    client.request(READ if bad == "read" else WRITE, 0, BLOCK)
-    client.raw = True
-    stage.until(lambda: bool(stage.uses), "it has come")
-    if bad == "again":
-        use = next(iter(stage.uses.values()))
-        stage.reply(use, b"!" * 16, flags)
-        stage.until(lambda: stage.counters()["bad_message"] == 1)
-    else:
-        stage.until(lambda: client.closed and stage.counters()["bad_message"] == 1)
-    stage.on_request = None
-    other = stage.connect("unix")
-    other.request(WRITE, 0, BLOCK)
-    stage.until(lambda: other.results == 1, "others go on")
 
 
 @pytest.mark.parametrize("bad", ["outside", "list", "sum", "long"])

@@ -51,6 +51,7 @@ COUNTERS = (
     "pauses",
     "held",
     "guessed",
+    "posted",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

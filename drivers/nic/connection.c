@@ -21,7 +21,8 @@ void nic_put(struct nic *nic, uint32_t role, const struct atoll_descriptor *mess
     if (nic->message_budget > 0)
         nic->message_budget--;
     /* At most one message per slot is unanswered, and the ring holds more: only a wrong index of the peer makes it full. */
-    if (!atoll_domain_put(nic->domain, role, message))
+    bool posted = message->opcode == ATOLL_OP_REQUEST && (message->flags & ATOLL_FLAG_POSTED);
+    if (!(posted ? atoll_domain_put_unhurried(nic->domain, role, message) : atoll_domain_put(nic->domain, role, message)))
         atoll_count(nic->domain, NIC_LOST_MESSAGES, 1);
 }
 
@@ -90,6 +91,8 @@ void nic_accepted(struct nic *nic, struct nic_connection *connection)
     nic_set32(nic, &connection->framing, ATOLL_FRAMING_KEEP);
     nic_set32(nic, &connection->receive_slot, 0);
     nic_set32(nic, &connection->held_slot, 0);
+    nic_set32(nic, &connection->volume, 0);
+    nic_set32(nic, &connection->streaming, 0);
     nic_set32(nic, &connection->end_of_stream, 0);
     nic_set32(nic, &connection->announced, 0);
     nic_set32(nic, &connection->send_offset, 0);

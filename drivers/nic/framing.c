@@ -1,4 +1,4 @@
-/* See framing.h. Layouts: NBD protocol, "Newstyle negotiation", "Transmission", "Extended headers". */
+/* See framing.h. Layouts: NBD protocol, "Newstyle negotiation", "Transmission" ("Simple reply message", "Extended reply chunk message"). */
 #include "drivers/nic/nic.h"
 
 #include <endian.h>
@@ -10,6 +10,10 @@
 #define TYPE_READ 0
 #define TYPE_WRITE 1
 #define FLAG_PAYLOAD_LEN 32
+#define MAGIC_SIMPLE_REPLY 0x67446698u
+#define MAGIC_EXTENDED_REPLY 0x6e8a278cu
+#define REPLY_FLAG_DONE 1
+#define REPLY_TYPE_NONE 0
 
 static uint16_t read16(const uint8_t *bytes)
 {
@@ -85,4 +89,29 @@ void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *fr
         frame->deliver_payload = false;
         frame->hold = true;
     }
+}
+
+bool nic_frame_is_plain_write(uint32_t framing, const uint8_t *bytes)
+{
+    return read16(bytes + 6) == TYPE_WRITE && read16(bytes + 4) == (framing == ATOLL_FRAMING_EXTENDED ? FLAG_PAYLOAD_LEN : 0);
+}
+
+static uint8_t *put32(uint8_t *at, uint32_t value)
+{
+    uint32_t big = htobe32(value);
+    memcpy(at, &big, sizeof big);
+    return at + sizeof big;
+}
+
+uint32_t nic_frame_done(uint32_t framing, const uint8_t *bytes, uint8_t *answer)
+{
+    bool extended = framing == ATOLL_FRAMING_EXTENDED;
+    uint8_t *at = put32(answer, extended ? MAGIC_EXTENDED_REPLY : MAGIC_SIMPLE_REPLY);
+    at = put32(at, extended ? (uint32_t)REPLY_FLAG_DONE << 16 | REPLY_TYPE_NONE : 0); /* simple: no error */
+    memcpy(at, bytes + 8, 8); /* cookie */
+    if (!extended)
+        return 16;
+    memcpy(at + 8, bytes + 16, 8); /* offset */
+    memset(at + 16, 0, 8); /* length of the chunk's payload */
+    return 32;
 }

@@ -1,8 +1,9 @@
 /*
- * The few lines that nic knows of a protocol: how long a header is, and how many bytes follow it.
+ * The few lines that nic knows of a protocol: how long a header is, how many bytes follow it, and how a write is answered that is done.
  *
  *   nic_frame_header_bytes(framing)     bytes of a header
  *   nic_frame_read(framing, bytes, &frame)
+ *   nic_frame_is_plain_write(framing, bytes), nic_frame_done(framing, bytes, answer)     for posted writes (posted.c)
  *
  * What the bytes mean is nbd's business. A header that is not one (wrong magic) is passed on without payload and
  * nothing behind it is parsed before nbd has answered.
@@ -31,6 +32,10 @@ struct nic_frame {
 uint32_t nic_frame_header_bytes(uint32_t framing);
 /* `bytes` holds a whole header. */
 void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *frame);
+/* A header of requests asks for a WRITE and for nothing else: it has no flags but those that say that a payload follows. */
+bool nic_frame_is_plain_write(uint32_t framing, const uint8_t *bytes);
+/* Writes the reply to it that says that it is done, at most 32 bytes, and returns how many. */
+uint32_t nic_frame_done(uint32_t framing, const uint8_t *bytes, uint8_t *answer);
 /* cffi:end */
 
 #endif

@@ -3,9 +3,6 @@
  *
  * A message that fits no slot, or comes out of turn, is refused and counted; it changes nothing (I8).
  *
- * A REPLY that is POSTED answers a WRITE that dedup has perhaps not applied: what the write was is noted in the public part, for the case
- * that all domains die, and its pages stay as they are until END.
- *
  * After a crash: messages of a step that did not commit are in the ring again.
  */
 #include "drivers/nic/nic.h"
@@ -35,30 +32,6 @@ static void on_next(struct nic *nic, struct nic_slot *slot, const struct atoll_d
     nic_receive_next(nic, slot);
 }
 
-/* What a posted WRITE is, for whoever comes after the death of all. False: such a request is not posted. */
-static bool note_posted(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
-{
-    uint32_t bank = slot->lent_part % NIC_PART_LISTS;
-    struct atoll_posted *posted = &nic->public->posted[slot - nic->area->slots];
-    if (!(slot->flags & NIC_SLOT_LENT) || slot->state != NIC_SLOT_REQUEST || slot->segments[bank] != 1 ||
-        slot->part_bytes[bank] != slot->payload_bytes ||
-        (message->flags & (ATOLL_FLAG_LAST | ATOLL_FLAG_CLOSE | ATOLL_FLAG_DISCARD | ATOLL_FLAG_TAKEN)) != ATOLL_FLAG_LAST)
-        return false;
-    if (posted->order != 0) /* of an earlier run; dedup has taken it over */
-        atoll_save(nic->journal, posted, sizeof *posted);
-    *posted = (struct atoll_posted){.identity = message->identity,
-                                    .address = nic_segments(nic, slot, slot->lent_part)[0].address,
-                                    .offset = message->words[1],
-                                    .length = slot->payload_bytes,
-                                    .volume = message->halves[4],
-                                    .generation = message->halves[5]};
-    atoll_set64(nic->journal, &nic->public->posted_order, nic->public->posted_order + 1);
-    atoll_set64(nic->journal, &posted->order, nic->public->posted_order);
-    nic->hints[slot->connection].posted++;
-    nic->posted++;
-    return true;
-}
-
 static void on_end(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
 {
     if (!(slot->flags & NIC_SLOT_POSTED)) {
@@ -66,24 +39,31 @@ static void on_end(struct nic *nic, struct nic_slot *slot, const struct atoll_de
         return;
     }
     part_returned(nic, slot, message->flags & ATOLL_FLAG_TAKEN);
-    atoll_set64(nic->journal, &nic->public->posted[slot - nic->area->slots].order, 0);
     nic_set32(nic, &slot->flags, slot->flags & ~(uint32_t)NIC_SLOT_POSTED);
-    nic->hints[slot->connection].posted--;
-    nic->posted--;
+    nic_posted_end(nic, slot);
     if (!(slot->flags & NIC_SLOT_QUEUED))
         nic_slot_free(nic, slot);
 }
 
+/* Whose writes may be posted from now on. */
+static void begin_transmission(struct nic *nic, struct nic_connection *connection, const struct atoll_descriptor *message)
+{
+    nic_set32(nic, &connection->volume, message->halves[1] <= ATOLL_VOLUME_COUNT ? message->halves[1] : 0);
+    nic_set32(nic, &connection->generation, message->halves[2]);
+    nic_set32(nic, &connection->mixes, message->halves[3]);
+}
+
 static void on_reply(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *message)
 {
-    bool last = message->flags & ATOLL_FLAG_LAST, posted = message->flags & ATOLL_FLAG_POSTED;
+    bool last = message->flags & ATOLL_FLAG_LAST;
+    uint32_t place = (uint32_t)(slot - nic->area->slots) + 1;
     if ((slot->flags & (NIC_SLOT_QUEUED | NIC_SLOT_ANSWERED)) || message->length > REPLY_BYTES ||
-        message->segment_count > ATOLL_REPLY_SEGMENTS || (posted && !note_posted(nic, slot, message))) {
+        message->segment_count > ATOLL_REPLY_SEGMENTS) {
         refuse(nic);
         nic_gone(nic, connection);
         return;
     }
-    if ((slot->flags & NIC_SLOT_LENT) && !posted && (last || (message->flags & ATOLL_FLAG_TAKEN)))
+    if ((slot->flags & NIC_SLOT_LENT) && (last || (message->flags & ATOLL_FLAG_TAKEN)))
         part_returned(nic, slot, message->flags & ATOLL_FLAG_TAKEN);
     slot->reply_address = message->address; /* not queued: unreferenced */
     slot->reply_length = message->length;
@@ -92,7 +72,7 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
     slot->reply_part = message->part;
 
     if (last) {
-        nic_set32(nic, &slot->flags, slot->flags | NIC_SLOT_ANSWERED | (posted ? NIC_SLOT_POSTED : 0));
+        nic_set32(nic, &slot->flags, slot->flags | NIC_SLOT_ANSWERED);
         if (slot->state == NIC_SLOT_OPEN || slot->state == NIC_SLOT_OPTION) {
             uint32_t framing = message->halves[0];
             if (framing != ATOLL_FRAMING_KEEP && nic_frame_header_bytes(framing) != 0)
@@ -102,13 +82,19 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
                     refuse(nic);
                 slot->reply_flags |= ATOLL_FLAG_CLOSE;
             }
+            if (connection->framing == ATOLL_FRAMING_REQUEST || connection->framing == ATOLL_FRAMING_EXTENDED)
+                begin_transmission(nic, connection, message);
         }
     }
+    if (!last && !connection->mixes)
+        nic_set32(nic, &connection->streaming, place);
+    else if (last && connection->streaming == place)
+        nic_set32(nic, &connection->streaming, 0);
     if (slot->reply_flags & ATOLL_FLAG_CLOSE)
         nic_end(nic, connection);
     else if ((last || (message->flags & ATOLL_FLAG_DISCARD)) && nic_receive_discard(nic, connection, slot) && last) {
         /* Clients (libnbd among them) know no answer to a request that they have not sent to its end. */
-        nic_set32(nic, &connection->held_slot, (uint32_t)(slot - nic->area->slots) + 1);
+        nic_set32(nic, &connection->held_slot, place);
         return;
     }
 

@@ -42,6 +42,8 @@
 #define NIC_STREAM_COUNT 128
 /* Two halves of 128 bytes: a partial header (32 at most) and room to receive. */
 #define NIC_OWN_BYTES 256
+/* A reply that says "done" and no more, at most. */
+#define NIC_ANSWER_BYTES 32
 /* Slots kept for connections that have none. */
 #define NIC_KEPT_SLOTS 256
 /* Longest option data that is delivered; a chunk. Longer options are delivered without data. */
@@ -88,7 +90,8 @@ enum nic_counter {
     NIC_PAUSES = 29,           /* for a client that has replies to read: coalesce.c */
     NIC_HELD = 30,             /* times that a client sent while nic held the processor: ipc/spin.h */
     NIC_GUESSED = 31,          /* receives without asking epoll that brought something: guess.c */
-    NIC_COUNTER_COUNT = 32
+    NIC_POSTED = 32,           /* writes answered before dedup has applied them: posted.c */
+    NIC_COUNTER_COUNT = 33
 };
 
 enum nic_phase {
@@ -140,7 +143,7 @@ struct nic_connection {
     uint32_t end_of_stream;       /* 1: the peer sends nothing more */
     uint32_t listener;
     uint32_t held_slot;           /* slot + 1 whose reply waits until the rest of its payload is thrown away, 0 none */
-    uint32_t reserved_a;
+    uint32_t streaming;           /* slot + 1 of the reply of several parts that no other may come between, 0 none */
     /* Not journaled: statistics and clocks (CLOCK_MONOTONIC). */
     uint64_t accepted_ns;
     uint64_t received_ns;         /* last progress in receiving */
@@ -153,7 +156,11 @@ struct nic_connection {
     /* Clocks as above. */
     uint64_t part_ns;             /* when the part being received got its pages */
     uint64_t head_ns;             /* when the reply being sent became the first */
-    uint8_t reserved[72];
+    /* From the answer that began transmission, journaled. */
+    uint32_t volume;              /* id + 1: whole blocks of it may be posted (posted.c), 0 none */
+    uint32_t generation;
+    uint32_t mixes;               /* 1: replies may come between the parts of another one */
+    uint8_t reserved[60];
 };
 
 enum nic_slot_state { NIC_SLOT_FREE = 0, NIC_SLOT_OPEN = 1, NIC_SLOT_OPTION = 2, NIC_SLOT_REQUEST = 3, NIC_SLOT_CLOSED = 4 };
@@ -212,6 +219,7 @@ struct nic_area {
     struct nic_connection connections[2048];
     struct nic_slot slots[2048];
     uint8_t own[524288];      /* NIC_OWN_BYTES per connection */
+    uint8_t answers[65536];   /* NIC_ANSWER_BYTES per slot: of posted writes */
 };
 
 enum nic_engine_kind { NIC_ENGINE_URING = 1, NIC_ENGINE_SOCKETS = 2 };
@@ -280,6 +288,7 @@ int nic_check(const struct nic *nic, char *error);
 _Static_assert(sizeof(struct nic_connection) == 256, "connection");
 _Static_assert(sizeof(struct nic_slot) == 128, "slot");
 _Static_assert(NIC_OWN_BYTES * ATOLL_CONNECTION_COUNT == 524288, "own buffers");
+_Static_assert(NIC_ANSWER_BYTES * ATOLL_SLOT_COUNT == 65536, "answers");
 _Static_assert(NIC_OPTION_BYTES == NIC_CHUNK_PAGES * ATOLL_BLOCK_BYTES, "option data is one run");
 _Static_assert(NIC_KEPT_SLOTS < ATOLL_SLOT_COUNT / 2, "more for use than kept");
 _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a part");
@@ -435,6 +444,10 @@ struct nic {
 
     uint64_t reply_pages;      /* of all slots */
     uint32_t posted;           /* slots that are answered, and whose END is to come */
+    uint32_t posted_blocks;    /* of these */
+    uint32_t posted_most;      /* that there may be of them, as looked up since the last commit */
+    bool posted_looked;
+    uint32_t posted_in_step;   /* slots that were posted since then */
     uint32_t free_slot_count, free_connection_count, free_stream_count;
     uint16_t free_slots[ATOLL_SLOT_COUNT];
     uint16_t free_connections[ATOLL_CONNECTION_COUNT];
@@ -553,6 +566,18 @@ void nic_send(struct nic *nic, struct nic_connection *connection);
 void nic_sent(struct nic *nic, struct nic_connection *connection, int32_t result);
 void nic_send_flush(struct nic *nic, struct nic_connection *connection);
 void nic_reply_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
+
+/* posted.c. After a takeover, when the slots have been counted; after a commit. */
+void nic_posted_open(struct nic *nic);
+void nic_posted_committed(struct nic *nic);
+/* The WRITE in `slot`, whose payload is complete and about to be lent, may be answered before anybody else has seen it. */
+bool nic_may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot);
+/* Answers it, and notes what it is; `message` is the one that tells nbd. `alone`: nothing else of the client's has been received yet. */
+void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, struct atoll_descriptor *message, bool alone);
+/* END has come. */
+void nic_posted_end(struct nic *nic, struct nic_slot *slot);
+/* One more of them (1), or one less (-1). */
+void nic_posted_count(struct nic *nic, const struct nic_slot *slot, int change);
 
 /* messages.c: takes at most `limit` messages from nbd and dedup; returns how many. */
 uint32_t nic_messages(struct nic *nic, uint32_t limit);

@@ -165,8 +165,8 @@ static void make_lists(struct nic *nic)
         } else {
             nic->reply_pages += slot->reply_pages;
             nic->hints[slot->connection].reply_pages += slot->reply_pages;
-            nic->hints[slot->connection].posted += (slot->flags & NIC_SLOT_POSTED) != 0;
-            nic->posted += (slot->flags & NIC_SLOT_POSTED) != 0;
+            if (slot->flags & NIC_SLOT_POSTED)
+                nic_posted_count(nic, slot, 1);
         }
     }
     for (uint32_t index = NIC_STREAM_COUNT; index-- > 0;)
@@ -300,6 +300,7 @@ static int open_all(struct nic *nic, const struct atoll_uring_parameters *parame
     if ((result = nic->engine->open(nic, parameters, error)) < 0)
         return result;
     make_lists(nic);
+    nic_posted_open(nic);
     nic->pages = nic_pages_make(nic);
     if (nic->pages == 0) {
         snprintf(error, 256, "nic: out of memory");

@@ -108,7 +108,8 @@ static uint32_t part_bytes(const struct nic_slot *slot)
     return left < most ? left : most;
 }
 
-static void deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
+/* `alone`: nothing else of the client's has been received yet. */
+static void deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
     struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
     uint32_t bank = slot->part % NIC_PART_LISTS;
@@ -135,11 +136,17 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
         connection->requests++;
         atoll_count(nic->domain, NIC_REQUESTS, 1);
         flags |= NIC_SLOT_DELIVERED;
+        if ((flags & NIC_SLOT_LENT) && slot->state == NIC_SLOT_REQUEST && nic_may_post(nic, connection, slot)) {
+            nic_post(nic, connection, slot, &message, alone);
+            flags |= NIC_SLOT_ANSWERED | NIC_SLOT_POSTED;
+        }
     } else {
         message.opcode = ATOLL_OP_PART;
     }
     nic_set32(nic, &slot->flags, flags);
     nic_put(nic, ATOLL_ROLE_NBD, &message);
+    if (flags & NIC_SLOT_POSTED)
+        nic_send_queue(nic, connection, slot);
 }
 
 static void put_aborted_part(struct nic *nic, struct nic_slot *slot)
@@ -197,11 +204,11 @@ static void part_received(struct nic *nic, struct nic_connection *connection, st
 }
 
 /* State PART: hands the complete part to nbd if it is wanted, then goes on behind it. False: nbd must come first. */
-static bool part_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
+static bool part_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
     if (!(slot->flags & NIC_SLOT_WANTED))
         return false;
-    deliver(nic, connection, slot);
+    deliver(nic, connection, slot, alone);
     if (slot->payload_received < slot->payload_bytes) {
         nic_set32(nic, &slot->part_begin, slot->payload_received);
         nic_set32(nic, &slot->part, slot->part + 1);
@@ -386,7 +393,7 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
         return PARSED_ON;
     }
     nic->hints[slot->connection].large = false;
-    deliver(nic, connection, slot);
+    deliver(nic, connection, slot, false);
     if (frame.hold) {
         nic_set32(nic, &connection->receive_slot, number);
         nic_set32(nic, &connection->receive_state, NIC_RX_HOLD);
@@ -430,7 +437,7 @@ static bool parse(struct nic *nic, struct nic_connection *connection)
             break;
         }
         case NIC_RX_PART:
-            if (!part_done(nic, connection, slot))
+            if (!part_done(nic, connection, slot, here == 0))
                 parsed = PARSED_BLOCKED;
             break;
         case NIC_RX_DISCARD: {
@@ -501,6 +508,7 @@ void nic_receive(struct nic *nic, struct nic_connection *connection)
         return;
     bool more = parse(nic, connection);
     nic->domain->self->current = 0;
+    nic_send(nic, connection); /* what has been answered at once */
     if (!more) {
         rest(nic, connection);
         return;

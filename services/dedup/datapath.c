@@ -228,6 +228,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     slot->state = SLOT_ACCEPTED;
     slot->phase = PHASE_START;
     slot->status = ATOLL_OK;
+    slot->posted = posted_request(message);
     slot->result_bytes = slot->extent_count = 0;
     slot->progress = slot->failed_address = slot->failed_lba = slot->target = 0;
     slot->acceptance = arena->next_acceptance;

@@ -194,6 +194,8 @@ struct dp_slot {
     uint32_t extent_count;           /* EXTENTS: entries in `segments` */
     uint32_t segment_count;          /* in `segments`; their pages are pinned */
     uint32_t pinned_place;           /* in dp_arena.pinned, or DP_NONE */
+    uint32_t posted;                 /* 1: nobody waits for its answer */
+    uint32_t reserved;
     struct atoll_segment segments[DP_SEGMENTS];
 };
 #define DP_SLOT_HOT_BYTES (offsetof(struct dp_slot, segments) - offsetof(struct dp_slot, identity))
@@ -513,6 +515,8 @@ struct posted_failing posted_failing(const struct datapath *dp);
 uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
 /* Space for them is kept. */
 void posted_attach(struct datapath *dp);
+/* One of nic's notes up to this order has not come yet. */
+bool posted_on_their_way(const struct datapath *dp, uint64_t last);
 /* Ends posting; true if nothing is on its way any more and their space is anybody's. */
 bool posted_shut(struct datapath *dp);
 /* Before a commit: no more of them, if room has grown short. After the step: again, if there is enough. */

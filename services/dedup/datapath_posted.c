@@ -1,5 +1,5 @@
 /*
- * Posted writes, as dedup sees them: WRITEs of whole blocks whose clients have been answered when they arrive (services/nbd/posted.c).
+ * Posted writes, as dedup sees them: WRITEs of whole blocks whose clients have been answered when they arrive (drivers/nic/posted.c).
  *
  * Most are applied at once, like any other. One that must wait (for a page of the map, for a flush that covers the block) is in
  * `posted` as long, and no later request overtakes it: those that touch its blocks, and flushes, are executed again after it. One that
@@ -8,8 +8,8 @@
  * that can be read and is never destaged.
  *
  * Space: `posted_blocks` in the public part says how many blocks may be on their way; ordinary requests leave as many free. Where space
- * grows short it becomes 0, and when nbd has seen that and nothing is on its way any more (SP-POST), the rest is anybody's. It becomes 0 before
- * the answers that made space short can be seen: nbd, told of them, would post as many once more. (models/posted.pml) It also becomes 0 where
+ * grows short it becomes 0, and when nic has seen that and nothing is on its way any more (SP-POST), the rest is anybody's. It becomes 0 before
+ * the answers that made space short can be seen: nic, told of them, would post as many once more. (models/posted.pml) It also becomes 0 where
  * the map may not grow much more, and as long as one cannot be applied; so what cannot be is no more than what was on its way, and the
  * blocks for it stay kept.
  *
@@ -86,6 +86,19 @@ struct posted_failing posted_failing(const struct datapath *dp)
     return failing;
 }
 
+bool posted_on_their_way(const struct datapath *dp, uint64_t last)
+{
+    for (uint32_t number = 0; number < ATOLL_SLOT_COUNT; number++) {
+        const struct atoll_posted *posted = &dp->nic_public->posted[number];
+        uint64_t order = atoll_load_acquire(&posted->order), identity = atoll_load_acquire(&posted->identity);
+        if (order == 0 || order > last || order <= dp->dedup->public->posted_adopted || atoll_load_relaxed(&posted->order) != order)
+            continue;
+        if (dp->arena->slots[number].identity != identity) /* nic does not use the slot again before END */
+            return true;
+    }
+    return false;
+}
+
 /* --- Space ------------------------------------------------------------------------------------------------------------ */
 
 static void allow(struct datapath *dp, uint64_t blocks)
@@ -106,7 +119,7 @@ bool posted_shut(struct datapath *dp)
     if (dp->posted_keeps) {
         allow(dp, 0);
         atoll_full_fence(); /* SP-POST */
-        if (failing.count != dp->posted_count || (dp->lookup.uses != 0 && atoll_load_acquire(&dp->lookup.uses->posting) != 0))
+        if (failing.count != dp->posted_count || atoll_load_acquire(&dp->nic_public->posting) != 0)
             return false;
         dp->posted_keeps = false;
     }
@@ -159,6 +172,7 @@ static void own(struct datapath *dp, uint32_t number, const struct atoll_descrip
     slot->state = SLOT_ACCEPTED;
     slot->phase = PHASE_START;
     slot->status = status;
+    slot->posted = 1;
     slot->acceptance = acceptance;
     slot->target = slot->ticket = slot->progress = 0;
     slot->result_bytes = slot->extent_count = 0;
@@ -184,7 +198,7 @@ static int by_order(const void *a, const void *b)
     return x->order < y->order ? -1 : x->order > y->order;
 }
 
-/* As nbd posts them; anything else is nic's memory gone wrong. */
+/* As nic posts them; anything else is its memory gone wrong. */
 static bool is_sound(const struct datapath *dp, const struct atoll_posted *posted, uint32_t number)
 {
     uint64_t at = posted->address - dp->nic_buffer;
@@ -253,7 +267,7 @@ void posted_adopt(struct datapath *dp)
             continue;
         }
         number = free_slot(dp, number);
-        if (number == DP_SLOTS) /* nbd never posts so many */
+        if (number == DP_SLOTS) /* nic never posts so many */
             atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
         else
             take_over(dp, posted, number++);

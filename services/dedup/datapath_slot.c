@@ -144,7 +144,10 @@ void slot_answer(struct datapath *dp, uint32_t number)
     }
     if (slot->status != ATOLL_OK)
         atoll_count(dp->domain, DEDUP_COUNTER_ERRORS, 1);
-    bool sent = atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
+    if (slot->posted)
+        message.flags = ATOLL_FLAG_POSTED;
+    bool sent = slot->posted ? atoll_domain_put_unhurried(dp->domain, ATOLL_ROLE_NBD, &message)
+                             : atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
     if (!sent) /* one message per slot is outstanding and the ring has two places for each: nbd broke the rule */
         atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
 }

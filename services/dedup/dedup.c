@@ -253,7 +253,7 @@ bool dedup_turn(struct dedup *dedup)
 /* Progress of a goal beyond serving. Returns 0 while it is not reached. */
 struct goal {
     uint32_t kind, phase;
-    uint32_t asked;           /* messages of nbd that were waiting when it was set: posted writes may be among them */
+    uint64_t posted;          /* order of the last write that had been posted when it was set */
     uint64_t ticket, failures;
     uint32_t volume;          /* of DEDUP_GOAL_MAP: [lba, end) is still to be looked up */
     uint64_t lba, end;
@@ -301,8 +301,7 @@ static int look_at_goal(struct dedup *dedup, struct goal *goal)
         dp->posted_ends = goal->kind == DEDUP_GOAL_CLOSE;
         if (posted_failing(dp).count != 0 && goal->kind != DEDUP_GOAL_SYNC)
             return DEDUP_REASON_UNFLUSHED;
-        if ((int32_t)(goal->asked - dedup->domain->rings->rx[ATOLL_ROLE_NBD].head) > 0 ||
-            dp->posted_count != posted_failing(dp).count)
+        if (posted_on_their_way(dp, goal->posted) || dp->posted_count != posted_failing(dp).count)
             return 0;
         dp->drain = goal->kind != DEDUP_GOAL_SYNC;
         if (dp->drain && destage_pending_order(dp) != UINT64_MAX)
@@ -354,7 +353,7 @@ static void rest(struct dedup *dedup, uint32_t ignored, uint64_t wake_ms)
 {
     struct datapath *dp = dedup->datapath;
     if (ignored == 0 && dp->now_ms - dp->posted_ms < DOZE_AFTER_MS)
-        atoll_domain_doze(dedup->domain, ATOLL_ROLE_NBD, DOZE_NS);
+        atoll_domain_doze(dedup->domain, 1u << ATOLL_ROLE_NBD, DOZE_NS);
     else
         atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
 }
@@ -363,7 +362,7 @@ static int run(struct dedup *dedup, struct goal *goal, uint64_t deadline_ns)
 {
     uint32_t kind = goal->kind;
     bool serve = kind != DEDUP_GOAL_LOAD;
-    goal->asked = dedup->domain->rings->rx[ATOLL_ROLE_NBD].head + atoll_domain_pending(dedup->domain, ATOLL_ROLE_NBD);
+    goal->posted = atoll_load_acquire(&dedup->datapath->nic_public->posted_order);
     /* Control messages wait while a control call is being answered; requests wait while the store is being loaded. */
     uint32_t ignored = kind == DEDUP_GOAL_SERVE ? 0 : 1u << ATOLL_ROLE_KERNEL;
     if (!serve)

@@ -107,7 +107,7 @@ struct nbd_slot {
     uint32_t reply_length;
     uint16_t reply_segment_count;
     uint16_t reply_flags;
-    uint32_t posted;                 /* DEDUP: blocks of a posted WRITE, 0: it is none */
+    uint32_t posted;                 /* DEDUP: blocks of a WRITE that nic has answered, 0: it is none */
     uint32_t reserved_a;
     uint64_t reserved[3];
 };
@@ -153,7 +153,7 @@ enum nbd_counter {
     NBD_COUNTER_STEPS = 25,
     NBD_COUNTER_MESSAGES = 26,
     NBD_COUNTER_READS_FROM_MEMORY = 27, /* answered without asking dedup */
-    NBD_COUNTER_POSTED_WRITES = 28,  /* answered before dedup had applied them */
+    NBD_COUNTER_POSTED_WRITES = 28,  /* answered by nic before dedup had applied them */
     NBD_COUNTER_POSTED_LOST = 29,    /* of these: refused by dedup (the volume is no more, or has shrunk) */
     NBD_COUNTER_COUNT = 30
 };
@@ -248,9 +248,8 @@ struct nbd_lookup {
 #define NBD_POSTED_BUCKETS 4096
 struct nbd_posted {
     uint32_t blocks;
-    uint32_t allowed;                /* in this step; looked at once in it */
-    bool looked;
-    uint8_t buckets[NBD_POSTED_BUCKETS]; /* by block: how many; at most ATOLL_POSTED_BLOCKS in all, of which no bucket holds 256 */
+    uint64_t last_ns;                /* when the last one came */
+    uint16_t buckets[NBD_POSTED_BUCKETS]; /* by block: how many */
 };
 
 struct nbd {
@@ -260,6 +259,7 @@ struct nbd {
     uint32_t suspect_count;          /* of entries in use */
     uint32_t taken;                  /* messages of the last step */
     uint32_t alone;                  /* nic had one message at most for the last step */
+    uint32_t hurried;                /* 1: of what nic sent lately something was awaited by a client */
     uint32_t stalled;                /* the last step found no room for what a message may cause */
     uint32_t unstable;               /* the volume table could not be read; nic's messages wait for a moment */
     uint32_t framed;                 /* 1: `frame` and `message` wait for nbd_answer */
@@ -300,12 +300,6 @@ void nbd_lookup_tidy(struct nbd *nbd);
 
 /* --- posted.c --- */
 void nbd_posted_attach(struct nbd *nbd);
-/* At the beginning of a step. */
-void nbd_posted_begin(struct nbd *nbd);
-/* After its commit. */
-void nbd_posted_committed(struct nbd *nbd);
-/* The WRITE in `slot`, of one part, may be answered before dedup has applied it; its payload is as in `message`. */
-bool nbd_may_post(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *message);
 /* It is on its way, or has been applied. */
 void nbd_posted_add(struct nbd *nbd, const struct nbd_slot *slot);
 void nbd_posted_remove(struct nbd *nbd, const struct nbd_slot *slot);
@@ -324,6 +318,7 @@ void nbd_reply_read(const struct nbd_slot *slot, struct nbd_reply *reply, const 
 void nbd_reply_extents(const struct nbd_slot *slot, struct nbd_reply *reply, const struct atoll_extent *extents, uint32_t count,
                        struct atoll_descriptor *message);
 
+_Static_assert(ATOLL_SLOT_COUNT * ATOLL_POSTED_WRITE_BLOCKS < 1 << 16, "a bucket holds all of them");
 _Static_assert(sizeof(struct nbd_negotiation) == 24, "negotiation");
 _Static_assert(sizeof(struct nbd_connection) == 64, "a connection is one cache line");
 _Static_assert(sizeof(struct nbd_slot) == 128, "a slot is two cache lines");

@@ -12,6 +12,10 @@
 
 #include "services/nbd/transmission.h"
 
+/* How long a posted write may lie before it is passed on; and how long after the last one nbd dozes rather than sleeps. */
+#define DOZE_NS 1000000
+#define DOZE_AFTER_NS 5000000
+
 _Static_assert(sizeof(struct atoll_suspect) == 16, "suspects");
 
 uint64_t nbd_area_bytes(void) { return sizeof(struct nbd_area); }
@@ -181,7 +185,6 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     if (dedup != 0 && atoll_load_relaxed(&dedup->incarnation) != nbd->lookup.incarnation)
         nbd_lookup_attach(nbd);
     nbd->unstable = 0;
-    nbd_posted_begin(nbd);
     for (; taken < limit && peek(nbd, ATOLL_ROLE_DEDUP, &message); taken++) {
         set_current(nbd, message.identity);
         nbd_take_done(nbd, &message);
@@ -190,6 +193,8 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         ATOLL_CRASH_POINT(nbd->domain, "nbd.done_taken");
     }
     nbd->alone = is_alone(nbd);
+    uint32_t before = taken, hurried = nbd->hurried;
+    nbd->hurried = 0;
     for (; taken < limit && peek(nbd, ATOLL_ROLE_NIC, &message); taken++) {
         set_current(nbd, message.identity);
         enum nbd_outcome outcome = nbd_take_nic(nbd, &message);
@@ -203,11 +208,14 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         accept(nbd, ATOLL_ROLE_NIC);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.request_taken");
     }
+    if (taken == before) /* nic has sent nothing */
+        nbd->hurried = hurried;
+    else if (!nbd->hurried)
+        nbd->posted.last_ns = atoll_now_ns();
     nbd->taken = taken;
     nbd->stalled = limit == 0;
     if (taken != 0) {
         commit_step(nbd);
-        nbd_posted_committed(nbd);
         nbd_lookup_tidy(nbd);
     }
     if (!nbd->framed) {
@@ -216,6 +224,15 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     }
     set_current(nbd, nbd->message.identity); /* Python executes it */
     return NBD_REASON_FRAME;
+}
+
+/* Nothing to do. While writes come that are answered already it dozes. */
+static void rest(struct nbd *nbd)
+{
+    if (!nbd->hurried && atoll_now_ns() - nbd->posted.last_ns < DOZE_AFTER_NS)
+        atoll_domain_doze(nbd->domain, 1u << ATOLL_ROLE_NIC | 1u << ATOLL_ROLE_DEDUP, DOZE_NS);
+    else
+        atoll_domain_sleep(nbd->domain, 0, -1);
 }
 
 int nbd_run(struct nbd *nbd)
@@ -235,7 +252,7 @@ int nbd_run(struct nbd *nbd)
         else if (nbd->unstable) /* dedup died while it changed the volumes: its successor finishes it */
             atoll_domain_sleep(domain, 1u << ATOLL_ROLE_NIC, 1000000);
         else
-            atoll_domain_sleep(domain, 0, -1);
+            rest(nbd);
     }
 }
 
@@ -282,6 +299,11 @@ void nbd_answer(struct nbd *nbd, const struct nbd_answer *answer)
             atoll_set32(journal, &slot->state, NBD_SLOT_FREE);
         reply.flags = (uint8_t)(ATOLL_FLAG_LAST | (answer->close ? ATOLL_FLAG_CLOSE : 0));
         reply.halves[0] = answer->framing;
+        if (connection->negotiation.state == NBD_CONNECTION_TRANSMISSION) {
+            reply.halves[1] = answer->volume + 1;
+            reply.halves[2] = answer->generation;
+            reply.halves[3] = (answer->negotiation.features & (NBD_FEATURE_STRUCTURED | NBD_FEATURE_EXTENDED)) != 0;
+        }
     }
     nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
     atoll_count(nbd->domain, message->opcode == ATOLL_OP_OPEN ? NBD_COUNTER_OPENED : NBD_COUNTER_OPTIONS, 1);

@@ -156,19 +156,6 @@ void nbd_finish_success(struct nbd *nbd, struct nbd_slot *slot)
     nbd_send_reply(nbd, slot, &reply);
 }
 
-void nbd_answer_posted(struct nbd *nbd, const struct nbd_slot *slot)
-{
-    struct atoll_descriptor reply = {.opcode = ATOLL_OP_REPLY, .identity = slot->identity};
-    nbd_reply_success(slot, reply_of(nbd, slot->identity), &reply);
-    reply.flags = ATOLL_FLAG_LAST | ATOLL_FLAG_POSTED;
-    reply.words[1] = slot->offset;
-    reply.halves[4] = slot->volume;
-    reply.halves[5] = slot->generation;
-    nbd_put(nbd, ATOLL_ROLE_NIC, &reply);
-    nbd_posted_add(nbd, slot);
-    atoll_count(nbd->domain, NBD_COUNTER_POSTED_WRITES, 1);
-}
-
 void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status)
 {
     struct atoll_descriptor end = {.opcode = ATOLL_OP_END, .identity = slot->identity, .flags = ATOLL_FLAG_TAKEN};
@@ -220,7 +207,10 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
     message.flags = (uint8_t)((slot->flags & NBD_CMD_FLAG_FUA && last ? ATOLL_FLAG_FUA : 0) |
                               (slot->flags & NBD_CMD_FLAG_NO_HOLE ? ATOLL_FLAG_NO_HOLE : 0) |
                               (slot->flags & NBD_CMD_FLAG_FAST_ZERO ? ATOLL_FLAG_FAST : 0) |
-                              (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0) | (nbd->alone ? ATOLL_FLAG_ALONE : 0));
+                              (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0));
+    bool alone = slot->posted != 0 && payload != 0 ? (payload->flags & ATOLL_FLAG_ALONE) != 0 : nbd->alone != 0;
+    if (alone)
+        message.flags |= ATOLL_FLAG_ALONE;
     message.words[0] = slot->offset + slot->done_bytes;
     message.words[1] = nbd_has_parts(slot->type) ? slot->part_bytes : slot->length;
     message.halves[4] = slot->volume;

@@ -47,8 +47,7 @@ void nbd_close(struct nbd *nbd, uint64_t identity, uint32_t part, uint32_t flags
 
 /* Asks dedup for the slot's current part. `payload`: the message that brought it, for WRITE; else NULL. */
 void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *payload);
-/* Answers the WRITE that has just been sent, before its DONE; and what DONE does then. */
-void nbd_answer_posted(struct nbd *nbd, const struct nbd_slot *slot);
+/* A posted write is applied. */
 void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status);
 /* Goes on to the next part, those before it being `done_bytes` long, and asks for it. */
 void nbd_next_part(struct nbd *nbd, struct nbd_slot *slot, uint64_t done_bytes, const struct atoll_descriptor *payload);

@@ -1,0 +1,265 @@
+"""Writes that nic answers by itself: which, how many, what it says, and what is kept until they are applied."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from nicstage import (
+    BLOCK,
+    GENERATION,
+    LAST,
+    MOST,
+    NBD,
+    READ,
+    REQUEST_MAGIC,
+    TAKEN,
+    VOLUME,
+    WRITE,
+    Client,
+    Stage,
+    pattern,
+)
+
+from atoll.ipc import physmap
+from atoll.ipc._ipc import lib
+
+EXTENDED_MAGIC, EXTENDED_REPLY_MAGIC = 0x21E41C71, 0x6E8A278C
+FUA, PAYLOAD_LEN = 1, 32
+
+
+@pytest.fixture(params=["io_uring", "sockets"])
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with Stage(engine=request.param) as made:
+        made.posts = MOST
+        made.start()
+        yield made
+
+
+def ready(stage: Stage) -> Client:
+    """A client whose negotiation, as far as there is one, is over."""
+    client = stage.connect("unix")
+    stage.until(lambda: not client.greeting)
+    return client
+
+
+def noted(stage: Stage) -> list[Any]:
+    return [entry for entry in stage.nic_public().posted if entry.order]
+
+
+def posted(stage: Stage) -> int:
+    return stage.counters()["posted"]
+
+
+def write(stage: Stage, client: Client, offset: int, blocks: int = 1) -> None:
+    """Answered, whoever does it."""
+    before = client.results
+    client.request(WRITE, offset, blocks * BLOCK)
+    stage.until(lambda: client.results == before + 1)
+
+
+def test_it_holds_slot_and_pages_until_its_end(stage: Stage) -> None:
+    stage.take_share, stage.hold_ends = 1.0, True
+    client = ready(stage)
+    for number in range(80):  # more than a connection may have under way
+        client.request(WRITE, number * BLOCK, BLOCK)
+    stage.until(lambda: client.results == 80 and len(stage.ends) == 80, "all are answered")
+    status = stage.call("status")
+    assert status["slots_in_use"] == status["buffer_pages_lent"] == 80 and status["buffer_pages_taken"] == 0
+    assert sorted((entry.order, entry.offset) for entry in noted(stage)) == [(n + 1, n * BLOCK) for n in range(80)]
+    assert stage.nic_public().posting == 1
+    if stage.config["nic"]["engine"] == "io_uring":
+        stage.kill()
+        stage.start()
+        assert stage.nic_public().posting == 1
+    client.close()
+    stage.hold_ends = False
+    stage.until(lambda: stage.closed_count == 1, "the connection ends when its writes have")
+    stage.give_all_back()
+    stage.until(lambda: stage.call("status")["buffer_pages_free"] == status["buffer_pages"], "no page is left")
+    assert not noted(stage) and stage.nic_public().posting == 0
+    assert stage.counters()["bad_message"] == stage.counters()["bad_give_back"] == 0
+    stage.check()
+
+
+def test_answered_while_nbd_is_held(stage: Stage) -> None:
+    client = ready(stage)
+    stage.hold = True
+    for number in range(10):
+        write(stage, client, number * BLOCK, 3)
+    assert posted(stage) == 10
+    client.request(READ, 0, 30 * BLOCK)
+    for _ in range(100):
+        stage.turn()
+    assert client.results == 10, "a read is behind them"
+    stage.hold = False
+    stage.settle()
+    assert client.results == 11
+    stage.check()
+
+
+def test_bounded(stage: Stage) -> None:
+    """So many blocks as dedup allows, and none when it does not any more."""
+    client = ready(stage)
+    stage.posts, stage.hold_ends = 8, True
+    for number in range(6):
+        write(stage, client, number * 2 * BLOCK, 2)
+    assert posted(stage) == 4
+    stage.hold_ends = False
+    stage.until(lambda: not stage.ends)
+    stage.hold_ends = True
+    write(stage, client, 0)
+    assert posted(stage) == 5
+    stage.posts = 0
+    write(stage, client, BLOCK)
+    assert posted(stage) == 5 and stage.nic_public().posting == 1
+    stage.hold_ends = False
+    stage.settle()
+    stage.until(lambda: stage.nic_public().posting == 0)
+    stage.check()
+
+
+def test_what_is_not_posted(stage: Stage) -> None:
+    """Less than whole blocks, many blocks, what does not fit the volume as it is now, and before dedup has served."""
+    client = ready(stage)
+    for offset, length in ((512, BLOCK), (0, BLOCK - 512), (0, 17 * BLOCK), (0, 3 * 64 * BLOCK)):
+        client.request(WRITE, offset, length)
+        stage.settle()
+    for fields in (
+        {"size_bytes": 5 * BLOCK - 1},
+        {"size_bytes": 4 * BLOCK},
+        {"size_bytes": 100},
+        {"flags": lib.ATOLL_VOLUME_READONLY},
+        {"generation": GENERATION + 1},
+        {"state": lib.ATOLL_VOLUME_DELETING},
+    ):
+        stage.publish(**fields)
+        write(stage, client, 4 * BLOCK)
+    stage.publish()
+    stage.dedup_public.volumes[VOLUME].version += 1  # is being changed
+    write(stage, client, 0)
+    stage.dedup_public.volumes[VOLUME].version += 1
+    physmap.header(lib.ATOLL_ROLE_DEDUP).serving_ns = 0
+    write(stage, client, 0)
+    physmap.header(lib.ATOLL_ROLE_DEDUP).serving_ns = 1
+    assert posted(stage) == 0
+    write(stage, client, 0, 16)
+    assert posted(stage) == 1
+    stage.settle()
+    stage.check()
+
+
+@pytest.mark.parametrize("flags", [FUA, 2, 1 << 15, PAYLOAD_LEN])
+def test_requests_with_flags_are_not_posted(stage: Stage, flags: int) -> None:
+    client = ready(stage)
+    client.expected[77] = (WRITE, 0, BLOCK)
+    client.out += struct.pack(">IHHQQI", REQUEST_MAGIC, flags, WRITE, 77, 0, BLOCK) + pattern(0, BLOCK)
+    stage.settle()
+    assert posted(stage) == 0 and client.results == 1
+
+
+@pytest.mark.parametrize("volume", [0, lib.ATOLL_VOLUME_COUNT + 1, 1 << 31])
+def test_only_where_nbd_has_named_a_volume(stage: Stage, volume: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nicstage.VOLUME", volume - 1)
+    client = ready(stage)
+    write(stage, client, 0)
+    stage.settle()
+    assert posted(stage) == 0
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_not_between_the_parts_of_a_reply(stage: Stage, mixes: bool) -> None:
+    """Unless the framing lets replies be mixed."""
+    stage.mixes = mixes
+    client = ready(stage)
+    client.request(READ, 0, 3 * 64 * BLOCK)
+    client.reads = False
+    client.turn()
+    stage.until(lambda: any(use.type == READ and use.done for use in stage.uses.values()))
+    stage.until(lambda: stage.counters()["send_operations"] > 0)
+    for _ in range(50):
+        stage.turn()
+    client.raw = True
+    client.request(WRITE, 0, BLOCK)
+    stage.until(lambda: stage.counters()["requests"] == 2)
+    assert posted(stage) == mixes
+    if not mixes:
+        client.raw, client.reads = False, True
+        stage.settle()
+        write(stage, client, 0)
+        assert posted(stage) == 1
+
+
+def test_the_answer_with_extended_headers(stage: Stage) -> None:
+    stage.framing = lib.ATOLL_FRAMING_EXTENDED
+    client = ready(stage)
+    client.raw = True
+    cookie, offset = 0x1122334455667788, 5 * BLOCK
+    header = struct.pack(">IHHQQQ", EXTENDED_MAGIC, PAYLOAD_LEN, WRITE, cookie, offset, BLOCK)
+    stage.hold = True
+    client.out += header + pattern(offset, BLOCK)
+    stage.until(lambda: len(client.into) >= 32)
+    assert client.into == struct.pack(">IHHQQQ", EXTENDED_REPLY_MAGIC, 1, 0, cookie, offset, 0)
+    seen: list[bytes] = []
+
+    def take(message: Any) -> None:
+        seen.append(bytes(message.bytes))
+        stage.ends.append((next(iter(stage.uses.values())), TAKEN))
+        stage.taken_pages += stage.pages(message)
+
+    stage.on_request, stage.hold = take, False
+    stage.until(lambda: bool(seen) and not stage.uses)
+    assert seen == [header] and posted(stage) == 1
+    stage.check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random(seed: int) -> None:
+    """Answered once, told to nbd once, in order; whenever nic dies."""
+    print("seed", seed)
+    chance = random.Random(seed)
+    with Stage(seed=seed) as stage:
+        stage.start()
+        clients = [ready(stage) for _ in range(3)]
+        for _ in range(60):
+            for client in clients:
+                for _ in range(chance.randrange(20)):
+                    kind = WRITE if chance.random() < 0.8 else READ
+                    blocks = chance.choice((1, 1, 1, 2, 16, 70))
+                    client.request(kind, chance.randrange(1000) * BLOCK, blocks * BLOCK)
+            for _ in range(chance.randrange(12)):
+                stage.turn()
+            if chance.random() < 0.4:
+                stage.kill()
+                stage.start()
+        stage.settle()
+        assert posted(stage) > 100
+        stage.until(lambda: stage.nic_public().posting == 0)
+        stage.check()
+
+
+@pytest.mark.parametrize("bad", ["reply", "twice"])
+def test_what_nbd_may_not_say(stage: Stage, bad: str) -> None:
+    """It answers what has been answered; it ends the same write twice."""
+    stage.take_share, stage.hold_ends = 0.0, True
+    client = ready(stage)
+    write(stage, client, 0)
+    stage.until(lambda: len(stage.ends) == 1)
+    use, _ = stage.ends[0]
+    if bad == "reply":
+        stage.put(NBD, opcode=lib.ATOLL_OP_REPLY, identity=use.identity, flags=LAST)
+        stage.until(lambda: client.closed and stage.counters()["bad_message"] == 1)
+    else:
+        for _ in range(2):
+            stage.put(NBD, opcode=lib.ATOLL_OP_END, identity=use.identity)
+        stage.ends.clear()
+        stage.uses.clear()
+        stage.until(lambda: stage.counters()["bad_message"] == 1)
+    stage.hold_ends = False
+    other = ready(stage)
+    write(stage, other, 0)
+    stage.settle()
+    stage.check()
