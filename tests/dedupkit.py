@@ -372,7 +372,7 @@ class Stage:
         scattered: bool = False, generation: int | None = None,
     ) -> Request:  # fmt: skip
         slot = self.free_slots.pop()
-        self.sequences[slot] += 1
+        self.sequences[slot] = (self.sequences[slot] + 1) % (1 << 32)
         identity = 3 << 48 | slot << 32 | self.sequences[slot]
         request = Request(opcode, identity, slot, 0, offset, length, volume, payload)
         message = self.message

@@ -306,6 +306,27 @@ def test_a_wrong_payload_is_refused() -> None:
         stage.drain()
 
 
+@pytest.mark.parametrize("uses", [1 << 31, (1 << 31) + 7, 3 << 30, (1 << 32) - 2])
+def test_a_slot_that_dedup_has_not_seen_for_long_is_answered(uses: int) -> None:
+    """Reads from memory do not come here, and a client that sends one request at a time uses one slot."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", 64 * BLOCK)
+        first = stage.write(volume, 0, block(1))
+        stage.run_until_idle()
+        slot = first.slot
+        assert stage.free_slots[-1] == slot, "the next request uses it"
+        stage.sequences[slot] = (stage.sequences[slot] + uses - 1) % (1 << 32)
+        stage.nic_public.done[slot] = stage.sequences[slot]
+        second = stage.write(volume, 0, block(2))
+        stage.run_until_idle()
+        assert second.slot == slot and second.status == OK
+        third = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle()
+        assert third.data == block(2)
+        stage.drain()
+
+
 def test_promised_space_is_there_when_the_store_is_full() -> None:
     with Stage(device_blocks=2048, nic_pages=2048) as stage:
         stage.open()

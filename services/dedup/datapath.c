@@ -216,7 +216,12 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
                                     ? DEDUP_COUNTER_REPEATS : DEDUP_COUNTER_BAD_REQUESTS, 1);
         return;
     }
-    int32_t newer = (int32_t)(atoll_identity_sequence(message->identity) - atoll_identity_sequence(slot->identity));
+    uint32_t sequence = atoll_identity_sequence(message->identity);
+    int32_t newer = (int32_t)(sequence - atoll_identity_sequence(slot->identity));
+    /* Most uses of a slot never come here (nbd reads from memory): after 2^31 of them, hours, the next one looks like an older one, but nic
+     * has not done with it. */
+    if (newer < 0 && (int32_t)(atoll_load_acquire(&dp->nic_public->done[number]) - sequence) < 0) /* SP-DONE */
+        newer = 1;
     if (slot->state == SLOT_DONE && (newer < 0 || (newer == 0 && (int16_t)(message->part - slot->part) < 0))) {
         atoll_count(dp->domain, DEDUP_COUNTER_REPEATS, 1); /* answered long ago: the slot is in its next use */
         return;
