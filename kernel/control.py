@@ -16,6 +16,7 @@ crash of the kernel its connections are closed, the listening socket is init's, 
 import logging
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ LENGTH = struct.Struct(">I")
 REQUEST_BYTES_MAX = 1 << 20
 REPLY_BYTES_MAX = 16 << 20
 CLIENTS_MAX = 128
+# Of one client, before others and the deaths of domains are looked at again.
+REQUESTS_PER_TURN = 16
 
 Reply = Callable[[dict[str, Any]], None]
 Answer = Callable[[str, dict[str, Any], Reply], None]
@@ -73,11 +76,15 @@ class _Client:
         self._received = bytearray()
         self._to_send = bytearray()
         self._busy = False
+        self._advancing = False  # `_next` is at work, perhaps further up the stack
+        self._later = False  # it goes on in the loop's next turn
         self._open = True
         connection.setblocking(False)
         server.loop.add(connection.fileno(), self._read)
 
     def _read(self) -> None:
+        if self._later:
+            return
         try:
             data = self._connection.recv(1 << 16)
         except BlockingIOError:
@@ -94,17 +101,38 @@ class _Client:
         self._next()
 
     def _next(self) -> None:
-        """Starts the next whole request, if none is under way."""
-        while self._open and not self._busy and len(self._received) >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._received)
-            if length > REQUEST_BYTES_MAX:
-                self._refuse_and_close(f"request of {length} bytes, at most {REQUEST_BYTES_MAX} are accepted")
-                return
-            if len(self._received) < LENGTH.size + length:
-                return
-            body = bytes(self._received[LENGTH.size : LENGTH.size + length])
-            del self._received[: LENGTH.size + length]
-            self._start(body)
+        """Starts the next whole requests, one after another, as far as they are answered at once."""
+        if self._advancing:  # called by an answer: the loop below goes on
+            return
+        self._advancing = True
+        try:
+            for _ in range(REQUESTS_PER_TURN):
+                if not self._next_one():
+                    return
+        finally:
+            self._advancing = False
+        if self._open and not self._later:
+            self._later = True
+            self._server.loop.at(time.monotonic_ns(), self._go_on)
+
+    def _go_on(self) -> None:
+        self._later = False
+        self._next()
+
+    def _next_one(self) -> bool:
+        """False if there is no whole request, or one is under way."""
+        if not self._open or self._busy or len(self._received) < LENGTH.size:
+            return False
+        (length,) = LENGTH.unpack_from(self._received)
+        if length > REQUEST_BYTES_MAX:
+            self._refuse_and_close(f"request of {length} bytes, at most {REQUEST_BYTES_MAX} are accepted")
+            return False
+        if len(self._received) < LENGTH.size + length:
+            return False
+        body = bytes(self._received[LENGTH.size : LENGTH.size + length])
+        del self._received[: LENGTH.size + length]
+        self._start(body)
+        return True
 
     def _start(self, body: bytes) -> None:
         try:

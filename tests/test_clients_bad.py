@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgpack
 import pytest
 from libnbd import Libnbd, LibnbdError
 from serverkit import ATOLL, Server, run, wait_for
@@ -398,6 +399,22 @@ def test_the_control_socket_is_private_and_takes_no_nonsense(module_server: Serv
     assert module_server.json("ps")
     for connection in silent:
         connection.close()
+    assert all(row["restarts"] == 0 for row in module_server.json("ps") if row["role"] == "kernel")
+
+
+def test_many_control_requests_at_once_are_all_answered(module_server: Server) -> None:
+    """In their order, however many stand in the socket when the kernel looks: some answered at once, some later."""
+    count = 2000
+    verbs = ["status" if number % 500 == 7 else "nonsense" for number in range(count)]
+    asked = [msgpack.packb({"version": 1, "number": number, "call": verb}) for number, verb in enumerate(verbs)]
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(module_server.data / "control.sock"))
+        connection.sendall(b"".join(struct.pack(">I", len(body)) + body for body in asked))
+        with connection.makefile("rb") as answers:
+            for number in range(count):
+                (length,) = struct.unpack(">I", answers.read(4))
+                assert msgpack.unpackb(answers.read(length))["number"] == number
     assert all(row["restarts"] == 0 for row in module_server.json("ps") if row["role"] == "kernel")
 
 
