@@ -1,6 +1,7 @@
 """What init, kernel, zygote and standbys need of the operating system's view of processes.
 
 - `look(pid)`             state, parent, start time, exit status from /proc, or None
+- `name_of(pid)`          its name
 - `Process`               a pid that cannot be mistaken for another's: pid, start time, pidfd
 - `name_this`, `die_with_parent`, `adopt_orphans`, `be_protected`    settings of the calling process
 - `come_first`, `be_ordinary`    how soon a process runs
@@ -159,6 +160,14 @@ def start_time(pid: int) -> int:
     """Clock ticks since boot; 0 if there is no such process."""
     found = look(pid)
     return 0 if found is None else found.start_time
+
+
+def name_of(pid: int) -> str:
+    """As `name_this` set it; "" if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 class Process:

@@ -19,7 +19,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from atoll.ipc import objects, physmap, rolelock
@@ -363,11 +362,25 @@ class Supervisor:
             silent = self._zygote_asked_ns == asked or any(
                 0 < life.standby_asked_ns <= asked for life in self.lives.values()
             )  # it may have answered another before
-            if silent and self.zygote is not None:
-                log.error("zygote: process %d does not answer: killed", self.zygote.pid)
-                self.zygote.send(signal.SIGKILL)
+            if not silent:
+                return
+            for pid in self._late_zygotes():
+                log.error("zygote: process %d does not answer: killed", pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.loop.at(time.monotonic_ns() + ZYGOTE_BOUND_NS, late)  # the next one may not answer, either
 
         self.loop.at(asked + ZYGOTE_BOUND_NS, late)
+
+    def _late_zygotes(self) -> list[int]:
+        """Zygotes that have had the time to answer, whether they have ever said hello to this kernel or not."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return [
+            pid
+            for pid in process.children(self.world.init_pid)
+            if process.name_of(pid) == "atoll-zygote"
+            and now - process.start_time(pid) / CLOCK_TICKS > ZYGOTE_BOUND_NS / SECOND
+        ]
 
     def from_zygote(self) -> None:
         while (received := messages.receive(self._to_zygote)) is not None:
@@ -425,13 +438,9 @@ class Supervisor:
         for pid in process.children(self.world.init_pid):
             if pid in known:
                 continue
-            try:
-                name = Path(f"/proc/{pid}/comm").read_text()
-            except OSError:
-                continue
-            found = process.look(pid)
+            name, found = process.name_of(pid), process.look(pid)
             if name.startswith("atoll-") and found is not None and not found.gone:
-                log.warning("process %d (%s) belongs to nobody: ended", pid, name.strip())
+                log.warning("process %d (%s) belongs to nobody: ended", pid, name)
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:

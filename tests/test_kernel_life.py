@@ -135,6 +135,20 @@ def test_zygote_that_answers_one_and_then_no_more(service: Service) -> None:
         return
 
 
+def test_zygote_that_is_silent_when_a_kernel_takes_over(service: Service) -> None:
+    """The new kernel has never heard of it."""
+    rows = service.whole()
+    os.kill(rows["zygote"]["pid"], signal.SIGSTOP)
+    service.signal_role("kernel")
+    service.replaced("kernel", rows["kernel"]["pid"])
+    os.kill(rows["nic"]["pid"], signal.SIGKILL)
+    after = service.replaced("nic", rows["nic"]["pid"])
+    os.kill(after["nic"]["pid"], signal.SIGKILL)  # there is no standby for it
+    wait_for("another zygote", lambda: service.rows()["zygote"]["pid"] not in (0, rows["zygote"]["pid"]), 20)
+    service.replaced("nic", after["nic"]["pid"])
+    service.round_trip()
+
+
 def test_all_but_init_at_once(service: Service) -> None:
     service.ping(3000)
     for _ in range(3):
