@@ -62,6 +62,8 @@ class Verbs:
             "call": self._call,
             "stop": self._stop,
         }
+        if armed := int(domain.self.trace_armed):  # by a predecessor, whose timer has died with it
+            self._expire_trace(armed)
 
     def answer(self, verb: str, arguments: dict[str, Any], reply: Reply) -> None:
         handler = self._verbs.get(verb)
@@ -262,12 +264,7 @@ class Verbs:
             self.service.set(ServiceWord.TRACE, number)
             self._trace_since = {role.name: views.trace_position(role.name) for role in table.DOMAINS}
             header.trace_armed = number
-
-            def expire() -> None:
-                if header.trace_armed == number:
-                    header.trace_armed = 0
-
-            self.supervisor.loop.at(time.monotonic_ns() + TRACE_BOUND_NS, expire)
+            self._expire_trace(number)
             reply({"trace": number})
         elif action == "collect":
             reply(
@@ -287,6 +284,16 @@ class Verbs:
             reply({})
         else:
             raise Refused(f"trace: action is arm, collect or disarm, not {action!r}")
+
+    def _expire_trace(self, number: int) -> None:
+        """While a trace is armed nothing is answered from memory and no write is posted: not for ever."""
+        header = self.domain.self
+
+        def expire() -> None:
+            if header.trace_armed == number:
+                header.trace_armed = 0
+
+        self.supervisor.loop.at(time.monotonic_ns() + TRACE_BOUND_NS, expire)
 
     def _crash_point(self, arguments: dict[str, Any], reply: Reply) -> None:
         if not self.world.config["testing"]["crash_points"]:

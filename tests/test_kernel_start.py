@@ -8,14 +8,18 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 
 from atoll.ipc import objects
 from atoll.kernel.client import ControlError, NoServer
+from atoll.kernel.verbs import TRACE_BOUND_NS, Verbs
 
 
 @pytest.fixture
@@ -416,3 +420,18 @@ def test_trace_and_crash_points(service: Service) -> None:
     service.ping(10)
     assert service.replaced("disk", before["pid"])["disk"]["restarts"] == 1
     service.round_trip()
+
+
+def test_a_trace_that_a_dead_kernel_armed_ends() -> None:
+    """Else all reads and writes would take the long way from then on."""
+    timers: list[tuple[int, Callable[[], None]]] = []
+    loop = SimpleNamespace(at=lambda time_ns, act: timers.append((time_ns, act)))
+    header = SimpleNamespace(trace_armed=7)  # as its successor finds it
+    nothing: Any = None
+    Verbs(nothing, SimpleNamespace(self=header), cast(Any, SimpleNamespace(loop=loop)), nothing, nothing)
+    assert len(timers) == 1 and timers[0][0] <= time.monotonic_ns() + TRACE_BOUND_NS
+    timers[0][1]()
+    assert header.trace_armed == 0
+    header.trace_armed = 0
+    Verbs(nothing, SimpleNamespace(self=header), cast(Any, SimpleNamespace(loop=loop)), nothing, nothing)
+    assert len(timers) == 1
