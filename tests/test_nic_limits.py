@@ -218,3 +218,37 @@ def test_unread_replies_do_not_keep_large_reads_from_others() -> None:
         stage.until(lambda: all(client.results == 1 for client in others), "others are served", 25)
         assert stage.counters()["reply_timeouts"] > 0
         stage.check()
+
+
+@pytest.mark.parametrize(("kind", "stopped_s"), [("unix", 2.3), ("tcp", 2.3), ("unix", 5.0)])
+def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, stopped_s: float) -> None:
+    """Clients go on while nic does not run (a container that is paused); what they did shows in their sockets only."""
+    with Stage(payload_timeout_s=2.0, reply_timeout_s=2.0) as stage:
+        stage.start()
+        clients = [stage.connect(kind) for _ in range(80)]
+        writers, readers = clients[:70], clients[70:]
+        stage.until(lambda: not any(client.greeting for client in clients))
+        for client in readers:
+            client.reads = False
+            for _ in range(8):
+                client.request(READ, 0, MIB)
+        rests = []
+        for client in writers:
+            client.request(WRITE, 0, 60_000)
+            rests.append(client.out[30_000:])
+            del client.out[30_000:]
+        received = 70 * 30_000 + 10 * 8 * 28
+        stage.until(lambda: stage.counters()["received_bytes"] >= received, "what comes before")
+        os.kill(stage.pid, signal.SIGSTOP)
+        for client, rest in zip(writers, rests, strict=True):
+            client.out += rest
+        for client in clients:
+            client.reads = True
+            client.turn()
+        time.sleep(stopped_s)  # it is the clock that must have passed when nic looks again
+        os.kill(stage.pid, signal.SIGCONT)
+        stage.settle()
+        assert not any(client.closed for client in clients)
+        counters = stage.counters()
+        assert (counters["payload_timeouts"], counters["reply_timeouts"]) == (0, 0)
+        stage.check()

@@ -319,6 +319,10 @@ _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a 
  * none. */
 #define NIC_CROWDED_AFTER_NS 1000000000u
 #define NIC_RETRY_NS 100000000u
+/* A nic that looks at a deadline so much later than it was, was stopped meanwhile. */
+#define NIC_LATE_NS 1000000000u
+/* At epoll, which tells of 64 sockets at a time, before connections are dropped. */
+#define NIC_MOST_LOOKS (ATOLL_CONNECTION_COUNT / 64 + 1)
 /* So many sends in a row that found room: the socket is not watched for room any more. Watching costs the client a look at our
  * sleep with each reply that it reads, and us a wake-up. */
 #define NIC_EASY_SENDS 1000

@@ -9,6 +9,8 @@
  * who holds nothing cannot go on for want of them, whoever has moved nothing, or less than at that rate, for crowded_ns is
  * dropped.
  *
+ * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late.
+ *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
  */
 #include "drivers/nic/nic.h"
@@ -91,6 +93,22 @@ static struct crowd look_for_crowds(struct nic *nic)
     };
 }
 
+/* Within a payload, what is thrown away, or a header. */
+static bool waits_for_client(const struct nic_connection *connection)
+{
+    struct nic_window window = nic_window_of(connection->window);
+    return connection->receive_state == NIC_RX_PAYLOAD || connection->receive_state == NIC_RX_DISCARD ||
+           (connection->receive_state == NIC_RX_HEADER && window.end - window.begin > 0 &&
+            window.end - window.begin < nic_frame_header_bytes(connection->framing));
+}
+
+/* There is something to receive, or room for what is to be sent, as far as is known: first that, then its time. */
+static void unseen(struct nic *nic, uint32_t connection)
+{
+    nic_schedule(nic, connection);
+    nic_deadline(nic, nic->now_ns + NIC_RETRY_NS);
+}
+
 static void look_at(struct nic *nic, struct nic_connection *connection, struct crowd crowd)
 {
     uint32_t index = nic_index(nic, connection);
@@ -105,7 +123,9 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
     }
     if (connection->phase != NIC_OPEN && connection->phase != NIC_ENDING)
         return;
-    if (connection->send_head != 0) {
+    if (connection->send_head != 0 && hint->writable) { /* it has read: sent first */
+        unseen(nic, index);
+    } else if (connection->send_head != 0) {
         if (passed(nic, connection, connection->sent_ns, nic->limits.reply_ns, NIC_REPLY_TIMEOUTS))
             return;
         if (crowd.replies && crawls_out(nic, connection)) {
@@ -119,11 +139,9 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
         passed(nic, connection, connection->accepted_ns, nic->limits.handshake_ns, NIC_HANDSHAKE_TIMEOUTS);
         return;
     }
-    struct nic_window window = nic_window_of(connection->window);
-    bool waits_for_client = connection->receive_state == NIC_RX_PAYLOAD || connection->receive_state == NIC_RX_DISCARD ||
-                            (connection->receive_state == NIC_RX_HEADER && window.end - window.begin > 0 &&
-                             window.end - window.begin < nic_frame_header_bytes(connection->framing));
-    if (waits_for_client) {
+    if (waits_for_client(connection) && hint->readable) {
+        unseen(nic, index);
+    } else if (waits_for_client(connection)) {
         if (passed(nic, connection, connection->received_ns, nic->limits.payload_ns, NIC_PAYLOAD_TIMEOUTS) ||
             connection->receive_state != NIC_RX_PAYLOAD)
             return;
@@ -141,8 +159,23 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
     }
 }
 
+/* nic was stopped for long, and perhaps everybody else with it: all have their time anew. */
+static void begin_anew(struct nic *nic)
+{
+    for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++) {
+        struct nic_connection *connection = &nic->area->connections[index];
+        if (connection->framing != ATOLL_FRAMING_REQUEST && connection->framing != ATOLL_FRAMING_EXTENDED)
+            connection->accepted_ns = nic->now_ns;
+        connection->received_ns = connection->sent_ns = connection->part_ns = connection->head_ns = nic->now_ns;
+    }
+}
+
 void nic_timeouts(struct nic *nic)
 {
+    if (nic->now_ns - nic->next_deadline_ns >= NIC_LATE_NS)
+        begin_anew(nic);
+    for (uint32_t looks = 0; looks < NIC_MOST_LOOKS && nic_look(nic, 0); looks++)
+        ; /* what has come is known before anybody's time is over */
     nic->next_deadline_ns = UINT64_MAX;
     if (nic->accept_retry_ns > nic->now_ns)
         nic_deadline(nic, nic->accept_retry_ns);
