@@ -130,6 +130,8 @@ class Init:
             child.pid, child.started = pid, time.monotonic()
             if child is self.kernel:
                 self._progress = (-1, child.started)
+                if self.stop_reason:  # its predecessor may have died with the message in its hand
+                    self._tell_stop()
             return
         status = 70
         try:
@@ -195,7 +197,6 @@ class Init:
                     )
 
     def _stop(self, reason: str) -> None:
-        assert self.world.init_channel is not None
         if self.stop_reason:
             log.warning("%s again: everything is ended at once; the next start goes on from shared memory", reason)
             self._end(keep=self.world.record.served)
@@ -203,7 +204,12 @@ class Init:
             return
         self.stop_reason = reason
         notify("STOPPING=1")
-        messages.send(self.world.init_channel[0], {"stop": reason})
+        self._tell_stop()
+
+    def _tell_stop(self) -> None:
+        """Told twice it does no harm."""
+        assert self.world.init_channel is not None
+        messages.send(self.world.init_channel[0], {"stop": self.stop_reason})
 
     def _end(self, keep: bool) -> None:
         """Ends all processes and removes the shared objects, but for acknowledged writes that are nowhere else."""

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from atoll.ipc import objects, physmap, rolelock
 from atoll.ipc._ipc import ffi, lib
 from atoll.ipc.calls import CallClient
+from atoll.ipc.crashpoint import crash_point
 from atoll.kernel import messages, process, table
 from atoll.kernel.calls import Calls
 from atoll.kernel.control import Server
@@ -50,6 +51,7 @@ def run(world: World) -> NoReturn:
             if "ended" in message:
                 supervisor.note_ended(message["ended"], message["status"])
             elif "stop" in message:
+                crash_point(domain, "kernel.stop.before")
                 service.stop(message["stop"])
 
     def on_wake() -> None:

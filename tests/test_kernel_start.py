@@ -422,6 +422,20 @@ def test_trace_and_crash_points(service: Service) -> None:
     service.round_trip()
 
 
+def test_a_stop_that_a_kernel_dies_of_is_told_to_the_next_one(tmp_path: Path) -> None:
+    service = Service(tmp_path)
+    try:
+        service.start()
+        service.ping(10)
+        service.call("crash-point", name="kernel.stop.before")
+        assert service.process is not None
+        service.process.terminate()
+        assert service.process.wait(30) == 0
+        assert "incarnation 2 took over" in service.log_text()
+    finally:
+        assert not service.end()
+
+
 def test_a_trace_that_a_dead_kernel_armed_ends() -> None:
     """Else all reads and writes would take the long way from then on."""
     timers: list[tuple[int, Callable[[], None]]] = []
