@@ -1,7 +1,7 @@
 """The storage devices: a file (made where it is missing) or a block device each.
 
 - `open_device(config)` -> `Device`   opened read-write, direct where it can be; fills in config["device_bytes"]
-- `open_fast_device(config)`          likewise that of the fast tier
+- `open_fast_device(config)`          likewise that of the fast tier; then `claim(device)`
 - `track_bytes(device)`               what it prefers to read and write in one go
 - `wait_until_idle(device)`           after an unclean end: no I/O of a dead process is under way any more
 
@@ -13,16 +13,21 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atoll.kernel.config import DEVICE_BYTES_MIN, FAST_DEVICE_BYTES_MIN, TRACK_BYTES_MAX, TRACK_BYTES_MIN, format_size
 from atoll.kernel.instance import EXIT_CONFIG, BootError
+from atoll.kernel.process import holders
 
 _BLKGETSIZE64 = 0x80081272
 _FALLOC_FL_KEEP_SIZE = 1
 BLOCK_BYTES = 4096
+# What a dead server has under way holds its claim for as long; of a living one it is believed after the first.
+CLAIM_HELD_S = 1.0
+CLAIM_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ def open_device(config: dict[str, Any]) -> Device:
     if made.size_bytes < DEVICE_BYTES_MIN:
         least = format_size(DEVICE_BYTES_MIN)
         raise BootError(f"device {made.path}: {format_size(made.size_bytes)}, too small: at least {least} are needed")
+    claim(made)
     config["device_bytes"] = made.size_bytes
     return made
 
@@ -61,6 +67,27 @@ def open_fast_device(config: dict[str, Any]) -> Device:
         raise BootError(f"device {path}: {format_size(made.size_bytes)}, too small: at least {least} are needed")
     config["fast_device_bytes"] = made.size_bytes
     return made
+
+
+def claim(device: Device) -> None:
+    """Two servers on one file would write over each other. All processes of the instance inherit the claim.
+
+    (A block device is claimed by opening it.)
+    """
+    began = time.monotonic()
+    while not device.is_block:
+        try:
+            fcntl.flock(device.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        except OSError:  # not every file system has them
+            return
+        waited_s = time.monotonic() - began
+        users = holders(device.path)
+        if waited_s > CLAIM_WAIT_S or (users and waited_s > CLAIM_HELD_S):
+            raise BootError(f"device {device.path}: in use by {f'process {users[0]}' if users else 'another server'}")
+        time.sleep(0.02)
 
 
 def _made(path: str, wanted: int, size_given: bool, sparse: bool) -> Device:

@@ -198,6 +198,13 @@ def _fast_device(
             os.close(device.fd)
             why = f"no fast tier until the next start: device {device.path} is the main device"
             device = None
+        if device is not None:
+            try:
+                devices.claim(device)
+            except BootError as error:
+                os.close(device.fd)
+                why = f"no fast tier until the next start: {error}"
+                device = None
     elif configured:
         why = "no fast tier until the next orderly stop and start: the last run, which is taken over, had none"
     if device is None:

@@ -281,6 +281,24 @@ def test_a_record_that_cannot_be_written_when_all_serve(tmp_path: Path) -> None:
         assert service.end() == []
 
 
+def test_a_device_file_has_one_server(service: Service, tmp_path: Path) -> None:
+    """Of which data directory ever, and by which name; after its end the next one has it."""
+    service.start()
+    other = Service(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    link = tmp_path / "link.img"
+    link.hardlink_to(service.config["device"])
+    other.config["device"] = str(link)
+    try:
+        status, text = fails(other)
+        assert status == 1 and "in use by process" in last_line(text)
+        assert service.stop() == 0
+        other.start()
+        assert other.stop() == 0
+    finally:
+        assert not other.end()
+
+
 def test_bad_devices(service: Service, tmp_path: Path) -> None:
     (tmp_path / "small").write_bytes(bytes(4096))
     service.config["device"] = str(tmp_path / "small")
