@@ -33,6 +33,7 @@ PROTECTED_OOM_SCORE = -900
 SHORT_LIFE_S = 1.0
 SHORT_LIVES = 3
 BACKOFF_MAX_S = 5.0
+FORK_AGAIN_S = 0.1
 # A kernel that takes over is not hanging yet; nor does a long bound mean that nobody looks.
 HANG_MIN_S = 1.0
 LOOK_MAX_S = 60.0
@@ -125,7 +126,14 @@ class Init:
         sys.stderr.flush()
         if child is self.zygote:
             self.world.zygote_starts += 1
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no process or memory to be had: everybody else goes on meanwhile
+            log.error("%s: cannot be forked: %s", child.name, error.strerror)
+            child.not_before = time.monotonic() + FORK_AGAIN_S
+            if child is self.zygote:
+                self.world.zygote_starts -= 1
+            return
         if pid != 0:
             child.pid, child.started = pid, time.monotonic()
             if child is self.kernel:

@@ -1,6 +1,7 @@
 """init with stand-in domains: start, stop, start after a death, and all that keeps a service from starting."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 
 from atoll.ipc import objects
 from atoll.kernel.client import ControlError, NoServer
+from atoll.kernel.init import Init
 from atoll.kernel.verbs import TRACE_BOUND_NS, Verbs
 
 
@@ -452,6 +454,21 @@ def test_a_stop_that_a_kernel_dies_of_is_told_to_the_next_one(tmp_path: Path) ->
         assert "incarnation 2 took over" in service.log_text()
     finally:
         assert not service.end()
+
+
+def test_an_init_that_cannot_fork_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes, reached by others while a kernel or a zygote is to be replaced, ends nothing."""
+
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    init = Init(cast(Any, SimpleNamespace(zygote_starts=1, config={"kernel": {"hang_s": 1.0}})))
+    init.kernel.pid = 1  # lives
+    init._fork(init.zygote)
+    assert init.zygote.pid == 0 and init.world.zygote_starts == 1
+    assert 0 < init.zygote.not_before - time.monotonic() <= 1
+    assert init._patience_ms() <= 1000
 
 
 def test_a_trace_that_a_dead_kernel_armed_ends() -> None:
