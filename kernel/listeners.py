@@ -3,7 +3,8 @@
 - `open_all(config)`   TCP and Unix listeners of the configuration, after those handed over by socket activation
 - `uris(listeners, volume)`
 
-All are non-blocking and close-on-exec. Raises BootError naming the address.
+All are non-blocking and close-on-exec; TCP ones ask in time (tcp_keepalive_time) whether the peer is still there.
+Raises BootError naming the address.
 """
 
 import errno
@@ -134,6 +135,8 @@ def _listener(each: socket.socket) -> Listener:
         kind, address = "unix", str(Path(os.fsdecode(name)).absolute()) if name else ""
     else:
         kind = "tcp"
+        # Those who are accepted have it from here. A client whose machine is gone says nothing, as an idle one does.
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         host = f"[{name[0]}]" if each.family == socket.AF_INET6 else name[0]
         address = f"{host}:{name[1]}"
     return Listener(fd=each.detach(), kind=kind, address=address)

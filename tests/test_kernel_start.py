@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import stat
@@ -21,6 +22,7 @@ from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 from atoll.ipc import objects
 from atoll.kernel.client import ControlError, NoServer
 from atoll.kernel.init import Init
+from atoll.kernel.listeners import open_all
 from atoll.kernel.verbs import TRACE_BOUND_NS, Verbs
 
 
@@ -299,6 +301,16 @@ def test_a_device_file_has_one_server(service: Service, tmp_path: Path) -> None:
         assert other.stop() == 0
     finally:
         assert not other.end()
+
+
+def test_who_is_gone_without_a_word_is_found_out() -> None:
+    """Else its connection stays for ever, and with enough of them nobody else gets one."""
+    (listener,) = open_all({"listen": ["127.0.0.1:0"], "unix": []})
+    with socket.socket(fileno=listener.fd) as listening, socket.create_connection(listening.getsockname()):
+        assert select.select([listening], [], [], 10)[0]
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
 
 def test_bad_devices(service: Service, tmp_path: Path) -> None:
