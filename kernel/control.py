@@ -33,6 +33,7 @@ REPLY_BYTES_MAX = 16 << 20
 CLIENTS_MAX = 128
 # Of one client, before others and the deaths of domains are looked at again.
 REQUESTS_PER_TURN = 16
+ACCEPT_AGAIN_NS = 100_000_000
 
 Reply = Callable[[dict[str, Any]], None]
 Answer = Callable[[str, dict[str, Any], Reply], None]
@@ -48,12 +49,19 @@ class Server:
         self.answer = answer
         self._listener = listener
         self._clients: set[_Client] = set()
-        loop.add(listener.fileno(), self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        self.loop.add(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptors: it would be told again at once
+            self.loop.remove(self._listener.fileno())
+            self.loop.at(time.monotonic_ns() + ACCEPT_AGAIN_NS, self._listen)
             return
         if len(self._clients) >= CLIENTS_MAX:
             connection.close()

@@ -163,11 +163,12 @@ class Supervisor:
         life.incarnation = max(life.incarnation, int(header.incarnation)) + 1
         life.phase = Phase.PROMOTING
         life.promoted_ns = time.monotonic_ns()
+        life.resend_ns = life.promoted_ns + RESEND_NS
         life.record(self.rows)  # the intent: the next kernel goes on from here
+        self._expect_start(life)  # sends the order again, should it not be possible now
         crash_point(self.domain, "kernel.promote.before")
         self._send_order(life)
         crash_point(self.domain, "kernel.promote.after")
-        self._expect_start(life)
 
     def _send_order(self, life: Life) -> None:
         """Sent twice it does no harm: it is for one process, which reads one."""
@@ -199,6 +200,8 @@ class Supervisor:
         def look() -> None:
             if life.active is not started or life.phase not in (Phase.PROMOTING, Phase.RECOVERING):
                 return
+            again_ns = RESEND_NS if life.phase is Phase.PROMOTING else SECOND // 4
+            self.loop.at(time.monotonic_ns() + again_ns, look)  # whatever fails below
             self._observe(life)
             if life.phase not in (Phase.PROMOTING, Phase.RECOVERING):
                 return
@@ -216,7 +219,6 @@ class Supervisor:
                     life.start_progress, bound_at[0] = progress, now
                 elif now - bound_at[0] > START_BOUND_NS:
                     self._end_late(life, "does not serve")
-            self.loop.at(now + (RESEND_NS if life.phase is Phase.PROMOTING else SECOND // 4), look)
 
         self.loop.at(time.monotonic_ns() + RESEND_NS, look)
 
@@ -261,9 +263,7 @@ class Supervisor:
         if ended.pidfd < 0 or not ended.gone():
             return  # meant for another that had this descriptor's number a moment ago
         if ended is life.standby:
-            life.standby_failures += 1
-            wait_ns = min(FIRST_BACKOFF_NS << min(life.standby_failures - 1, 10), self._backoff_ns)
-            life.standby_not_before_ns = time.monotonic_ns() + (0 if life.standby_failures <= 2 else wait_ns)
+            self._standby_failed(life)
             self._drop_standby(life)
             self.decide(life)
         elif ended is life.active:
@@ -402,11 +402,22 @@ class Supervisor:
                 life.standby_asked_ns = 0
                 self.decide(life)
 
+    def _standby_failed(self, life: Life) -> None:
+        life.standby_failures += 1
+        wait_ns = min(FIRST_BACKOFF_NS << min(life.standby_failures - 1, 10), self._backoff_ns)
+        life.standby_not_before_ns = time.monotonic_ns() + (0 if life.standby_failures <= 2 else wait_ns)
+
     def _new_standby(self, life: Life, pid: int, start_time: int) -> None:
         life.standby_asked_ns = 0
-        fresh = Process.open(pid, start_time)
+        try:
+            fresh = Process.open(pid, start_time)
+        except OSError as error:  # it must not read orders meant for another
+            log.error("%s: standby %d cannot be had: %s: ended", life.role.name, pid, error.strerror)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            fresh = None
         if fresh is None:
-            life.standby_failures += 1
+            self._standby_failed(life)
         elif life.standby is not None or (self.ending and life.phase is not Phase.EMPTY):
             fresh.send(signal.SIGKILL)  # two would read the same channel
             fresh.close()
@@ -492,6 +503,10 @@ class Supervisor:
     def check_hangs(self) -> None:
         """Work to do and no turn of the loop for `hang_s`: hung. In its sleep, without work, the clock does not run."""
         now = time.monotonic_ns()
+        self.loop.at(now + min(self._hang_ns // 4, LOOK_MAX_NS), self.check_hangs)
+        for life in self.lives.values():
+            if life.phase is Phase.EMPTY or (life.phase is Phase.SERVING and life.standby is None):
+                self.decide(life)  # something may have failed for want of descriptors or processes
         for life in self.lives.values():
             if life.phase is not Phase.SERVING or life.active is None:
                 continue
@@ -513,7 +528,6 @@ class Supervisor:
                 life.detected_ns = now
                 # Who was stopped from outside has done nothing wrong.
                 self.kill_active(life, blame=signal.SIGSTOP if stopped else signal.SIGABRT)
-        self.loop.at(now + min(self._hang_ns // 4, LOOK_MAX_NS), self.check_hangs)
 
     def _has_work(self, life: Life) -> bool:
         """A message waits, or it is in the middle of something. A driver's work also comes from where nobody else sees

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -146,6 +147,26 @@ def test_zygote_that_is_silent_when_a_kernel_takes_over(service: Service) -> Non
     os.kill(after["nic"]["pid"], signal.SIGKILL)  # there is no standby for it
     wait_for("another zygote", lambda: service.rows()["zygote"]["pid"] not in (0, rows["zygote"]["pid"]), 20)
     service.replaced("nic", after["nic"]["pid"])
+    service.round_trip()
+
+
+def test_a_death_while_the_kernel_has_no_descriptors_left(service: Service) -> None:
+    """Whatever fails then is tried again when there are some."""
+    rows = service.whole()
+    kernel = rows["kernel"]["pid"]
+    limits = resource.prlimit(kernel, resource.RLIMIT_NOFILE)
+    resource.prlimit(kernel, resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        for role in ROLES:
+            os.kill(rows[role]["pid"], signal.SIGKILL)
+        wait_for("it fails", lambda: "Too many open files" in service.log_text())
+        wait_for("all have been looked at", lambda: not any(alive(rows[role]["pid"]) for role in ROLES))
+        time.sleep(0.5)  # what it does meanwhile is not to be seen from outside
+    finally:
+        resource.prlimit(kernel, resource.RLIMIT_NOFILE, limits)
+    for role in ROLES:
+        service.replaced(role, rows[role]["pid"])
+    assert service.whole()["kernel"]["pid"] == kernel
     service.round_trip()
 
 
