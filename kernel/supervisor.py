@@ -305,7 +305,8 @@ class Supervisor:
                 life.reason = life.reason or f"{life.last_end}, {life.crashes} times in a row"
         else:
             life.not_before_ns = 0
-        life.previous_signal = life.blame or number
+        if header.incarnation == life.incarnation and header.pid == pid:
+            life.previous_signal = life.blame or number  # else it has done nothing, and what counts is who did
         life.blame = 0
         life.restarts += 1
         life.phase = Phase.EMPTY

@@ -170,6 +170,24 @@ def test_a_death_while_the_kernel_has_no_descriptors_left(service: Service) -> N
     service.round_trip()
 
 
+def test_who_dies_before_it_plays_is_not_taken_for_who_did(service: Service) -> None:
+    """What the request that was being executed is blamed for is the end of the process that executed it."""
+    assert service.process is not None
+    rows = service.whole()
+    service.call("crash-point", name="kernel.promote.before")
+    os.kill(service.process.pid, signal.SIGSTOP)  # no other kernel for the time being
+    try:
+        os.kill(rows["nbd"]["pid"], signal.SIGSEGV)
+        wait_for("the kernel has died while it promoted", lambda: not alive(rows["kernel"]["pid"]))
+        os.kill(rows["nbd"]["standby_pid"], signal.SIGKILL)
+    finally:
+        os.kill(service.process.pid, signal.SIGCONT)
+    after = service.replaced("nbd", rows["nbd"]["pid"])
+    assert after["nbd"]["pid"] != rows["nbd"]["standby_pid"]
+    assert service.ask("nbd", "report")["previous_signal"] == signal.SIGSEGV
+    service.round_trip()
+
+
 def test_all_but_init_at_once(service: Service) -> None:
     service.ping(3000)
     for _ in range(3):
