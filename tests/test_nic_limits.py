@@ -252,3 +252,39 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
         counters = stage.counters()
         assert (counters["payload_timeouts"], counters["reply_timeouts"]) == (0, 0)
         stage.check()
+
+
+def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
+    """In memory whose free pages lie apart (log pages that stay) there is none for a long while, but pages for all others."""
+    with Stage() as stage:
+        stage.take_share = 1.0
+        stage._give_back = lambda share: None  # type: ignore[method-assign]
+        stage.start()
+        writer = stage.connect()
+        for _ in range(16):
+            writer.request(WRITE, 0, MIB)
+        stage.until(lambda: not writer.expected, "all pages are taken")
+        apart = [page for page in stage.taken_pages if page % 16]
+        for first in range(0, len(apart), 8):
+            give_back(stage, apart[first : first + 8])
+        lib.atoll_domain_commit(stage.peers[DEDUP].domain)
+        stage.taken_pages = [page for page in stage.taken_pages if page % 16 == 0]
+        stage.until(lambda: stage.call("status")["buffer_pages_free"] == 3840, "15 of each 16 are free")
+        stage.on_option = lambda message, data: {"framing": 0}
+        framing, stage.framing = stage.framing, lib.ATOLL_FRAMING_OPTION
+        for _ in range(3):
+            stage.connect().out += b"IHAVEOPT" + struct.pack(">II", 3, 60_000) + bytes(60_000)
+        stage.until(lambda: stage.counters()["page_waits"] >= 3, "they wait")
+        stage.framing = framing
+        others = [writer, stage.connect(), stage.connect()]
+        for client in others:
+            client.request(WRITE, 0, MIB)
+            for _ in range(10):
+                client.request(WRITE, 8192, 4096)
+        stage.until(lambda: not any(client.expected for client in others), "the others", seconds=5)
+        assert not stage.log
+        Stage._give_back(stage, 2.0)
+        lib.atoll_domain_commit(stage.peers[DEDUP].domain)
+        stage.until(lambda: len(stage.log) == 3, "now there are runs")
+        assert [len(data) for _, data in stage.log] == [60_000] * 3
+        stage.check()

@@ -5,7 +5,8 @@
  * small buffer (what is left of a header while nothing comes; and when all stream buffers are in use, so that slow
  * clients hold up nobody). Payload bytes that came together with their header are copied into the pages (counted); the
  * rest is received straight into them. A part's payload gets all its pages at once or waits for them, first come first
- * served: who holds pages never waits for more of them, so there is always progress.
+ * served: who holds pages never waits for more of them, so there is always progress. (But for the data of an option, of more than
+ * a page, which want a run: they go last while there is none.)
  *
  * After a crash: window, state and what each part has received are in the arena. A receive that was intended has its outcome in
  * the completion queue or did not happen; the plan of where its bytes landed follows from the state, which does not
@@ -156,6 +157,41 @@ static void put_aborted_part(struct nic *nic, struct nic_slot *slot)
     nic_put(nic, ATOLL_ROLE_NBD, &message);
 }
 
+static void leave_page_queue(struct nic *nic, uint32_t connection)
+{
+    struct nic_queue *waiters = &nic->page_waiters;
+    if (!waiters->member[connection])
+        return;
+    if (nic_queue_first(waiters) == connection) {
+        nic_queue_take(waiters);
+    } else { /* rare: turns the queue round once without it */
+        for (uint32_t count = nic_queue_count(waiters); count > 0; count--) {
+            uint32_t first = nic_queue_take(waiters);
+            if (first != connection)
+                nic_queue_add(waiters, first);
+        }
+    }
+    if (!nic_queue_empty(waiters))
+        nic_schedule(nic, nic_queue_first(waiters));
+}
+
+/* The data of an option, which lie in one run. */
+static bool waits_for_run(const struct nic *nic, uint32_t connection)
+{
+    uint32_t slot = nic->area->connections[connection].receive_slot;
+    return slot != 0 && nic->area->slots[slot - 1].state == NIC_SLOT_OPTION;
+}
+
+/* There are pages, but no run of them: whoever takes any goes first, or a client that negotiates would hold up all. */
+static void let_others_go_first(struct nic *nic)
+{
+    struct nic_queue *waiters = &nic->page_waiters;
+    for (uint32_t count = nic_queue_count(waiters); count > 0 && waits_for_run(nic, nic_queue_first(waiters)); count--)
+        nic_queue_add(waiters, nic_queue_take(waiters));
+    if (!waits_for_run(nic, nic_queue_first(waiters)))
+        nic_schedule(nic, nic_queue_first(waiters));
+}
+
 /* Pages for the slot's part; false: it waits. */
 static bool take_pages(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
 {
@@ -167,20 +203,19 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
     struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
 
     uint32_t count = 0;
-    if (nic_queue_empty(waiters) || nic_queue_first(waiters) == index)
-        count = nic_pages_take(nic, pages, slot->state == NIC_SLOT_OPTION, segments);
+    bool run = slot->state == NIC_SLOT_OPTION;
+    if (nic_queue_empty(waiters) || nic_queue_first(waiters) == index || (!run && waits_for_run(nic, nic_queue_first(waiters))))
+        count = nic_pages_take(nic, pages, run, segments);
     if (count == 0) {
         if (!waiters->member[index])
             atoll_count(nic->domain, NIC_PAGE_WAITS, 1);
         nic_queue_add(waiters, index);
         nic_deadline(nic, nic->now_ns + NIC_CROWDED_AFTER_NS);
+        if (run && nic_queue_first(waiters) == index && nic_pages_available(nic) >= pages)
+            let_others_go_first(nic);
         return false;
     }
-    if (waiters->member[index]) {
-        nic_queue_take(waiters);
-        if (!nic_queue_empty(waiters))
-            nic_schedule(nic, nic_queue_first(waiters));
-    }
+    leave_page_queue(nic, index);
     segments[0].address += in_page;
     segments[0].length -= in_page;
     segments[count - 1].length -= pages * ATOLL_BLOCK_BYTES - in_page - bytes;
@@ -230,21 +265,6 @@ static void drop_part(struct nic *nic, struct nic_slot *slot)
         return;
     nic_pages_change(nic, nic_segments(nic, slot, slot->part), slot->segments[bank], NIC_PAGE_FREE);
     nic_set32(nic, &slot->segments[bank], 0);
-}
-
-static void leave_page_queue(struct nic *nic, uint32_t connection)
-{
-    struct nic_queue *waiters = &nic->page_waiters;
-    if (!waiters->member[connection])
-        return;
-    /* Rare: turns the queue round once without it. */
-    for (uint32_t count = nic_queue_count(waiters); count > 0; count--) {
-        uint32_t first = nic_queue_take(waiters);
-        if (first != connection)
-            nic_queue_add(waiters, first);
-    }
-    if (!nic_queue_empty(waiters))
-        nic_schedule(nic, nic_queue_first(waiters));
 }
 
 static bool slot_is_received(const struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
