@@ -255,7 +255,7 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
 
 
 def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
-    """In memory whose free pages lie apart (log pages that stay) there is none for a long while, but pages for all others."""
+    """Where free pages lie apart (log pages that stay) there is no run for a long while, but pages for all others."""
     with Stage() as stage:
         stage.take_share = 1.0
         stage._give_back = lambda share: None  # type: ignore[method-assign]
