@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nbdclient import EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, Command, CommandFlag, Decoder, Request, request_bytes
@@ -114,13 +115,21 @@ def test_parts_cover_the_request(offset: int, length: int, unit: int) -> None:
     """In order, without gap; each touches so few blocks as the tables of a part hold; inner ends are whole blocks."""
     done = part = 0
     while done < length:
-        piece = lib.nbd_part_bytes(offset, length, done, part, unit)
+        piece = lib.nbd_part_bytes(offset, length, done, unit)
         assert 0 < piece <= min(length - done, unit)
         first, last = (offset + done) // BLOCK, (offset + done + piece - 1) // BLOCK
         assert last - first + 1 <= unit // BLOCK + 1
         done, part = done + piece, part + 1
         assert done == length or (offset + done) % BLOCK == 0
     assert done == length and part == -(-(offset % BLOCK + length) // unit)
+
+
+@pytest.mark.parametrize("parts", [(1 << 32) - 1, 1 << 32, (1 << 32) + 1, (1 << 34) - 1])
+def test_parts_are_more_than_a_slot_counts(parts: int) -> None:
+    """A volume may have 1 EiB, and one TRIM with extended headers as much; slots number parts with 32 bits."""
+    for lead in (0, 1, BLOCK - 1):
+        done = parts * RANGE_PART - lead
+        assert lib.nbd_part_bytes(lead, (1 << 60) - lead, done, RANGE_PART) == RANGE_PART
 
 
 @given(st.lists(st.integers(1, 40), min_size=1), st.booleans())

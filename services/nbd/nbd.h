@@ -221,9 +221,9 @@ int nbd_validate(const struct nbd_request *request, uint32_t features, uint64_t 
                  const char *volume_name, char *text);
 /* enum nbd_error for an enum atoll_status other than ATOLL_OK. Total: what is unknown is EIO. */
 uint32_t nbd_code(uint32_t status);
-/* Bytes of part `part` of a request whose parts before it were `done_bytes`: parts end where the volume's bytes, counted from
+/* Bytes of the part of a request before which parts of `done_bytes` were: parts end where the volume's bytes, counted from
  * the first block touched, reach a multiple of `unit`. */
-uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_bytes, uint64_t part, uint64_t unit);
+uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_bytes, uint64_t unit);
 /* cffi:end */
 
 /* A copy of one volume, good while its version is the one in the table. */

@@ -94,7 +94,7 @@ int nbd_validate(const struct nbd_request *request, uint32_t features, uint64_t 
         REFUSE(rule->past_end, "%s of %" PRIu64 " bytes at offset %" PRIu64 " goes past the end of volume \"%s\" (%" PRIu64 " bytes)",
                rule->name, request->length, request->offset, volume_name, size_bytes);
     if ((request->flags & NBD_CMD_FLAG_DF) &&
-        request->length > nbd_part_bytes(request->offset, request->length, 0, 0, ATOLL_PART_BYTES))
+        request->length > nbd_part_bytes(request->offset, request->length, 0, ATOLL_PART_BYTES))
         REFUSE(ATOLL_EOVERFLOW, "READ of %" PRIu64 " bytes at offset %" PRIu64 " cannot be sent in one chunk (flag DF): the limit is %d bytes from the first block on",
                request->length, request->offset, ATOLL_PART_BYTES);
     return ATOLL_OK;
@@ -143,9 +143,9 @@ void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, u
                  offset >> ATOLL_BLOCK_SHIFT, why);
 }
 
-uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_bytes, uint64_t part, uint64_t unit)
+uint64_t nbd_part_bytes(uint64_t offset, uint64_t work_bytes, uint64_t done_bytes, uint64_t unit)
 {
     uint64_t lead = offset % ATOLL_BLOCK_BYTES;
-    uint64_t end = (part + 1) * unit - lead; /* relative to `offset` */
+    uint64_t end = ((lead + done_bytes) / unit + 1) * unit - lead; /* relative to `offset` */
     return (end < work_bytes ? end : work_bytes) - done_bytes;
 }

@@ -237,7 +237,7 @@ void nbd_next_part(struct nbd *nbd, struct nbd_slot *slot, uint64_t done_bytes, 
     if (slot->done_bytes != done_bytes)
         atoll_set64(journal, &slot->done_bytes, done_bytes);
     atoll_set32(journal, &slot->part_bytes,
-                (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, done_bytes, slot->part, nbd_unit(slot->type)));
+                (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, done_bytes, nbd_unit(slot->type)));
     if (slot->state != NBD_SLOT_DEDUP)
         atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
     nbd_send_part(nbd, slot, payload);

@@ -147,7 +147,7 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     if (request.type == NBD_CMD_CACHE && slot->work_bytes > NBD_CACHE_BYTES)
         slot->work_bytes = NBD_CACHE_BYTES;
     if (nbd_has_parts(request.type))
-        slot->part_bytes = (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, 0, 0, nbd_unit(request.type));
+        slot->part_bytes = (uint32_t)nbd_part_bytes(slot->offset, slot->work_bytes, 0, nbd_unit(request.type));
     if (request.type == NBD_CMD_WRITE && !payload_fits(nbd, message, slot->part_bytes)) {
         peer_fault(nbd);
         nbd_explain(slot, ATOLL_EIO, 0, slot->offset + slot->done_bytes, nbd_volume_name(nbd, slot->volume, slot->generation), text);
@@ -224,7 +224,7 @@ static void take_payload(struct nbd *nbd, const struct atoll_descriptor *message
         nbd_finish_empty(nbd, slot, slot->part + 1, ATOLL_FLAG_DISCARD);
         return;
     }
-    uint64_t expected = nbd_part_bytes(slot->offset, slot->work_bytes, slot->done_bytes, slot->part + 1ull, ATOLL_PART_BYTES);
+    uint64_t expected = nbd_part_bytes(slot->offset, slot->work_bytes, slot->done_bytes, ATOLL_PART_BYTES);
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : ATOLL_OK;
     if (status == ATOLL_OK && !payload_fits(nbd, message, expected)) {
         peer_fault(nbd);
