@@ -8,6 +8,8 @@
  */
 #include "services/dedup/store_internal.h"
 
+#define FEW_DIRTY 8 /* pages: what the end of a batch makes dirty, mostly */
+
 static enum store_want worse(enum store_want a, enum store_want b)
 {
     return a == STORE_LOST || b == STORE_LOST ? STORE_LOST : a > b ? a : b;
@@ -25,6 +27,9 @@ bool store_full_of_changes(struct store *store)
 {
     struct store_area *area = store->area;
     if (area->frames_held < store_held_limit(store))
+        return false;
+    /* A checkpoint would hardly help: what is held is logged entries and blocks in flight. They are let go on, or nobody ever would. */
+    if (area->frames_dirty < FEW_DIRTY && area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && !area->changed)
         return false;
     if (area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && area->frames_dirty != 0)
         STORE_SET(store, checkpoint_wanted, 1);
