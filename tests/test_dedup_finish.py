@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 from dedupkit import BLOCK, OK, Io, Stage
@@ -101,3 +102,24 @@ def test_a_follower_is_not_shared_with_what_took_its_leaders_place() -> None:
         stage.run_until_idle()
         assert read.status == OK and read.data == SAME
         stage.check()
+
+
+def test_a_block_that_has_its_place_has_not_failed() -> None:
+    """A batch cannot be written, then it can: it is entered piece by piece, and no more missing then."""
+    with Stage(device_blocks=DEVICE_BLOCKS) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * BLOCK)
+        stage.run_until_idle()
+        stage.write(volume, 0, b"".join(block(number) for number in range(64)))
+        fails = iter([int(lib.ATOLL_EIO)])
+        stage.io_rule = lambda io: next(fails, OK) if io.length == 64 * BLOCK else OK
+        seen = set()
+        deadline = time.monotonic() + 10
+        while stage.lent_pages:
+            stage.turn()
+            seen.add(int(stage.figures().failed_records))
+            stage.check()
+            stage.disk()
+            stage.answers()
+            assert time.monotonic() < deadline
+        assert {0, 64} < seen, "in pieces"

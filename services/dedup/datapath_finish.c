@@ -130,6 +130,7 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
     } else {
         store_place(dp->dedup, r->volume, r->lba, r->base, run->pba + index, r->print);
         tier_consider(dp, r->volume, run->pba + index);
+        log_clear_flags(dp, record); /* it has its place now, if it had failed before */
         dp_set32(dp, &r->state, RECORD_DROPPED);
         dp_note_leaving(dp, false);
     }
