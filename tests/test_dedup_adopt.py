@@ -143,9 +143,11 @@ def test_while_a_page_of_metadata_is_read(pages: int) -> None:
         _, end = stage.buffer_of(DISK)
         mine = 128 * BLOCK  # STORE_BOUNCE_PAGES
         assert all(address >= end - mine for io in stage.ios for address, _ in io.segments)
+        reads = len(stage.ios)
         stage.run_until_idle()
         read = stage.read(volume, 0, 20 * BLOCK)
         stage.run_until_idle()
         assert read.status == OK and read.data == b"".join(block(number) for number in range(20))
         stage.drain()
         stage.check()
+        assert reads != 0 and stage.counters()["pages_repaired"] == 0, "it was read to where it is expected"

@@ -77,8 +77,8 @@ void io_adopt(struct dedup *dedup);
 /* Owners' handlers. `slot` is valid during the call; submitting new requests from within is allowed. */
 void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
-/* After the death of all, which makes the driver's memory anew: true if the request can be sent again as it is, because what it writes lies in
- * dedup's own arena, or what it reads goes where the store's pages are now. */
-bool store_io_stands(struct dedup *dedup, const struct io_slot *slot);
+/* After the death of all, which makes the driver's memory anew: true if the request can be sent again, because what it writes lies in
+ * dedup's own arena, or what it reads goes (from now on, if need be) where the store's pages are now. */
+bool store_io_stands(struct dedup *dedup, struct io_slot *slot);
 
 #endif

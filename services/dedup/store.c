@@ -154,11 +154,19 @@ void store_seal_super(struct format_super *super, uint64_t place, void *block)
 
 static void format_io(struct store *store, uint32_t status);
 
-bool store_io_stands(struct dedup *dedup, const struct io_slot *slot)
+bool store_io_stands(struct dedup *dedup, struct io_slot *slot)
 {
-    if (slot->argument >> 56 == STORE_IO_REWRITE) /* what was read lies in memory that is made anew */
+    struct store *store = dedup->store;
+    enum store_io what = (enum store_io)(slot->argument >> 56);
+    const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
+    if (what == STORE_IO_REWRITE) /* what was read lies in memory that is made anew */
         return false;
-    const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(dedup->store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
+    if (what == STORE_IO_PAGE) {
+        uint64_t address = store_cache_io_address(store, slot->argument & 0x00ffffffffffffffu);
+        if (address != 0 && address != slot->segments[0].address) /* the driver's buffers are of another size */
+            atoll_set64(store->journal, &slot->segments[0].address, address);
+        return address != 0;
+    }
     for (uint32_t index = 0; index < slot->segment_count; index++) {
         uint64_t address = slot->segments[index].address, length = slot->segments[index].length;
         if (slot->opcode == ATOLL_OP_IO_READ ? bounce == 0 || address - bounce > bytes || length > bytes - (address - bounce)

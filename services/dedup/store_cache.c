@@ -249,6 +249,14 @@ static enum store_want make(struct store *store, uint64_t page, uint32_t parent,
 
 static uint32_t now_ms(void) { return (uint32_t)(atoll_now_ns() / 1000000); }
 
+uint64_t store_cache_io_address(const struct store *store, uint64_t number)
+{
+    const uint8_t *memory = store_bounce(store);
+    if (memory == 0 || number >= store->area->geometry.frames || store->frames[number].state != FRAME_LOADING)
+        return 0;
+    return (uint64_t)(uintptr_t)(memory + (STORE_BATCH_READS + store->frames[number].bounce) * ATOLL_BLOCK_BYTES);
+}
+
 static bool submit_read(struct store *store, uint32_t frame)
 {
     const uint8_t *memory = store_bounce(store);

@@ -343,6 +343,8 @@ uint32_t store_find(struct store *store, uint64_t page);
 /* Has the page in memory. STORE_HAVE with *frame == STORE_NO_FRAME: the page is zeros and not there; with `create` it is made. */
 enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame);
 void store_cache_io(struct store *store, uint64_t frame, uint32_t status);
+/* Where a page that is being read into a frame is expected; 0: none is, or nowhere. */
+uint64_t store_cache_io_address(const struct store *store, uint64_t frame);
 /* Frames freed before the last commit can be used; keeps some free. True if somebody who waited may go on. */
 bool store_cache_step(struct store *store);
 void store_drop_frame(struct store *store, uint32_t frame);      /* not held, without children */
