@@ -16,7 +16,7 @@ NATIVE := setup.py ipc/cbuild.py $(shell find $(FOLDERS) -name '*.[ch]' -o -name
 # The Python side is installed without the extensions, which are then built in place, and again when C changes.
 INSTALL := ATOLL_EXTENSIONS= $(PIP) install --no-build-isolation --editable
 
-.PHONY: endurance paging setup native run test test-setup bench bench-setup realdata lint sanitize powerloss clean help
+.PHONY: endurance paging setup native run test test-setup bench bench-setup realdata lint sanitize powerloss torture clean help
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native
@@ -58,6 +58,11 @@ powerloss: test-setup
 	ATOLL_POWERLOSS_OPERATIONS=$${ATOLL_POWERLOSS_OPERATIONS:-5000} \
 	$(VENV)/bin/pytest tests/test_power_loss.py -s --timeout 3600 $(ARGS)
 
+torture: test-setup
+	ATOLL_TORTURE_SEED=$${ATOLL_TORTURE_SEED:-$$(date +%s)} ATOLL_TORTURE_SEEDS=$${ATOLL_TORTURE_SEEDS:-1000} \
+	ATOLL_TORTURE_OPERATIONS=$${ATOLL_TORTURE_OPERATIONS:-1500} \
+	$(VENV)/bin/pytest tests/test_dedup_torture.py -s --timeout 7200 $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find $(FOLDERS) tests -name __pycache__ -prune -exec rm -rf {} +
@@ -70,6 +75,7 @@ help:
 	@echo 'make bench     beside nbdkit, qemu-nbd and the bare device  ARGS="--quick --rows read-1,read-32"'
 	@echo 'make paging     memory with a volume of 1 TiB, wholly mapped (4.5 GB of disk)'
 	@echo 'make powerloss  tens of thousands of devices that power loss could leave'
+	@echo 'make torture   a thousand seeds of dedup against an oracle, with all that a disk and deaths may do'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make endurance  an hour at nine tenths of a device      ARGS="--seconds 600 --seed 7"'
 	@echo 'make realdata  savings with several versions of a package   ARGS="--package Django --version 4.2 --version 5.0"'

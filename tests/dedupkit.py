@@ -84,7 +84,7 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
         os.chdir(before)
     builder.emit_c_code(str(folder / "dedup_hooked.c"))
     command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-std=gnu11", "-UNDEBUG"]
-    command += ["-fno-strict-aliasing", "-fvisibility=hidden"]
+    command += ["-fno-strict-aliasing", "-fvisibility=hidden", "-Wl,--wrap=clock_gettime"]
     command += ["-DATOLL_STORE_HOOK", f"-I{ROOT}", f"-I{sysconfig.get_paths()['include']}"]
     command += [f"-fsanitize={sanitize}"] if sanitize else []
     command += [str(folder / "dedup_hooked.c"), *sources, "-o", str(folder / "dedup_hooked.so")]

@@ -1,7 +1,9 @@
 /* See dedup_hook.h. */
 #include "tests/c/dedup_hook.h"
 
+#include <setjmp.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "services/dedup/datapath.h"
@@ -10,6 +12,9 @@ static uint64_t stores, last_store, poison;
 static struct atoll_domain *poisoned;
 static struct dedup *poisoned_dedup;
 static uint64_t poisoned_lba;
+static uint64_t clock_ns;
+static jmp_buf killed;
+static bool jumps;
 
 void atoll_store_hook(void);
 
@@ -33,6 +38,47 @@ void hook_poison_block(struct dedup *dedup, uint64_t lba)
     poisoned_lba = lba;
 }
 
+int __real_clock_gettime(clockid_t clock, struct timespec *now);
+int __wrap_clock_gettime(clockid_t clock, struct timespec *now);
+
+int __wrap_clock_gettime(clockid_t clock, struct timespec *now)
+{
+    if (clock_ns == 0)
+        return __real_clock_gettime(clock, now);
+    *now = (struct timespec){.tv_sec = (time_t)(clock_ns / 1000000000), .tv_nsec = (long)(clock_ns % 1000000000)};
+    return 0;
+}
+
+void hook_set_clock(uint64_t ns) { clock_ns = ns; }
+
+bool hook_turn(struct dedup *dedup, uint64_t count)
+{
+    bool dies = true;
+    hook_die_after(count);
+    jumps = count != 0;
+    if (setjmp(killed) == 0) {
+        dedup_turn(dedup);
+        dies = false;
+    }
+    jumps = false;
+    hook_die_after(0);
+    return dies;
+}
+
+struct dedup *hook_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted, bool quarantine, uint64_t count,
+                        char *error)
+{
+    struct dedup *volatile dedup = 0;
+    error[0] = 0;
+    hook_die_after(count);
+    jumps = count != 0;
+    if (setjmp(killed) == 0)
+        dedup = dedup_open(domain, config, fresh, adopted, false, quarantine, error);
+    jumps = false;
+    hook_die_after(0);
+    return dedup;
+}
+
 static bool destages_poison(void)
 {
     const struct datapath *dp = poisoned_dedup->datapath;
@@ -44,8 +90,11 @@ static bool destages_poison(void)
 
 void atoll_store_hook(void)
 {
-    if (++stores == last_store)
+    if (++stores == last_store) {
+        if (jumps)
+            longjmp(killed, 1);
         kill(getpid(), SIGKILL);
+    }
     if ((poison != 0 && poisoned->self->current == poison) || (poisoned_dedup != 0 && destages_poison())) {
         signal(SIGSEGV, SIG_DFL);
         kill(getpid(), SIGSEGV);
