@@ -118,6 +118,35 @@ def test_what_was_read_to_be_written_again_is_read_again(read: bool, pages: int)
         stage.check()
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_while_the_device_is_flushed(failed: bool) -> None:
+    """Nobody was told how the flush ended, and a failure is told once: it counts as failed, so what it was to make
+    durable is written again before another one says that it is."""
+    with Stage(device_blocks=4096) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+        for number in range(20):
+            stage.write(volume, number * BLOCK, block(number))
+        stage.drain()
+        stage.flush(volume)
+        until(stage, lambda io: io.opcode == lib.ATOLL_OP_IO_SYNC)
+        if failed:
+            stage.complete(stage.ios[0], int(lib.ATOLL_EIO))
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.io_log.clear()
+        for _ in range(6):
+            flush = stage.flush(volume)
+            stage.run_until_idle()
+            if flush.status == OK:
+                break
+        assert flush.status == OK
+        assert sum(io.length for io in stage.io_log if from_driver(stage, io)) == 20 * BLOCK
+        stage.check()
+
+
 @pytest.mark.parametrize("pages", [512, 540, 640, 1024, 460])
 def test_while_a_page_of_metadata_is_read(pages: int) -> None:
     """The driver's buffers are larger in the next run, or smaller: it is not read to where others are now."""

@@ -78,7 +78,7 @@ void io_adopt(struct dedup *dedup);
 void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 /* After the death of all, which makes the driver's memory anew: true if the request can be sent again, because what it writes lies in
- * dedup's own arena, or what it reads goes (from now on, if need be) where the store's pages are now. */
+ * dedup's own arena, or what it reads goes (from now on, if need be) where the store's pages are now. A flush has failed. */
 bool store_io_stands(struct dedup *dedup, struct io_slot *slot);
 
 #endif

@@ -161,6 +161,8 @@ bool store_io_stands(struct dedup *dedup, struct io_slot *slot)
     const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
     if (what == STORE_IO_REWRITE) /* what was read lies in memory that is made anew */
         return false;
+    if (what == STORE_IO_SYNC_FLUSH || what == STORE_IO_SUPER_FLUSH) /* if it has failed, which nobody was told, the next one says nothing of it */
+        return false;
     if (what == STORE_IO_PAGE) {
         uint64_t address = store_cache_io_address(store, slot->argument & 0x00ffffffffffffffu);
         if (address != 0 && address != slot->segments[0].address) /* the driver's buffers are of another size */
