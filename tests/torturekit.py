@@ -527,7 +527,7 @@ class Torture:
         self.failures = chance.random() < 0.5
         self.catastrophes = chance.choice([0, 1 / 400, 1 / 100])
         # Blocks that are in use, to those of the device.
-        self.extent = chance.choice([0.6, 0.9, 1.3, 2.0]) if self.theme != "stuck" else 1.3
+        self.extent = chance.choice([0.6, 0.9, 1.3, 2.0]) if self.theme != "stuck" else 0.7
         self.contents = Contents()
         self.pool = [self.contents.fresh() for _ in range(chance.choice([4, 40]))]
         self.row = [self.contents.fresh() for _ in range(300)]
@@ -580,7 +580,7 @@ class Torture:
     def _run(self) -> None:
         self.start()
         self.initial = int(self.stage.figures().available_blocks)
-        for _ in range(self.chance.choice([1, 3])):
+        for _ in range(self.chance.choice([1, 3]) if self.theme != "stuck" else 3):
             self.make_volume()
         if self.theme == "stuck" or self.chance.random() < 0.5:
             self.fill()
@@ -603,7 +603,7 @@ class Torture:
     def fill(self) -> None:
         """Most of the device, with blocks that all differ; then a restart: no metadata is in memory."""
         self.calm = True
-        share = self.chance.choice([0.5, 0.8, 0.9, 0.97]) if self.theme != "stuck" else self.chance.choice([0.85, 0.92])
+        share = self.chance.choice([0.5, 0.8, 0.9, 0.97])
         for volume in self.volumes:
             for first, count in volume.regions:
                 for at in range(first, first + count, 64):

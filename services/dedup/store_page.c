@@ -28,14 +28,12 @@ bool store_full_of_changes(struct store *store)
     struct store_area *area = store->area;
     if (area->frames_held < store_held_limit(store))
         return false;
-    /* A checkpoint would hardly help: what is held is logged entries and blocks in flight. They are let go on, or nobody ever would. */
-    if (area->frames_dirty < FEW_DIRTY && area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && !area->changed)
-        return false;
-    if (area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && area->frames_dirty != 0)
+    if (area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && area->frames_dirty >= FEW_DIRTY)
         STORE_SET(store, checkpoint_wanted, 1);
     if (area->changed && !area->sync_wanted && area->sync_phase == SYNC_IDLE) /* pending blocks hold pages too */
         STORE_SET(store, sync_wanted, 1);
-    return true;
+    /* With few dirty pages a checkpoint would not help: what is held is logged entries and blocks in flight. These go on, or nobody ever would. */
+    return area->checkpoint_phase != CHECKPOINT_IDLE || area->checkpoint_wanted;
 }
 
 enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, enum store_use use)
