@@ -29,6 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from dedupkit import BLOCK, DEDUP, DISK, FUA, LLRRM, NBD, NO_HOLE, OK, Io, Request, Stage
+from lookupkit import Reader
 
 from atoll.ipc import physmap
 from atoll.ipc._ipc import ffi, lib
@@ -549,6 +550,8 @@ class Torture:
         self.calm = False
         self.names = 0
         self.stage: World
+        self.reader: Reader
+        self.served = True  # no posted write of an earlier run is still to be applied, as far as is known
         self.initial = 0
 
     def note(self, *what: Any) -> None:
@@ -630,6 +633,7 @@ class Torture:
         stage.config.posted_blocks = self.posted_blocks
         stage.outcome, stage.taken = self.outcome, self.taken
         self.live.clear()
+        self.reader, self.served = Reader(stage), True
         self.regions = None
         stage.become()
         calm, self.calm = self.calm, True
@@ -1139,6 +1143,8 @@ class Torture:
             return
         if self.faulty and chance.random() < 0.03:
             self.check()
+        if chance.random() < 0.03:
+            self.look_up()
         if chance.random() > 0.02:
             return
         what = chance.choices(
@@ -1163,6 +1169,29 @@ class Torture:
             case _:
                 chance.choice([self.all_die, self.lose_power, self.restart])()
         self.counts[what] += 1
+
+    def look_up(self) -> None:
+        """What nbd could read from memory without asking; some of it is being sent for a while."""
+        if not self.served:
+            return
+        chance, posted = self.chance, set[tuple[str, int]]()
+        for op in self.live:
+            if op.kind == "post":
+                posted |= {(op.volume.name, lba) for lba in op.changes}
+        volumes = {(volume.number, volume.generation & 0x7FFF): volume for volume in self.volumes}
+        for (number, generation, lba), found in self.reader.table().items():
+            volume = volumes.get((number, generation))
+            if volume is None or (volume.name, lba) in posted:
+                continue
+            content = self.contents.numbers.get(found, -1)
+            possible = volume.block(lba).contents()
+            assert content in possible, f"{volume.name} {lba}: looked up {content}, possible {sorted(possible)[:20]}"
+            self.counts["looked up"] += 1
+            if chance.random() < 0.02 and len(self.reader.taken) < 20:
+                self.reader.take(number, lba)
+        self.reader.check()
+        if chance.random() < 0.5:
+            self.reader.release()
 
     def check(self) -> None:
         calm, self.calm = self.calm, True
@@ -1197,6 +1226,7 @@ class Torture:
         self.calm = True
         self.until(lambda: not self.live, "answers")
         self.land(True)
+        self.reader.release()
         for volume in self.volumes:
             for _ in range(200):
                 op = Op("flush", volume, 0)
@@ -1213,7 +1243,9 @@ class Torture:
         stage = self.stage
         self.until(lambda: not stage.lent_pages, "pages that come back")
         self.check()
-        self.faulty = False
+        self.faulty, self.served = False, True
+        self.look_up()
+        self.reader.release()
         if verify:
             self.verify()
         self.calm = False
@@ -1285,6 +1317,7 @@ class Torture:
         pages = int(stage.config.cache_pages)
         stage.shapes[DISK] = (4096, (pages + chance.choice([0, 0, 8, -8, 100])) * BLOCK)
         stage.everybody_dies()
+        self.reader, self.served = Reader(stage), False
         while not stage.become(int(chance.paretovariate(0.3)) if chance.random() < 0.5 else 0, quarantine):
             self.counts["deaths while adopting"] += 1
         if chance.random() < 0.5:
