@@ -290,3 +290,25 @@ def test_thresholds_are_kept_and_shown(make_server: Callable[..., Server]) -> No
     server.start()
     assert shown() == {"disk": (64, 8), "other": (16, 100)}
     assert "has threshold 64, the configuration says 4: left as it is" in server.log_tail()
+
+
+def test_those_that_must_go_do_not_wait_for_what_follows() -> None:
+    """Pages for ragged blocks are short, so what is logged is written though it might become a longer run. It was held
+    back and taken again, without end."""
+    with Stage(merge_pages=8, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * BLOCK, threshold=8)
+        contents = [content[:-1] for content in blocks(1, 16)]
+        stage.write(volume, 0, b"".join(content + bytes(1) for content in contents))
+        stage.flush(volume)
+        stage.drain()
+        for number in range(7):
+            stage.write(volume, (100 + number) * BLOCK, contents[number])
+        for _ in range(1000):
+            if not stage.turn() and not stage.disk():
+                break
+            stage.answers()
+        else:
+            raise AssertionError("it does not rest")
+        assert stage.figures().log_records == 0
+        stage.check()

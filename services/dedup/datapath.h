@@ -609,6 +609,8 @@ void destage_save_run(struct datapath *dp, struct dp_run *run, uint32_t count);
 uint64_t destage_pending_order(const struct datapath *dp);
 /* As much is logged as may wait there for more. */
 bool destage_due(const struct datapath *dp);
+/* What is logged is to go, whether more of it would come or not. */
+bool destage_pressed(const struct datapath *dp);
 /* Somebody asks for what a back-off holds up: tried again at once. */
 void destage_hurry(struct datapath *dp);
 /* True while a waiting FLUSH covers `record`, which is in a run: then it must not be superseded (the flush would have to

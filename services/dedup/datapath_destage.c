@@ -167,6 +167,11 @@ bool destage_due(const struct datapath *dp)
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
+bool destage_pressed(const struct datapath *dp)
+{
+    return dp->drain || store_pressed(dp->dedup) || destage_due(dp) || (uint64_t)dp->merge_free_count * 4 < dp->arena->merge_pages;
+}
+
 /* --- The step ------------------------------------------------------------------------------------------------------------ */
 
 static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms)
@@ -181,8 +186,7 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
     if (dp->space_ticket != 0) /* free places come with this sync; its completion wakes */
         return false;
     const struct dp_record *head = &dp->records[arena->log_head];
-    if (dp->drain || head->order <= dp->flush_target || head->order <= dp->space_target ||
-        store_pressed(dp->dedup) || destage_due(dp) || (uint64_t)dp->merge_free_count * 4 < arena->merge_pages)
+    if (head->order <= dp->flush_target || head->order <= dp->space_target || destage_pressed(dp))
         return true;
     uint32_t age = (uint32_t)dp->now_ms - head->logged_ms;
     if (age >= dp->destage_delay_ms)

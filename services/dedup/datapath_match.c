@@ -119,7 +119,7 @@ static uint32_t held_back(struct datapath *dp, const uint32_t *records, uint32_t
         return 0;
     if (log_find(dp, &cursor, last->volume, last->lba + 1) != DP_NONE)
         return tail; /* the run goes on in the log: with that the next batch takes them */
-    if (dp->drain || destage_due(dp))
+    if (destage_pressed(dp)) /* or they would be taken again at once, until they have their age */
         return 0;
     for (uint32_t index = count - tail; index < count; index++) {
         const struct dp_record *r = at(dp, records[index]);
