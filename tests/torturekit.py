@@ -1145,6 +1145,8 @@ class Torture:
             self.check()
         if chance.random() < 0.03:
             self.look_up()
+        if chance.random() < 0.01:
+            self.rest()
         if chance.random() > 0.02:
             return
         what = chance.choices(
@@ -1169,6 +1171,14 @@ class Torture:
             case _:
                 chance.choice([self.all_die, self.lose_power, self.restart])()
         self.counts[what] += 1
+
+    def rest(self) -> None:
+        """The disk does nothing, nobody asks for anything: it goes to sleep, whatever it waits for."""
+        stage = self.stage
+        for _ in range(20_000):
+            if not stage.lib.dedup_turn(stage.state):
+                return
+        raise AssertionError(f"it does not rest: {self.state()}")
 
     def look_up(self) -> None:
         """What nbd could read from memory without asking; some of it is being sent for a while."""
