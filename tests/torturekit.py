@@ -312,7 +312,6 @@ class World(Stage):
         self.outcome: Callable[[Io], int] = lambda io: OK
         self.taken: Callable[[Io], None] = lambda io: None
         self.in_order = ffi.new("struct atoll_descriptor *")
-        self.nbd_public = ffi.cast("struct atoll_nbd_public *", self._role_area(NBD))
 
     def _role_area(self, role: int) -> int:
         return physmap.address(role) + int(physmap.header(role).role_offset)
@@ -345,7 +344,6 @@ class World(Stage):
     def everybody_dies(self) -> None:
         super().everybody_dies()
         self.adopted = True
-        self.nbd_public = ffi.cast("struct atoll_nbd_public *", self._role_area(NBD))
 
     # --- Faster than the stage's own --------------------------------------------------------------------------------
 
@@ -802,7 +800,7 @@ class Torture:
         for op in over:
             self.over(op)
         if not any(op.kind == "post" for op in self.live):
-            stage.nbd_public.posting = 0
+            stage.nic_public.posting = 0
 
     # --- Requests -----------------------------------------------------------------------------------------------------
 
@@ -937,9 +935,9 @@ class Torture:
         return lambda old: content
 
     def post(self, op: Op, offset: int, data: bytes) -> bool:
-        """As nbd posts: only what dedup allows, and if it lies in pages in a row."""
+        """As nic posts: only what dedup allows, and if it lies in pages in a row."""
         stage = self.stage
-        stage.nbd_public.posting = 1
+        stage.nic_public.posting = 1
         blocks = sum(len(other.changes) for other in self.live if other.kind == "post") + len(op.changes)
         pages = stage.pages(len(op.changes))
         if (
@@ -949,7 +947,7 @@ class Torture:
             or pages[-1] - pages[0] != len(pages) - 1
         ):
             if blocks == len(op.changes):
-                stage.nbd_public.posting = 0
+                stage.nic_public.posting = 0
             return False
         state = stage.random.getstate()
         try:
