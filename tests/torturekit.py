@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from dedupkit import BLOCK, DEDUP, DISK, FUA, LLRRM, NBD, NO_HOLE, OK, Io, Request, Stage
+from dedupkit import BLOCK, DEDUP, DISK, FUA, LLRRM, NO_HOLE, OK, Io, Request, Stage
 from lookupkit import Reader
 
 from atoll.ipc import physmap
