@@ -482,13 +482,13 @@ class Weather:
             self.errors |= {(IO_SYNC, ""): chance.choice([0.1, 0.3])}
             self.kinds |= {"flush": 10, "fua": 5}
         elif theme == "stuck" and chance.random() < 0.8:
-            self.stuck = IO_READ, "pages"
+            self.stuck, self.held, self.typical = (IO_READ, "pages"), {}, chance.choice([0, 1])
             self.kinds |= {"write": 60, "trim": 20, "read": 2}
-            self.length, self.most, self.pace = chance.choice([2, 8]), 150, chance.choice([1.0, 3.0])
+            self.length, self.most, self.pace = 8, 150, chance.choice([1.0, 3.0])
             self.unique, self.deaths = 0.6, 0.0
             # Places are used again soon, and nothing waits for the batch that waits.
             self.kinds |= {"flush": 0, "fua": 0, "promise": 0, "zero": 0, "ragged": 3}
-            self.hot, self.stray, self.twins = chance.choice([1, 2, 3]), 0.01, 0.05
+            self.hot, self.stray, self.twins = chance.choice([1, 2, 3]), 0.01, 0.1
 
 
 CALM = Weather(random.Random(0), False)
@@ -521,12 +521,12 @@ class Torture:
         } | settings
         self.theme = chance.choice(["", "", "syncs", "stuck"])
         if self.theme == "stuck":
-            self.settings |= {"device_blocks": 4096, "nic_pages": 1500, "destage_delay_ms": 0} | settings
+            self.settings |= {"device_blocks": 9000, "frames": 400, "nic_pages": 1500, "destage_delay_ms": 0} | settings
         self.posted_blocks = chance.choice([0, 256, 256])
         self.failures = chance.random() < 0.5
         self.catastrophes = chance.choice([0, 1 / 400, 1 / 100])
         # Blocks that are in use, to those of the device.
-        self.extent = chance.choice([0.6, 0.9, 1.3, 2.0]) if self.theme != "stuck" else 0.7
+        self.extent = chance.choice([0.6, 0.9, 1.3, 2.0]) if self.theme != "stuck" else 0.8
         self.contents = Contents()
         self.pool = [self.contents.fresh() for _ in range(chance.choice([4, 40]))]
         self.row = [self.contents.fresh() for _ in range(300)]
@@ -689,7 +689,7 @@ class Torture:
             return
         io.due = self.turns + (int(chance.expovariate(1 / weather.typical)) if weather.typical else 0)
         if weather.stuck == (io.opcode, io.region):
-            likely = 0.3 if self.theme != "stuck" else 0.02 + 0.9 * self.is_counts(io)
+            likely = 0.3 if self.theme != "stuck" else 0.9 * self.is_counts(io)
             if weather.stuck_place is None and chance.random() < likely:
                 weather.stuck_place = io.offset // BLOCK
             if weather.stuck_place == io.offset // BLOCK:
