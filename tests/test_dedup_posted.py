@@ -305,6 +305,48 @@ def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
         stage.check()
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_one_that_is_kept_when_all_die(ended: bool) -> None:
+    """It cannot be applied yet and has been answered. Its pages are not nic's, even where nic has not seen that."""
+    settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024}
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 16 * LEAF)
+        stage.write(volume, 0, block(0))
+        stage.run_until_idle()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(**settings) as stage:
+        stage.device[:] = device
+        stage.open()
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
+        stage.post(volume, BLOCK, block(1))
+        deadline = time.monotonic() + 20
+        while not lib.atoll_domain_pending(stage.domains[NBD], DEDUP):
+            stage.turn()
+            stage.disk()
+            assert time.monotonic() < deadline
+        assert stage.figures().waiting == 1
+        if ended:
+            assert stage.answers() == 1
+        stage.take_ios()
+        stage.everybody_dies()
+        stage.attach(adopted=True)
+        stage.nic_starts_anew()
+        stage.io_rule = None
+        while stage.figures().waiting:
+            stage.turn()
+            stage.disk()
+            stage.given_back()
+            assert time.monotonic() < deadline
+        read, flush = stage.read(volume, 0, 2 * BLOCK), stage.flush(volume)
+        stage.drain()
+        assert (read.status, flush.status) == (OK, OK) and read.data == block(0) + block(1)
+        stage.check()
+        assert stage.free_pages == set(range(stage.nic_pages))
+
+
 def test_more_than_was_allowed_takes_nobody_elses_space() -> None:
     """nbd posts more than it may: what finds no room waits, and what others have been acknowledged keeps its place."""
     with Stage(device_blocks=2304, nic_pages=4096, destage_delay_ms=10_000_000) as stage:

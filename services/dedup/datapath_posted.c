@@ -207,12 +207,24 @@ static bool is_sound(const struct datapath *dp, const struct atoll_posted *poste
            at + posted->length <= dp->arena->nic_pages * DP_BLOCK;
 }
 
-/* Applied: what of its pages is not in the log any more goes back to nic, which has kept them for us. */
+bool posted_holds(const struct datapath *dp, uint32_t page)
+{
+    for (uint32_t number = ATOLL_SLOT_COUNT; number < DP_SLOTS; number++) {
+        const struct dp_slot *slot = &dp->arena->slots[number];
+        uint64_t at = record_address(dp, page) - slot->request.address;
+        if (slot->state == SLOT_ACCEPTED && at < slot->request.length)
+            return true;
+    }
+    return false;
+}
+
+/* It has an answer: what of its pages is neither in the log nor kept, because it cannot be applied yet, goes back to nic, which has kept them
+ * for us. */
 static void give_pages(struct datapath *dp, const struct atoll_posted *posted)
 {
     uint32_t page = (uint32_t)((posted->address - dp->nic_buffer) / DP_BLOCK);
     for (uint32_t end = page + posted->length / DP_BLOCK; page < end; page++)
-        if (dp->records[page].state == RECORD_FREE)
+        if (dp->records[page].state == RECORD_FREE && !posted_holds(dp, page))
             give_back(dp, page);
 }
 
@@ -231,17 +243,6 @@ static void take_over(struct datapath *dp, const struct atoll_posted *posted, ui
     own(dp, number, &request, dp->arena->next_acceptance, ATOLL_OK);
     dp_set64(dp, &dp->arena->next_acceptance, dp->arena->next_acceptance + 1);
     atoll_count(dp->domain, DEDUP_COUNTER_POSTED_ADOPTED, 1);
-}
-
-bool posted_holds(const struct datapath *dp, uint32_t page)
-{
-    for (uint32_t number = ATOLL_SLOT_COUNT; number < DP_SLOTS; number++) {
-        const struct dp_slot *slot = &dp->arena->slots[number];
-        uint64_t at = record_address(dp, page) - slot->request.address;
-        if (slot->state == SLOT_ACCEPTED && at < slot->request.length)
-            return true;
-    }
-    return false;
 }
 
 void posted_adopt(struct datapath *dp)
