@@ -345,6 +345,26 @@ def test_bad_reference_costs_the_connection_only(uring_stage: Stage, bad: str) -
     stage.check()
 
 
+def test_bad_reference_in_a_reply_that_had_to_wait(uring_stage: Stage) -> None:
+    """For the end of its request's payload, and more follows: nothing is received for a connection that is gone."""
+    stage = uring_stage
+
+    def answer(message: Any) -> None:
+        del stage.uses[int(message.identity) >> 32 & 0xFFFF]
+        bad = {"address": 0x1000, "length": 10, "flags": LAST | DISCARD}
+        stage.put(NBD, opcode=lib.ATOLL_OP_REPLY, identity=int(message.identity), **bad)
+
+    stage.on_request = answer
+    for _ in range(5):
+        client = stage.connect("unix")
+        client.request(WRITE, 0, 33 * MIB)
+        client.request(WRITE, 0, MIB)
+        stage.until(lambda client=client: client.closed and not stage.connections)
+    assert stage.counters()["bad_reference"] == 5
+    assert stage.call("status")["stream_buffers_in_use"] == 0
+    stage.check()
+
+
 def test_status_and_connections(stage: Stage) -> None:
     stage.connect("unix")
     client = stage.connect("tcp")

@@ -529,6 +529,8 @@ void nic_receive(struct nic *nic, struct nic_connection *connection)
     bool more = parse(nic, connection);
     nic->domain->self->current = 0;
     nic_send(nic, connection); /* what has been answered at once */
+    if (connection->phase != NIC_OPEN)
+        return; /* a reference of nbd's was wrong */
     if (!more) {
         rest(nic, connection);
         return;
