@@ -16,7 +16,7 @@ from sysconfig import get_path
 from typing import Any
 
 import pytest
-from nicstage import NIC, PART, READ, WRITE, Stage
+from nicstage import BLOCK, MOST, NIC, PART, READ, WRITE, Stage
 
 from atoll.drivers import nic
 from atoll.ipc import crashpoint, physmap, uring
@@ -190,11 +190,12 @@ def test_an_outcome_that_crashes_nic_twice_costs_its_connection(hooked: tuple[An
     with Stage() as stage:
         stage.service = hooked
         stage.start()
-        bad, good = stage.connect("unix"), stage.connect("tcp")
+        bad = stage.connect("unix")
         bad.request(READ, 0, 10)
         stage.settle()
-        assert len(stage.connections) == 2
-        number = min(stage.connections)  # the first that was accepted
+        (number,) = stage.connections
+        good = stage.connect("tcp")
+        stage.until(lambda: len(stage.connections) == 2)
         stage.kill()
         stage.before = lambda lib: lib.nic_poison_receives(number)
         stage.start()
@@ -207,6 +208,32 @@ def test_an_outcome_that_crashes_nic_twice_costs_its_connection(hooked: tuple[An
         assert stage.counters()["poisoned"] == 1
         good.request(READ, 0, 5000)
         stage.until(lambda: bad.closed and good.results == 1, "the bad one is dropped, the good one served")
+        stage.check()
+
+
+@pytest.mark.parametrize("straight", [False, True])
+def test_a_write_that_crashes_nic_twice_costs_its_connection(hooked: tuple[Any, Any], straight: bool) -> None:
+    """While nic posts it: when it has come with its header, and when it was received straight into its pages."""
+    with Stage() as stage:
+        stage.service, stage.posts = hooked, MOST
+        stage.before = lambda lib: lib.nic_poison_posting(0)
+        stage.start()
+        bad, good = stage.connect("unix"), stage.connect("tcp")
+        stage.until(lambda: not bad.greeting and not good.greeting)
+        bad.request(WRITE, 0, 16 * BLOCK)
+        if straight:
+            rest = bad.out[100:]
+            del bad.out[100:]
+            stage.until(lambda: stage.call("status")["slots_in_use"] == 1)
+            bad.out += rest
+        for _ in range(2):
+            stage.poll(lambda: stage.turn() is None or stage.is_dead())
+            assert os.WTERMSIG(stage.last_status) == signal.SIGSEGV
+            stage.start(previous_signal=signal.SIGSEGV, wait=False)
+        stage.poll(stage.is_serving)
+        good.request(READ, 0, 5000)
+        stage.until(lambda: bad.closed and good.results == 1, "the bad one is dropped, the good one served")
+        assert stage.counters()["poisoned"] == 1 and bad.results == 0
         stage.check()
 
 

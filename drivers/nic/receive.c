@@ -398,7 +398,6 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
     slot->reply_pages = (uint8_t)pages;
     nic->reply_pages += pages;
     nic->hints[slot->connection].reply_pages += pages;
-    nic->domain->self->current = nic_identity(nic, slot);
     memset(slot->header, 0, sizeof slot->header);
     memcpy(slot->header, base + window->begin, needed);
     window->begin += needed;
@@ -526,6 +525,8 @@ void nic_receive(struct nic *nic, struct nic_connection *connection)
 
     if (connection->phase != NIC_OPEN || (connection->operation[NIC_RECEIVE] & 1))
         return;
+    /* I8: not the slot's identity, which is another one when a step that took it is done again. */
+    nic->domain->self->current = atoll_identity(index, NIC_NO_SLOT, connection->operation[NIC_RECEIVE] >> 1 << 2 | NIC_RECEIVE);
     bool more = parse(nic, connection);
     nic->domain->self->current = 0;
     nic_send(nic, connection); /* what has been answered at once */

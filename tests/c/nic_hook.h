@@ -9,6 +9,8 @@
 void nic_die_after(uint64_t stores);
 /* SIGSEGV at the first store made while the outcome of a receive of this connection is being applied. */
 void nic_poison_receives(uint32_t connection);
+/* SIGSEGV while a write is being posted, after that many. */
+void nic_poison_posting(uint64_t most);
 /* cffi:end */
 
 #endif
