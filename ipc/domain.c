@@ -346,6 +346,12 @@ static int sleep_on_tails(struct atoll_domain *domain, uint32_t ignored_roles, i
     return !(result < 0 && error == ETIMEDOUT);
 }
 
+/* Put with atoll_domain_put_unhurried. (NO_HOLE of a ZERO is the same bit.) */
+static bool is_unhurried(const struct atoll_descriptor *message)
+{
+    return (atoll_load_relaxed(&message->flags) & ATOLL_FLAG_POSTED) && atoll_load_relaxed(&message->opcode) != ATOLL_OP_ZERO;
+}
+
 /* True if all that waits on the ring from `role` may go on waiting. */
 static bool may_wait(struct atoll_domain *domain, uint32_t role)
 {
@@ -354,7 +360,7 @@ static bool may_wait(struct atoll_domain *domain, uint32_t role)
     if (count >= ATOLL_DOZE_MESSAGES)
         return false;
     for (uint32_t index = 0; index < count; index++)
-        if (!(atoll_load_relaxed(&atoll_ring_entry(ring, index)->flags) & ATOLL_FLAG_POSTED))
+        if (!is_unhurried(atoll_ring_entry(ring, index)))
             return false;
     return true;
 }

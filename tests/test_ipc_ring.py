@@ -295,6 +295,10 @@ def test_one_who_dozes_is_woken_for_what_cannot_wait_and_for_many() -> None:
         assert lib.atoll_domain_doze(dozer, 1 << A, 60_000_000_000) == 1, "one of them cannot wait"
         take(2)
         assert lib.atoll_domain_doze(dozer, 1 << A, 1_000_000) == 0 and header.sleeping == 0
+        zero = {"opcode": lib.ATOLL_OP_ZERO, "flags": lib.ATOLL_FLAG_NO_HOLE}  # whose flag is the same bit
+        assert lib.atoll_domain_put(sender, B, ffi.new("struct atoll_descriptor *", zero))
+        lib.atoll_domain_commit(sender)
+        assert not woken() and lib.atoll_domain_doze(dozer, 1 << A, 1_000_000) == 1, "it came while the dozer was awake"
         os.close(eventfd)
 
 
