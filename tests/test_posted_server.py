@@ -27,8 +27,8 @@ def connected(server: Server) -> Connection:
     return connection
 
 
-def held(server: Server, connection: Connection) -> int:
-    """Stops dedup once it lets writes be posted; its process id."""
+def held(server: Server, connection: Connection, role: str = "dedup") -> int:
+    """Stops it once dedup lets writes be posted; its process id."""
 
     def posts() -> bool:
         connection.write(0, bytes(BLOCK))
@@ -37,7 +37,7 @@ def held(server: Server, connection: Connection) -> int:
     wait_for("writes are posted", posts)
     connection.flush()
     with Eyes(server) as eyes:
-        pid = eyes.pid("dedup")
+        pid = eyes.pid(role)
         send(pid, signal.SIGSTOP)
     return pid
 
@@ -141,6 +141,22 @@ def test_applied_and_not_ended_is_not_applied_again(server: Server) -> None:
     with connected(server) as connection:
         for number in range(30, 60):
             assert connection.read(number % 30 * BLOCK, BLOCK) == block(f"write {number}")
+    check_all(server)
+    check_nothing_left(server)
+
+
+def test_a_clean_stop_takes_along_what_nbd_has_not_passed_on(server: Server) -> None:
+    """nbd is held until the stop gives it up: its successor, told to stop, too, finds the writes in its ring."""
+    with connected(server) as connection:
+        held(server, connection, "nbd")
+        for number in range(60):
+            connection.write(number * BLOCK, block(f"write {number}"))
+        server.stop()
+    server.start()
+    assert not server.json("status")["adopted"]
+    with connected(server) as connection:
+        for number in range(60):
+            assert connection.read(number * BLOCK, BLOCK) == block(f"write {number}")
     check_all(server)
     check_nothing_left(server)
 

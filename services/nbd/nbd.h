@@ -200,8 +200,10 @@ uint64_t nbd_area_bytes(void);
 
 /* Returns enum atoll_reason or enum nbd_reason. Sleeps when there is nothing to do. */
 int nbd_run(struct nbd *nbd);
-/* At most `messages` messages in one transaction; 0 or a reason for Python. Does not sleep. (nbd_run's inside; for tests.) */
+/* At most `messages` messages in one transaction; 0 or a reason for Python. Does not sleep. (nbd_run's inside; for the end.) */
 int nbd_step(struct nbd *nbd, uint32_t messages);
+/* True while nic has sent something that has not been taken. */
+bool nbd_pending(struct nbd *nbd);
 /* The frame that nbd_run or nbd_step returned NBD_REASON_FRAME for; NULL if there is none. */
 const struct nbd_frame *nbd_frame(struct nbd *nbd);
 /* Answers it and commits. Must follow each NBD_REASON_FRAME, unless nbd_postpone does. */

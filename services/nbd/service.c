@@ -226,6 +226,8 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     return NBD_REASON_FRAME;
 }
 
+bool nbd_pending(struct nbd *nbd) { return atoll_domain_pending(nbd->domain, ATOLL_ROLE_NIC) != 0; }
+
 /* Nothing to do. While writes come that are answered already it dozes. */
 static void rest(struct nbd *nbd)
 {
