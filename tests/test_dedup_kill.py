@@ -187,7 +187,7 @@ def test_dies_between_the_pieces_of_a_batch(hooked: ModuleType) -> None:
                     expected[lba] = data
             died = True
             while died:  # the next one dies as well, unless it comes to the end
-                died = stage.turns_in_child(die_after=chance.randrange(100, 8000), turns=60) != 0
+                died = stage.turns_in_child(die_after=chance.randrange(100, 20_000), turns=60) != 0
                 kills += died
                 stage.attach()
                 stage.answers()
