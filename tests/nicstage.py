@@ -501,7 +501,9 @@ class Stage:
             if self.on_request is not None:
                 use.pages = self.pages(message)
                 answer = self.on_request(message)
-                if answer is not None:
+                if message.flags & POSTED and answer is not None:
+                    self.ends.append((use, answer.get("flags", 0) & TAKEN))
+                elif answer is not None:
                     self.reply(use, **answer)
                 return
             assert magic == REQUEST_MAGIC

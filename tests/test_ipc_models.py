@@ -81,7 +81,7 @@ def test_a_read_from_memory_sends_what_it_found_and_nothing_old(defines: list[st
 @pytest.mark.parametrize(
     ("defines", "wrong"),
     [
-        (["-DNO_NIC_FENCE"], "content"),
+        (["-DNO_NBD_FENCE"], "content"),
         (["-DNO_DEDUP_FENCE"], "content"),
         (["-DNO_SECOND_LOOK"], "content"),
         (["-DNO_RETIRE"], "content"),
