@@ -114,6 +114,17 @@ static inline bool atoll_reference_in(const struct atoll_domain *domain, uint32_
     return address >= base && length <= domain->peer_bytes[role] && address - base <= domain->peer_bytes[role] - length;
 }
 
+/* What dedup publishes; NULL if there is no such place in its arena. */
+static inline const struct atoll_dedup_public *atoll_dedup_public(const struct atoll_domain *domain)
+{
+    const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP];
+    uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP], offset = dedup == 0 ? 0 : dedup->role_offset;
+    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
+        offset > bytes - sizeof(struct atoll_dedup_public))
+        return 0;
+    return (const void *)((const char *)dedup + offset);
+}
+
 /* The role in whose arena [address, address + length) lies, or 0 if it lies in none. */
 static inline uint32_t atoll_reference_role(const struct atoll_domain *domain, uint64_t address, uint64_t length)
 {

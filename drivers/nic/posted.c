@@ -37,17 +37,6 @@ void nic_posted_committed(struct nic *nic)
         publish(nic, 0);
 }
 
-/* NULL: there is no such place in dedup's arena. */
-static const struct atoll_dedup_public *dedup_public(const struct nic *nic)
-{
-    const struct atoll_arena_header *dedup = nic->domain->peers[ATOLL_ROLE_DEDUP];
-    uint64_t bytes = nic->domain->peer_bytes[ATOLL_ROLE_DEDUP], offset = dedup == 0 ? 0 : dedup->role_offset;
-    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
-        offset > bytes - sizeof(struct atoll_dedup_public))
-        return 0;
-    return (const void *)((const char *)dedup + offset);
-}
-
 /* How many blocks may be on their way. */
 static uint32_t allowed(struct nic *nic, const struct atoll_dedup_public *dedup)
 {
@@ -81,7 +70,7 @@ bool nic_may_post(struct nic *nic, const struct nic_connection *connection, cons
         connection->streaming != 0 || connection->phase != NIC_OPEN || !nic_frame_is_plain_write(connection->framing, slot->header) ||
         atoll_trace_armed(nic->domain))
         return false;
-    const struct atoll_dedup_public *dedup = dedup_public(nic);
+    const struct atoll_dedup_public *dedup = atoll_dedup_public(nic->domain);
     if (dedup == 0)
         return false;
     if (!nic->posted_looked) {

@@ -20,7 +20,7 @@ void nbd_lookup_attach(struct nbd *nbd)
     struct nbd_lookup *lookup = &nbd->lookup;
     const struct atoll_domain *domain = nbd->domain;
     const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP], *nic = domain->peers[ATOLL_ROLE_NIC];
-    const struct atoll_dedup_public *published = nbd_dedup_public(nbd);
+    const struct atoll_dedup_public *published = atoll_dedup_public(nbd->domain);
     uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP];
 
     lookup->entries = 0;

@@ -285,8 +285,6 @@ const char *nbd_command_name(uint32_t type);
 void nbd_explain(const struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, const char *volume_name, char *text);
 
 /* --- volumes.c --- */
-/* What dedup publishes; NULL if there is no such place in its arena. */
-const struct atoll_dedup_public *nbd_dedup_public(const struct nbd *nbd);
 /* The volume as published now. It is read again only if its version has changed. */
 enum nbd_look nbd_look(struct nbd *nbd, uint32_t id, uint32_t generation, const struct atoll_volume **volume);
 /* Its name for texts, "" if it cannot be had. Valid until the table is looked at again. */

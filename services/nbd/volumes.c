@@ -9,20 +9,9 @@
 /* Looks at an entry before it is given up for now: a change takes dedup a few hundred nanoseconds. */
 #define TRIES 64
 
-const struct atoll_dedup_public *nbd_dedup_public(const struct nbd *nbd)
-{
-    const struct atoll_arena_header *dedup = nbd->domain->peers[ATOLL_ROLE_DEDUP];
-    uint64_t bytes = nbd->domain->peer_bytes[ATOLL_ROLE_DEDUP];
-    uint64_t offset = dedup == 0 ? 0 : dedup->role_offset;
-    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
-        offset > bytes - sizeof(struct atoll_dedup_public))
-        return 0;
-    return (const void *)((const char *)dedup + offset);
-}
-
 static const struct atoll_volume *table(const struct nbd *nbd)
 {
-    const struct atoll_dedup_public *public = nbd_dedup_public(nbd);
+    const struct atoll_dedup_public *public = atoll_dedup_public(nbd->domain);
     return public == 0 ? 0 : public->volumes;
 }
 
