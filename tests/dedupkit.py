@@ -92,7 +92,6 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
     return load("dedup_hooked", folder / "dedup_hooked.so")
 
 
-
 @dataclass
 class Request:
     opcode: int

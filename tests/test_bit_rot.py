@@ -21,7 +21,7 @@ from powerlosskit import block_digests
 from serverkit import Server, wait_for, write_device
 
 from atoll.services.dedup.check import layout
-from atoll.services.dedup.check.audit import audit, verify_data
+from atoll.services.dedup.check.audit import Totals, audit, compare_counts, verify_data
 from atoll.services.dedup.check.image import MemoryImage
 from atoll.services.dedup.check.reader import LogReader, Report, Store, read_supers
 
@@ -179,6 +179,28 @@ def test_the_checker_survives_what_has_good_checksums(devices: Devices, monkeypa
         look(device, LogReader())
         for block, content_ in before.items():
             device[block * BLOCK : (block + 1) * BLOCK] = content_
+
+
+def test_a_wrong_sum_of_a_group_without_data(devices: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of the group are the store's own: named, and not to be mended by a record of one of its blocks."""
+    device = devices.closed.copy()
+    report, store = look(device, LogReader())
+    assert store is not None and not report.count
+    end = store.root.device_blocks
+    groups = range(end // layout.GROUP_BLOCKS)
+    data = store.places.data_mask(0, end)
+    bare = [at for at in groups if not data[at * layout.GROUP_BLOCKS : (at + 1) * layout.GROUP_BLOCKS].any()]
+    assert bare
+    table = store.table
+    sums = table(layout.TREE_GROUPS, layout.GROUPS_PER_PAGE, "<u2", 0, len(groups)).copy()
+    sums[bare[0]] = 1
+    monkeypatch.setattr(store, "table", lambda tree, *rest: sums if tree == layout.TREE_GROUPS else table(tree, *rest))
+    totals = Totals()
+    compare_counts(store, report, totals, 0, end, store.counts(0, end))
+    assert [(one.kind, one.repairable, one.fields) for one in report.findings] == [
+        ("total", False, {"block": bare[0] * layout.GROUP_BLOCKS})
+    ]
+    assert not totals.wrong_groups
 
 
 def start(make_server: Callable[..., Server], device: np.ndarray) -> Server:
