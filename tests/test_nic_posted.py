@@ -241,9 +241,9 @@ def test_killed_at_random(seed: int) -> None:
         stage.check()
 
 
-@pytest.mark.parametrize("bad", ["reply", "twice"])
+@pytest.mark.parametrize("bad", ["reply", "next", "twice"])
 def test_what_nbd_may_not_say(stage: Stage, bad: str) -> None:
-    """It answers what has been answered; it ends the same write twice."""
+    """It answers what has been answered; it asks for more of it; it ends the same write twice."""
     stage.take_share, stage.hold_ends = 0.0, True
     client = ready(stage)
     write(stage, client, 0)
@@ -252,6 +252,10 @@ def test_what_nbd_may_not_say(stage: Stage, bad: str) -> None:
     if bad == "reply":
         stage.put(NBD, opcode=lib.ATOLL_OP_REPLY, identity=use.identity, flags=LAST)
         stage.until(lambda: client.closed and stage.counters()["bad_message"] == 1)
+    elif bad == "next":
+        stage.put(NBD, opcode=lib.ATOLL_OP_NEXT, identity=use.identity)
+        stage.until(lambda: stage.counters()["bad_message"] == 1)
+        assert stage.call("status")["buffer_pages_lent"] == 1
     else:
         for _ in range(2):
             stage.put(NBD, opcode=lib.ATOLL_OP_END, identity=use.identity)

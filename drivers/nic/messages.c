@@ -23,7 +23,7 @@ static void part_returned(struct nic *nic, struct nic_slot *slot, bool taken)
 
 static void on_next(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
 {
-    bool lent = slot->flags & NIC_SLOT_LENT;
+    bool lent = (slot->flags & (NIC_SLOT_LENT | NIC_SLOT_POSTED)) == NIC_SLOT_LENT; /* a posted part is lent until END */
     if (!lent || message->part != (uint16_t)slot->lent_part) {
         refuse(nic);
         return;
