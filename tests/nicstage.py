@@ -284,6 +284,13 @@ class Stage:
         words = ffi.cast("uint64_t *", physmap.address(NIC) + 8192)
         return {name: int(words[index]) for index, name in enumerate(nic.COUNTERS)}
 
+    def sent_to_nbd(self) -> int:
+        """Messages to nbd that are published and not taken. (What atoll_domain_pending says is how many its first look
+        found.)"""
+        place = physmap.address(NIC) + int(physmap.header(NIC).tx_offset[NBD])
+        tail = int(ffi.cast("struct atoll_ring_producer *", place).tail)
+        return (tail - int(physmap.header(NBD).consumer[NIC].head)) & 0xFFFFFFFF
+
     def nic_public(self) -> Any:
         return ffi.cast("struct atoll_nic_public *", physmap.address(NIC) + int(physmap.header(NIC).role_offset))
 
@@ -338,6 +345,23 @@ class Stage:
         os.kill(self.pid, number)
         _, self.last_status = os.waitpid(self.pid, 0)
         self.pid = 0
+
+    def dies(self, timeout_s: float = 60.0) -> None:
+        """Turns until nic has ended by itself."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_dead():
+            if not self.turn():
+                time.sleep(0.0002)
+            assert time.monotonic() < deadline, "nic lives"
+
+    def pause(self) -> None:
+        """It is stopped when this returns, until `go_on`."""
+        os.kill(self.pid, signal.SIGSTOP)
+        _, status = os.waitpid(self.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"nic ended by itself, wait status {status:#x}"
+
+    def go_on(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def poll(self, look: Callable[[], bool], timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s

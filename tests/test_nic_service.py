@@ -243,6 +243,33 @@ def test_timeouts(setting: str, sends: int | None, counter: str) -> None:
         stage.check()
 
 
+def test_who_waits_for_nbd_is_not_dropped() -> None:
+    """Negotiation has its time; what nbd takes (it may be dead, or slow to start) is not the client's. Nor is that time
+    over then: it goes on where it was."""
+    with Stage(handshake_timeout_s=1.0) as stage:
+        stage.framing = lib.ATOLL_FRAMING_CLIENT_FLAGS
+        stage.on_option = lambda message, data: {"framing": lib.ATOLL_FRAMING_OPTION}
+        stage.start()
+        stage.hold = True
+        begin = time.monotonic()
+        clients = [stage.connect(kind) for kind in ("unix", "tcp")]
+        for said in (b"\0\0\0\3", b""):  # it is nbd's turn at once, and after the client's flags
+            stage.until(lambda: stage.sent_to_nbd() == len(clients), "nbd is asked")
+            time.sleep(1.2)  # it is the clock that must have passed
+            stage.hold = False
+            stage.until(lambda: not stage.sent_to_nbd() and not any(client.greeting for client in clients), "answered")
+            stage.hold = True
+            for client in clients:
+                client.out += said
+        assert stage.counters()["handshake_timeouts"] == 0
+        stage.hold = False
+        stage.until(lambda: all(client.closed for client in clients), "who says no more is dropped")
+        assert time.monotonic() - begin >= 2 * 1.2 + 1
+        assert stage.counters()["handshake_timeouts"] == len(clients)
+        stage.until(lambda: not stage.connections)
+        stage.check()
+
+
 def test_more_connections_than_allowed_wait_their_turn() -> None:
     with Stage(max_connections=5) as stage:
         stage.start()
@@ -387,7 +414,7 @@ def test_stop_answers_what_is_under_way(stage: Stage) -> None:
         client.request(READ, i, 1000)
     stage.until(lambda: not client.out and stage.counters()["requests"] == 10)
     stage.calls.start("nic", {"call": "stop"})
-    stage.until(lambda: lib.atoll_domain_pending(stage.peers[NBD].domain, lib.ATOLL_ROLE_NIC) >= 10)
+    stage.until(lambda: stage.sent_to_nbd() == 10)
     stage.hold = False
     deadline = time.monotonic() + 10
     while not (client.closed and stage.is_dead()):

@@ -74,6 +74,7 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
     if (last) {
         nic_set32(nic, &slot->flags, slot->flags | NIC_SLOT_ANSWERED);
         if (slot->state == NIC_SLOT_OPEN || slot->state == NIC_SLOT_OPTION) {
+            nic_handshake_goes_on(nic, connection);
             uint32_t framing = message->halves[0];
             if (framing != ATOLL_FRAMING_KEEP && nic_frame_header_bytes(framing) != 0)
                 nic_set32(nic, &connection->framing, framing);

@@ -9,7 +9,8 @@
  * who holds nothing cannot go on for want of them, whoever has moved nothing, or less than at that rate, for crowded_ns is
  * dropped.
  *
- * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late.
+ * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late. Nor for
+ * the time that others take: while nbd has the word (it may be dead), negotiation does not take the client's time.
  *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
  */
@@ -136,7 +137,8 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
     if (connection->phase != NIC_OPEN)
         return;
     if (connection->framing != ATOLL_FRAMING_REQUEST && connection->framing != ATOLL_FRAMING_EXTENDED) {
-        passed(nic, connection, connection->accepted_ns, nic->limits.handshake_ns, NIC_HANDSHAKE_TIMEOUTS);
+        if (connection->receive_state != NIC_RX_HOLD)
+            passed(nic, connection, connection->accepted_ns, nic->limits.handshake_ns, NIC_HANDSHAKE_TIMEOUTS);
         return;
     }
     if (waits_for_client(connection) && hint->readable) {
@@ -157,6 +159,12 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
     } else if (nic->limits.idle_ns != 0) {
         nic_deadline(nic, nic->now_ns + nic->limits.idle_ns);
     }
+}
+
+void nic_handshake_goes_on(struct nic *nic, struct nic_connection *connection)
+{
+    connection->accepted_ns += nic->now_ns - connection->received_ns;
+    nic_deadline(nic, connection->accepted_ns + nic->limits.handshake_ns);
 }
 
 /* nic was stopped for long, and perhaps everybody else with it: all have their time anew. */
