@@ -42,8 +42,13 @@ def feed(stage: Stage, chance: random.Random, depth: int) -> None:
             stage.connect(chance.choice(("unix", "tcp")))
 
 
+# However slow the machine is: nobody may be dropped, so nobody's time may be over.
+PATIENT = {"handshake_timeout_s": 600, "payload_timeout_s": 600, "reply_timeout_s": 600, "crowded_timeout_s": 600}
+
+
 def drain(stage: Stage) -> None:
     stage.settle()
+    assert not any(client.closed or client.expected for client in stage.clients), "somebody was dropped"
     stage.check()
     stage.give_all_back()
     for client in stage.clients:
@@ -68,7 +73,7 @@ def test_kills_at_random(clients: int, depth: int, mode: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    with Stage(seed, buffer_bytes=8 << 20) as stage:
+    with Stage(seed, buffer_bytes=8 << 20, **PATIENT) as stage:
         stage.config["testing"]["fault"]["nic_poll_in_ring"] = mode == "poll"
         stage.start()
         for index in range(clients):
@@ -93,7 +98,7 @@ def test_crash_points() -> None:
     chance = random.Random(5)
     points = [point for point in crashpoint.points_in(Path(nic.__file__).parent) if point.startswith("nic.")]
     assert len(points) >= 8
-    with Stage(5, buffer_bytes=8 << 20) as stage:
+    with Stage(5, buffer_bytes=8 << 20, **PATIENT) as stage:
         stage.start()
         for index in range(4):
             stage.connect(("unix", "tcp")[index % 2])
@@ -105,7 +110,7 @@ def test_crash_points() -> None:
             if "recover" in point:
                 stage.kill()
                 stage.start(wait=False)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while not stage.is_dead():
                 feed(stage, chance, 4)
                 stage.turn()
@@ -119,7 +124,7 @@ def test_crash_points() -> None:
 
 
 def test_kill_between_accept_and_first_byte() -> None:
-    with Stage() as stage:
+    with Stage(handshake_timeout_s=0.1) as stage:  # nbd greets nobody meanwhile, which is not their fault
         stage.start()
         for index in range(60):
             client = stage.connect(("unix", "tcp")[index % 2])
@@ -164,9 +169,8 @@ def test_a_request_that_crashes_nic_twice_costs_its_connection() -> None:
         stage.settle()
         stage.hold = True
         bad.request(READ, 0, 10)
-        stage.until(lambda: stage.counters()["requests"] == 3)
-        message = stage.peers[lib.ATOLL_ROLE_NBD]
-        assert lib.atoll_domain_pending(message.domain, NIC) == 1
+        stage.until(lambda: stage.sent_to_nbd() == 1)
+        assert stage.counters()["requests"] == 3
         stage.kill()
         for expected in (0, 1):
             # What a crash during the request would have left.
@@ -201,7 +205,7 @@ def test_an_outcome_that_crashes_nic_twice_costs_its_connection(hooked: tuple[An
         stage.start()
         bad.request(READ, 0, 10)
         for _ in range(2):
-            stage.poll(lambda: stage.turn() is None or stage.is_dead())
+            stage.dies()
             assert os.WTERMSIG(stage.last_status) == signal.SIGSEGV
             stage.start(previous_signal=signal.SIGSEGV, wait=False)
         stage.poll(stage.is_serving)
@@ -227,7 +231,7 @@ def test_a_write_that_crashes_nic_twice_costs_its_connection(hooked: tuple[Any, 
             stage.until(lambda: stage.call("status")["slots_in_use"] == 1)
             bad.out += rest
         for _ in range(2):
-            stage.poll(lambda: stage.turn() is None or stage.is_dead())
+            stage.dies()
             assert os.WTERMSIG(stage.last_status) == signal.SIGSEGV
             stage.start(previous_signal=signal.SIGSEGV, wait=False)
         stage.poll(stage.is_serving)
@@ -324,7 +328,7 @@ def hooked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_death_after_each_store(hooked: tuple[Any, Any], seed: int | None) -> None:
     """Incarnation k dies after its k-th store, or after few, chosen by the seed; the clients come and go meanwhile."""
     chance = random.Random(seed or 0)
-    with Stage(seed or 0, buffer_bytes=4 << 20) as stage:
+    with Stage(seed or 0, buffer_bytes=4 << 20, **PATIENT) as stage:
         stage.service = hooked
 
         def before(lib: Any) -> None:
@@ -344,6 +348,7 @@ def test_death_after_each_store(hooked: tuple[Any, Any], seed: int | None) -> No
             if stage.is_dead():
                 assert os.WTERMSIG(stage.last_status) == signal.SIGKILL
                 stage.start(wait=False)
-            assert time.monotonic() < deadline
+                deadline = time.monotonic() + 60
+            assert time.monotonic() < deadline, f"incarnation {stage.incarnation} does not die"
         stage.poll(stage.is_serving)
         drain(stage)
