@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import struct
 import time
 from typing import Any
@@ -51,7 +49,8 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
                 rest.append(client.out[first:])
                 del client.out[first:]
             stage.until(lambda: stage.counters()["received_bytes"] == before + first * CLIENTS, "a part and a bit")  # noqa: B023
-            os.kill(stage.pid, signal.SIGSTOP)
+            stage.until(lambda: stage.sent_to_nbd() == CLIENTS * (reads + 1), "the requests")  # noqa: B023
+            stage.pause()
             requests = taken_requests(stage).values()
             for turn in range(reads):
                 for uses in requests:
@@ -63,7 +62,7 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
             for client, more in zip(clients, rest, strict=True):
                 client.out += more
                 client.turn(100_000)
-            os.kill(stage.pid, signal.SIGCONT)
+            stage.go_on()
             stage.hold = False
             stage.settle()
         stage.check()
@@ -73,7 +72,7 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
 @pytest.mark.parametrize("end", ["timeout", "stop"])
 def test_all_connections_end_at_once(end: str) -> None:
     """Each has a part of 64 pages that lie apart: together they are more words than a step may change."""
-    with Stage(payload_timeout_s=1.0, buffer_bytes=384 * MIB) as stage:
+    with Stage(payload_timeout_s=4.0, buffer_bytes=384 * MIB) as stage:
         stage.take_share = 1.0
         stage._give_back = lambda share: None  # type: ignore[method-assign]
         stage.start()
@@ -93,9 +92,9 @@ def test_all_connections_end_at_once(end: str) -> None:
         if end == "stop":
             assert stage.call("stop")["connections_left"] == 0
             return
-        os.kill(stage.pid, signal.SIGSTOP)
-        time.sleep(1.1)  # it is the clock that must have passed when nic looks again
-        os.kill(stage.pid, signal.SIGCONT)
+        stage.pause()
+        time.sleep(4.1)  # it is the clock that must have passed when nic looks again
+        stage.go_on()
         stage.until(lambda: stage.counters()["payload_timeouts"] >= 700 and len(stage.connections) <= 1, "all are gone")
         stage.check()
 
@@ -152,13 +151,13 @@ def trickle(stage: Stage, clients: list[Any], done: Any, what: str) -> None:
 
 def test_a_part_that_trickles_in_has_its_time_and_no_more() -> None:
     """Bytes come all the time, so there is never a pause; but 100,000 bytes have two times the payload's time-out."""
-    with Stage(payload_timeout_s=0.5) as stage:
+    with Stage(payload_timeout_s=1.5) as stage:
         stage.start()
         slow = stage.connect("tcp")
         slow.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 0, 100_000)
         begin = time.monotonic()
         trickle(stage, [slow], lambda: slow.closed, "it is dropped")
-        assert time.monotonic() - begin >= 0.95
+        assert time.monotonic() - begin >= 2.95
         assert stage.counters()["payload_timeouts"] == 1
         stage.check()
 
@@ -174,6 +173,7 @@ def test_trickling_writers_do_not_keep_the_pages_from_others() -> None:
         rest = bytes(honest.out[28:])
         del honest.out[28:]
         stage.until(lambda: not honest.out and not honest.greeting, "the honest one has its pages")
+        begin, honest_sent = time.monotonic(), [0]
         slow = [stage.connect("unix") for _ in range(63)]
         for client in slow:
             client.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, WRITE, 1, 0, PART)
@@ -191,7 +191,6 @@ def test_trickling_writers_do_not_keep_the_pages_from_others() -> None:
             honest_sent[0] = fed
             return all(client.results == 3 for client in others)
 
-        begin, honest_sent = time.monotonic(), [0]
         trickle(stage, slow, done, "others are served")
         assert stage.counters()["payload_timeouts"] > 0 and not honest.closed
         honest.out += rest[honest_sent[0] :]
@@ -210,8 +209,12 @@ def test_unread_replies_do_not_keep_large_reads_from_others() -> None:
             for _ in range(4):
                 client.request(READ, 0, PART)
         stage.until(lambda: not any(client.out for client in deaf), "all is sent")
-        # Half of the cache's 16,384 pages, and half as many again for those without any, at 64 pages each.
-        stage.until(lambda: stage.call("status")["slots_in_use"] >= 192, "nothing is left for anybody")
+        # Half of the cache's 16,384 pages, and half as many again for those without any, at 64 pages each. On a slow
+        # machine some of the deaf may have waited so long for the others that these are gone by now.
+        stage.until(
+            lambda: stage.call("status")["slots_in_use"] >= 192 or stage.counters()["reply_timeouts"] > 0,
+            "nothing is left for anybody",
+        )
         others = [stage.connect("tcp") for _ in range(4)]
         for client in others:
             client.request(READ, 0, PART)
@@ -220,10 +223,10 @@ def test_unread_replies_do_not_keep_large_reads_from_others() -> None:
         stage.check()
 
 
-@pytest.mark.parametrize(("kind", "stopped_s"), [("unix", 2.3), ("tcp", 2.3), ("unix", 5.0)])
+@pytest.mark.parametrize(("kind", "stopped_s"), [("unix", 4.3), ("tcp", 4.3), ("unix", 7.0)])
 def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, stopped_s: float) -> None:
     """Clients go on while nic does not run (a container that is paused); what they did shows in their sockets only."""
-    with Stage(payload_timeout_s=2.0, reply_timeout_s=2.0) as stage:
+    with Stage(payload_timeout_s=4.0, reply_timeout_s=4.0) as stage:
         stage.start()
         clients = [stage.connect(kind) for _ in range(80)]
         writers, readers = clients[:70], clients[70:]
@@ -239,14 +242,14 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
             del client.out[30_000:]
         received = 70 * 30_000 + 10 * 8 * 28
         stage.until(lambda: stage.counters()["received_bytes"] >= received, "what comes before")
-        os.kill(stage.pid, signal.SIGSTOP)
+        stage.pause()
         for client, rest in zip(writers, rests, strict=True):
             client.out += rest
         for client in clients:
             client.reads = True
             client.turn()
         time.sleep(stopped_s)  # it is the clock that must have passed when nic looks again
-        os.kill(stage.pid, signal.SIGCONT)
+        stage.go_on()
         stage.settle()
         assert not any(client.closed for client in clients)
         counters = stage.counters()
@@ -256,7 +259,7 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
 
 def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
     """Where free pages lie apart (log pages that stay) there is no run for a long while, but pages for all others."""
-    with Stage() as stage:
+    with Stage(handshake_timeout_s=600) as stage:
         stage.take_share = 1.0
         stage._give_back = lambda share: None  # type: ignore[method-assign]
         stage.start()
@@ -281,8 +284,8 @@ def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
             client.request(WRITE, 0, MIB)
             for _ in range(10):
                 client.request(WRITE, 8192, 4096)
-        stage.until(lambda: not any(client.expected for client in others), "the others", seconds=5)
-        assert not stage.log
+        stage.until(lambda: not any(client.expected for client in others), "the others")
+        assert not stage.log and stage.counters()["handshake_timeouts"] == 0
         Stage._give_back(stage, 2.0)
         lib.atoll_domain_commit(stage.peers[DEDUP].domain)
         stage.until(lambda: len(stage.log) == 3, "now there are runs")
