@@ -273,6 +273,14 @@ class Stage:
         _, self.last_status = os.waitpid(self.pid, 0)
         self.pid = 0
 
+    def ends(self, timeout_s: float = 60.0) -> None:
+        """Turns until nbd has ended."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_dead():
+            if not self.turn():
+                time.sleep(0.0001)
+            assert time.monotonic() < deadline, "nbd lives"
+
     def poll(self, look: Callable[[], bool], timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not look():

@@ -181,7 +181,14 @@ def test_each_message_arrives_once_though_the_processes_are_killed(victims: tupl
     seed = int(time.time())
     print("seed", seed)
     chance = random.Random(seed)
-    total, kills = 40_000, 0
+    kills = 0
+    while kills < 10:  # where a test is slow to look, all may be there after few
+        kills += all_arrive(victims, chance, 40_000)
+
+
+def all_arrive(victims: tuple[Role, ...], chance: random.Random, total: int) -> int:
+    """How many were killed meanwhile."""
+    kills = 0
     with instance({A: [B], B: []}, entries=32) as made:
         made.map_all()
         received = Counters(B)
@@ -206,7 +213,7 @@ def test_each_message_arrives_once_though_the_processes_are_killed(victims: tupl
         assert made.wait(pids[A]) == 0
         assert made.wait(pids[B]) == 0
         assert (received.received, received.damaged, Counters(A).sent) == (total, 0, total)
-        assert kills >= 5
+    return kills
 
 
 def test_a_sleeper_is_woken_by_each_message() -> None:

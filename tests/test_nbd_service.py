@@ -452,7 +452,7 @@ def test_control(stage: Stage) -> None:
     assert second["state"] == "greeted" and second["volume"] is None
     assert not stage.call("nonsense")["ok"]
     assert stage.call("stop")["ok"]
-    stage.settle(until=stage.is_dead)
+    stage.ends()
     assert stage.last_status == 0
 
 
