@@ -21,7 +21,7 @@ from typing import Any
 
 from atoll.kernel import chaos_nbd as nbd
 from atoll.kernel import chaos_report
-from atoll.kernel.chaos_kill import Kill, Killer, choose
+from atoll.kernel.chaos_kill import Kill, Killer, choose, roles_of
 from atoll.kernel.chaos_load import PATIENCE_S, Plan, Report, Shared, Target, churn, work
 from atoll.kernel.chaos_model import BLOCK, PER_BLOCK, SECTOR
 from atoll.kernel.client import Client, ControlError, Refused
@@ -55,6 +55,9 @@ class Options:
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Raises ControlError if there is no server or it cannot be used; what goes wrong under kills is in the result."""
     with Client(options.data, timeout_s=60.0) as client:
+        roles = roles_of(client)
+        if options.target not in ("any", "pairs", *roles):
+            raise Refused(f"no role {options.target!r} here; there are {', '.join(roles)}")
         name = options.volume or f"chaos-{options.seed}-{os.getpid()}"
         if options.volume is None:
             client.call("volume-create", name=name, size_bytes=options.size_bytes, read_only=False)

@@ -36,6 +36,7 @@ from atoll.kernel.cli_options import (
     emit,
     json_option,
     plot_option,
+    seconds,
 )
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
 
@@ -170,7 +171,7 @@ def status(data: Path, as_json: bool) -> None:
 @data_option
 @json_option
 @click.option("--watch", is_flag=True, help="Refresh until interrupted.")
-@click.option("--interval", metavar="SECONDS", type=click.FloatRange(0.05), default=1.0, show_default=True)
+@click.option("--interval", metavar="SECONDS", type=seconds(0.05), default=1.0, show_default=True)
 def ps(data: Path, as_json: bool, watch: bool, interval: float) -> None:
     """The processes: role, pid, incarnation, state, standby, restarts, uptime, CPU, memory."""
     with Client(data) as client:
@@ -228,7 +229,7 @@ def kill(data: Path, as_json: bool, role: str, number: signal.Signals) -> None:
 @data_option
 @json_option
 @click.option(
-    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0), default=60.0, show_default=True,
+    "--timeout", "timeout_s", metavar="SECONDS", type=seconds(0), default=60.0, show_default=True,
     help="Wait no longer than this; the server goes on stopping.",
 )  # fmt: skip
 def stop(data: Path, as_json: bool, timeout_s: float) -> None:
@@ -372,7 +373,7 @@ def report_volume(client: Client, name: str, as_json: bool, done: str) -> None:
 @json_option
 @click.option("--volume", "volume_name", metavar="NAME", help="Only requests to this volume.")
 @click.option(
-    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0.1), default=60.0, show_default=True,
+    "--timeout", "timeout_s", metavar="SECONDS", type=seconds(0.1), default=60.0, show_default=True,
     help="How long to wait for a write, and for a read.",
 )  # fmt: skip
 @click.option(
@@ -430,7 +431,7 @@ bench.add_command(cli_bench_dedup.dedup)
 @json_option
 @plot_option("Draw the figures.")
 @click.option(
-    "--seconds", type=click.FloatRange(0.01), default=20.0, show_default=True, help="How long to measure, in all."
+    "--seconds", type=seconds(0.01, 86400), default=20.0, show_default=True, help="How long to measure, in all."
 )
 @click.option("--data", hidden=True, help="Not needed: measures on rings of its own.")
 def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.kernel.cli_options import SIZE, THRESHOLD, TIER_THRESHOLD, Checked, emit, json_option, plot_option
+from atoll.kernel.cli_options import SIZE, THRESHOLD, TIER_THRESHOLD, Checked, Number, emit, json_option, plot_option
 from atoll.kernel.config import parse_size
 
 
@@ -30,11 +30,11 @@ def parse_distance(text: str) -> str | int:
     help="Of what is written.",
 )
 @click.option(
-    "--run", "run_mean", metavar="BLOCKS", type=click.FloatRange(1, 64), default=6.0, show_default=True,
+    "--run", "run_mean", metavar="BLOCKS", type=Number(1, 64), default=6.0, show_default=True,
     help="Mean length of the runs that repeat together.",
 )  # fmt: skip
 @click.option(
-    "--lone", metavar="SHARE", type=click.FloatRange(0, 1), default=0.18, show_default=True,
+    "--lone", metavar="SHARE", type=Number(0, 1), default=0.18, show_default=True,
     help="Share of the blocks that repeat alone, beside the runs.",
 )  # fmt: skip
 @click.option(
@@ -66,7 +66,7 @@ def parse_distance(text: str) -> str | int:
     show_default=True, help="References from which on a block goes to the fast device.",
 )  # fmt: skip
 @click.option(
-    "--request", "request_mean", metavar="BLOCKS", type=click.FloatRange(1, 64), default=16.0, show_default=True,
+    "--request", "request_mean", metavar="BLOCKS", type=Number(1, 64), default=16.0, show_default=True,
     help="Mean size of the requests.",
 )  # fmt: skip
 @click.option(

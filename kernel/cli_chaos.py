@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from atoll.kernel.cli_options import SIGNALS, SIZE, data_option, emit, json_option, plot_option
+from atoll.kernel.cli_options import SIGNALS, SIZE, Number, data_option, emit, json_option, plot_option, seconds
 
 ROLES = ("nic", "nbd", "dedup", "disk", "llrrm", "kernel")
 
@@ -22,25 +22,25 @@ ROLES = ("nic", "nbd", "dedup", "disk", "llrrm", "kernel")
     help="KILL, SEGV, STOP, ...; one of them is drawn for each kill.",
 )  # fmt: skip
 @click.option(
-    "--interval", "interval_s", metavar="SECONDS", type=click.FloatRange(0.02), default=1.0, show_default=True,
+    "--interval", "interval_s", metavar="SECONDS", type=seconds(0.02), default=1.0, show_default=True,
     help="From one kill to the next.",
 )  # fmt: skip
 @click.option(
-    "--duration", "duration_s", metavar="SECONDS", type=click.FloatRange(1), default=60.0, show_default=True,
+    "--duration", "duration_s", metavar="SECONDS", type=seconds(1), default=60.0, show_default=True,
     help="How long the load runs.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed does the same.")
 @click.option("--connections", type=click.IntRange(1, 512), default=8, show_default=True, help="Of the load.")
 @click.option("--depth", type=click.IntRange(1, 64), default=8, show_default=True, help="Requests per connection.")
 @click.option("--transport", type=click.Choice(["tcp", "unix", "both"]), default="both", show_default=True)
-@click.option("--read-percent", type=click.FloatRange(0, 100), default=50.0, show_default=True)
+@click.option("--read-percent", type=Number(0, 100), default=50.0, show_default=True)
 @click.option(
-    "--duplicates", "duplicate_percent", metavar="PERCENT", type=click.FloatRange(0, 100), default=50.0,
+    "--duplicates", "duplicate_percent", metavar="PERCENT", type=Number(0, 100), default=50.0,
     show_default=True, help="Writes whose blocks occur elsewhere too.",
 )  # fmt: skip
 @click.option("--small", is_flag=True, help="No request above 32 KiB; default is every size up to 1 MiB.")
 @click.option(
-    "--rate", metavar="PER SECOND", type=click.FloatRange(0), default=0.0,
+    "--rate", metavar="PER SECOND", type=Number(0, 1e9), default=0.0,
     help="Requests in all; leaves the machine idle time, so that silences are the server's.  [default: no limit]",
 )  # fmt: skip
 @click.option(

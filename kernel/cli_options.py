@@ -4,6 +4,7 @@ A value that a configuration file may hold too is checked by the same function a
 """
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ EXIT_USAGE = 2
 EXIT_SERVER = 3
 EXIT_REFUSED = 4
 EXIT_NO_ANSWER = 5
+
+PICTURES = (".png", ".svg", ".pdf")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,6 +39,23 @@ class Checked(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             self.fail(str(error), param, ctx)
 
 
+class Number(click.FloatRange):
+    """A number, which "nan" is none of, up to `most`."""
+
+    def __init__(self, least: float, most: float | None = None) -> None:
+        super().__init__(least, most)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return found
+
+
+def seconds(least: float, most: float = configuration.TIME_S_MAX) -> Number:
+    return Number(least, most)
+
+
 def parse_signal(text: str) -> signal.Signals:
     """KILL, SIGKILL or 9."""
     try:
@@ -50,9 +70,19 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     return tuple(parse_signal(name.strip()) for name in text.split(","))
 
 
+def check_picture(text: str) -> str:
+    """It is drawn when all is measured: too late to say that there is no place for it."""
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise configuration.ConfigError(f"{text!r} cannot be written: no file in a directory that is there")
+    if Path(text).suffix not in PICTURES:
+        raise configuration.ConfigError(f"the name of a picture ends in {', '.join(PICTURES)}, not as {text!r} does")
+    return text
+
+
 SIZE = Checked("size", configuration.parse_size)
 VOLUME = Checked("volume", configuration.parse_volume)
 VOLUME_NAME = Checked("name", configuration.check_volume_name)
+PICTURE = Checked("file", check_picture)
 SIGNAL = Checked("signal", parse_signal)
 SIGNALS = Checked("signals", parse_signals)
 THRESHOLD = click.IntRange(1, configuration.THRESHOLD_MAX)
@@ -77,7 +107,7 @@ def json_option(command: F) -> F:
 
 
 def plot_option(what: str) -> Callable[[F], F]:
-    return click.option("--plot", metavar="FILE.png", type=click.Path(dir_okay=False), help=what)
+    return click.option("--plot", metavar="FILE.png", type=PICTURE, help=what)
 
 
 def emit(document: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from atoll.kernel import config as configuration
-from atoll.kernel.cli_options import EXIT_NEGATIVE, EXIT_SERVER, EXIT_USAGE, SIZE, emit, json_option
+from atoll.kernel.cli_options import EXIT_NEGATIVE, EXIT_SERVER, EXIT_USAGE, SIZE, emit, json_option, seconds
 from atoll.kernel.client import Client, NoAnswer, NoServer
 
 CHECKER = "atoll.services.dedup.check.run"
@@ -87,7 +87,7 @@ def progress_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 @click.option("--repair", is_flag=True, help="Write what follows from the rest of the device; nothing is invented.")
 @click.option("--live", is_flag=True, help="Instead: recount what the running server holds in memory.")
 @click.option(
-    "--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(0.1), default=60.0, show_default=True,
+    "--timeout", "timeout_s", metavar="SECONDS", type=seconds(0.1), default=60.0, show_default=True,
     help="With --live: how long the recount may take; requests wait meanwhile.",
 )  # fmt: skip
 def check(

@@ -62,6 +62,8 @@ CPU_LATENCY_US_MAX = 100_000
 TRACK_BYTES_MIN, TRACK_BYTES_MAX = 256 * KIB, 64 * MIB
 # What a block map's signed 64-bit arithmetic and every client can address.
 VOLUME_BYTES_MAX = 1 << 60
+# More says nothing more of less than 2^63 bytes.
+SIZE_TEXT_MAX = 64
 # sockaddr_un.sun_path with its terminator.
 UNIX_PATH_BYTES = 107
 
@@ -208,11 +210,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgtpe])(i?b)?|b)?", re.IGNORECASE)
 
 def parse_size(text: str | int) -> Size:
     """`8GiB`, `8G` (the same: units are powers of 1,024), `1.5M`, `4096`. Raises ConfigError."""
-    expected = f'expected a size such as "8GiB" or a number of bytes, got {text!r}'
+    expected = f'expected a size such as "8GiB" or a number of bytes, got {shown(text)}'
     if isinstance(text, bool) or not isinstance(text, (str, int)):
         raise ConfigError(expected)
     if isinstance(text, int):
         value: float = text
+    elif len(text) > SIZE_TEXT_MAX:  # Python makes no number of thousands of digits
+        raise ConfigError(f"{expected} (at most {SIZE_TEXT_MAX} characters)")
     else:
         match = _SIZE.fullmatch(text.strip())
         if match is None:
@@ -223,6 +227,12 @@ def parse_size(text: str | int) -> Size:
     if value < 0 or value != int(value) or value >= 1 << 63:
         raise ConfigError(f"{expected} (a whole number of bytes, 0 to 2^63 - 1)")
     return Size(int(value))
+
+
+def shown(value: Any) -> str:
+    """As Python writes it, as far as that is of use to who reads a line."""
+    text = repr(value)
+    return text if len(text) <= 2 * SIZE_TEXT_MAX else f"{text[:SIZE_TEXT_MAX]}… ({len(text)} characters)"
 
 
 def format_size(size_bytes: int) -> str:
@@ -306,6 +316,8 @@ def _read(name: str) -> dict[str, Any]:
         raise ConfigError(f"{name}: not UTF-8 at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name}: {error}") from None  # names line and column
+    except ValueError:  # Python's bound for a number's text
+        raise ConfigError(f"{name}: a number in it has thousands of digits") from None
 
 
 def _hook(kind: type, value: Any) -> Any:
@@ -326,6 +338,12 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`")
 
 
 def _convert(raw: Mapping[str, Any], source: str) -> Config:
+    for key in ("data", "device", "fast_device", "unix"):
+        values = raw.get(key)
+        for index, value in enumerate(values if isinstance(values, list) else [values]):
+            if isinstance(value, str) and ("\0" in value or not value):
+                where = f"{key}[{index}]" if isinstance(values, list) else key
+                raise ConfigError(f"{source}: {where}: expected a path, got {value!r}")
     try:
         return msgspec.convert(dict(raw), Config, dec_hook=_hook)
     except msgspec.ValidationError as error:

@@ -340,6 +340,10 @@ def _plan(role: table.Role, config: dict[str, Any]) -> Arena:
             role_bytes, buffer_bytes = module.plan(config, *of_device)
         except ValueError as error:
             raise BootError(str(error), EXIT_CONFIG) from None
+        except AttributeError as error:
+            if role.name not in config["testing"]["modules"]:
+                raise
+            raise BootError(f"testing.modules.{role.name}: {error}", EXIT_CONFIG) from None
     arena_bytes = lib.atoll_arena_size(table.rings_mask(role), table.ring_entries(role), role_bytes, buffer_bytes)
     return Arena(int(arena_bytes), int(role_bytes), int(buffer_bytes))
 

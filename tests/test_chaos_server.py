@@ -131,3 +131,8 @@ def test_more_connections_than_the_server_takes(make_server):
     assert "takes 4 connections (nic.max_connections) and has 0: there is no place for 4 and 1 more" in said.stderr
     server.cli(*run, "3", timeout_s=60)
     assert [volume["name"] for volume in server.json("volume", "list") if volume["name"].startswith("chaos")] == []
+
+
+def test_a_role_that_is_not_there(module_server):
+    said = module_server.cli("chaos", "--target", "llrrm", "--duration", "1", status=4)
+    assert "no role 'llrrm' here; there are nic, nbd, dedup, disk, kernel" in said.stderr

@@ -57,10 +57,25 @@ WRONG_VALUES = [
     (("bench", "dedup", "--threshold", "65"), "65 is not in the range 1<=x<=64"),
     (("volume", "set", "v", "--tier-threshold", "0"), "0 is not in the range"),
     (("bench", "dedup", "--tier-threshold", "0"), "0 is not in the range"),
+    (("volume", "create", "v", "9" * 5000), "got '99999"),
+    (("volume", "create", "v", "9" * 400 + ".5"), "got '99999"),
+    (("device", "grow", "9" * 400 + ".0E"), "got '99999"),
+    (("ps", "--watch", "--interval", "nan"), "'nan' is no number"),
+    (("stop", "--timeout", "nan"), "'nan' is no number"),
+    (("stop", "--timeout", "inf"), "inf is not in the range"),
+    (("trace", "--timeout", "1e300"), "1e+300 is not in the range"),
+    (("check", "--live", "--timeout", "nan"), "'nan' is no number"),
+    (("chaos", "--rate", "nan"), "'nan' is no number"),
+    (("chaos", "--duration", "inf"), "inf is not in the range"),
+    (("bench", "ring", "--seconds", "inf"), "inf is not in the range"),
+    (("bench", "dedup", "--lone", "nan"), "'nan' is no number"),
+    (("chaos", "--plot", "/nonexistent/picture.png"), "'/nonexistent/picture.png' cannot be written"),
+    (("bench", "ring", "--plot", "/"), "'/' cannot be written"),
+    (("bench", "dedup", "--plot", "picture.txt"), "not as 'picture.txt' does"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "named"), WRONG_VALUES, ids=[" ".join(each[0]) for each in WRONG_VALUES])
+@pytest.mark.parametrize(("arguments", "named"), WRONG_VALUES, ids=[" ".join(each[0])[:60] for each in WRONG_VALUES])
 def test_a_wrong_value_is_named(arguments: tuple[str, ...], named: str) -> None:
     result = CliRunner().invoke(cli.cli, arguments)
     assert result.exit_code == cli.EXIT_USAGE and named in result.output, result.output

@@ -133,6 +133,13 @@ def read(tmp_path: Path, text: str, **options: Any) -> dict[str, Any]:
         ("[nic]\nbuffer_bytes = '1M'", "nic.buffer_bytes: at least 4MiB, got 1MiB"),
         (f"unix = ['/{'x' * 107}']", "unix[0]: a socket's path has at most 107 bytes"),
         ("x = ?", "Invalid value (at line 1, column 5)"),
+        (f"device_size = {'9' * 5000}", "a number in it has thousands of digits"),
+        (f"device_size = '{'9' * 5000}'", "device_size: expected a size such as"),
+        (f"device_size = '{'9' * 400}.5G'", "device_size: expected a size such as"),
+        ("data = ''", "data: expected a path, got ''"),
+        ("data = 'd'\ndevice = ''", "device: expected a path, got ''"),
+        ("fast_device = 'x\\u0000y'".replace("'", '"'), "fast_device: expected a path, got 'x\\x00y'"),
+        ("unix = ['s', '']", "unix[1]: expected a path, got ''"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
