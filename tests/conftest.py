@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 from serverkit import Server
+
+# Of time hypothesis asks for less than 200 ms for each example, and that they are found quickly: a machine that is busy
+# with something else decides that, not the program. What takes too long ends by pytest's timeout.
+settings.register_profile("atoll", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("atoll")
 
 
 @pytest.fixture(scope="session")

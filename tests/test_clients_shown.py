@@ -171,7 +171,7 @@ def load(server: Server, folder: Path, *options: str) -> Iterator[subprocess.Pop
 
 
 def test_the_audit_is_clean_under_load(module_server: Server, tmp_path: Path) -> None:
-    with load(module_server, tmp_path, "--time_based", "--runtime=60") as fio:
+    with load(module_server, tmp_path, "--time_based", "--runtime=600") as fio:  # it is killed
         for role in (None, *ROLES[:-1]):
             if role is not None:
                 module_server.kill(role)
