@@ -229,7 +229,7 @@ def test_slow_reader_is_dropped_and_holds_up_nobody() -> None:
     ],
 )
 def test_timeouts(setting: str, sends: int | None, counter: str) -> None:
-    with Stage(**{setting: 0.3}) as stage:
+    with Stage(**{"handshake_timeout_s": 600, setting: 0.3}) as stage:  # none waits for another's
         if sends is None:
             stage.framing = lib.ATOLL_FRAMING_CLIENT_FLAGS
         stage.start()

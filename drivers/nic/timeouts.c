@@ -165,6 +165,8 @@ void nic_handshake_goes_on(struct nic *nic, struct nic_connection *connection)
 {
     connection->accepted_ns += nic->now_ns - connection->received_ns;
     nic_deadline(nic, connection->accepted_ns + nic->limits.handshake_ns);
+    if (nic->limits.idle_ns != 0) /* negotiation may be over */
+        nic_deadline(nic, nic->now_ns + nic->limits.idle_ns);
 }
 
 /* nic was stopped for long, and perhaps everybody else with it: all have their time anew. */
