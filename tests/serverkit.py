@@ -196,7 +196,7 @@ class Server:
 
     # --- Asking ---------------------------------------------------------------------------------------------------
 
-    def cli(self, *arguments: str, status: int | None = 0, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, status: int | None = 0, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Runs `atoll ARGUMENTS --data DATA`; `status`: the exit status it must have (None: any)."""
         done = subprocess.run(
             [str(ATOLL), *arguments, "--data", str(self.data)], capture_output=True, text=True, timeout=timeout_s
@@ -236,7 +236,7 @@ def write_device(path: Path, image: np.ndarray) -> None:
             file.write(blocks[number].tobytes())
 
 
-def run(*command: str | os.PathLike[str], status: int | None = 0, timeout_s: float = 120.0, **more: Any) -> str:
+def run(*command: str | os.PathLike[str], status: int | None = 0, timeout_s: float = 600.0, **more: Any) -> str:
     """Runs a client and returns what it printed, both streams; `status`: the exit status it must have."""
     done = subprocess.run(
         [os.fspath(part) for part in command],

@@ -38,7 +38,7 @@ def test_a_second_copy_takes_no_space(make_server: Callable[..., Server], tmp_pa
     image = tmp_path / "image"
     with open(image, "wb") as stream:
         stream.truncate(GIB)
-    run("/sbin/mke2fs", "-q", "-t", "ext4", "-d", sysconfig.get_paths()["stdlib"], image, timeout_s=280)
+    run("/sbin/mke2fs", "-q", "-t", "ext4", "-d", sysconfig.get_paths()["stdlib"], image, timeout_s=800)
     run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, server.uri("one"))
     first = flushed(server)
     run("nbdcopy", "--flush", image, server.uri("two"))

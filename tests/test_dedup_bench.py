@@ -156,7 +156,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "16384",
     ]
     command += ["--tier", "on", "--tier-threshold", "2"]
-    done = subprocess.run([*command, "--json", "--plot", plot], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, "--json", "--plot", plot], capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 2, "progress"
     assert plot.read_bytes().startswith(b"\x89PNG")

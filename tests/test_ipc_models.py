@@ -16,7 +16,7 @@ def verdict(model: str, defines: list[str], folder: Path) -> str:
     """ "" if Spin has seen all states of the model and found nothing wrong, else the error."""
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=800)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

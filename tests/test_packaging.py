@@ -19,7 +19,7 @@ def build(kind: str, source: Path, destination: Path) -> Path:
     program = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(destination)!r}))"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ATOLL_")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=source, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program], cwd=source, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return destination / done.stdout.splitlines()[-1]
