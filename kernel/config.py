@@ -53,9 +53,12 @@ TIER_THRESHOLD_MAX = 1_000_000
 DEVICE_BYTES_MIN = 128 * MIB
 # A fast device must hold its superblock, its table and some blocks.
 FAST_DEVICE_BYTES_MIN = 1 * MIB
-# A year: no timeout makes sense beyond, and it fits every clock.
 CPU_MAX = 8191  # as far as Linux counts
-TIME_S_MAX = 365 * 86400
+# A year: no timeout makes sense beyond, and it fits every clock. Less than a millisecond is over before anybody is
+# looked at.
+TIME_S_MIN, TIME_S_MAX = 0.001, 365 * 86400
+# Who is given no more than some turns of a processor is killed whenever another has it.
+HANG_S_MIN = 0.01
 # No processor takes longer to wake up.
 CPU_LATENCY_US_MAX = 100_000
 # A run of the largest threshold must find room on one track; beyond a track is no single seek any more.
@@ -82,11 +85,11 @@ class Nic(Struct, forbid_unknown_fields=True, kw_only=True):
     buffer_bytes: Size = Size(192 * MIB)
     engine: Literal["auto", "io_uring", "sockets"] = "auto"
     courtesy: bool = True  # a client on nic's processor is not interrupted while it sends
-    handshake_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 10.0
-    payload_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 30.0
-    reply_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 60.0
+    handshake_timeout_s: Annotated[float, Meta(ge=TIME_S_MIN, le=TIME_S_MAX)] = 10.0
+    payload_timeout_s: Annotated[float, Meta(ge=TIME_S_MIN, le=TIME_S_MAX)] = 30.0
+    reply_timeout_s: Annotated[float, Meta(ge=TIME_S_MIN, le=TIME_S_MAX)] = 60.0
     idle_timeout_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 0.0  # 0: none
-    crowded_timeout_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 10.0
+    crowded_timeout_s: Annotated[float, Meta(ge=TIME_S_MIN, le=TIME_S_MAX)] = 10.0
 
 
 class Nbd(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -119,7 +122,7 @@ class Llrrm(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Kernel(Struct, forbid_unknown_fields=True, kw_only=True):
-    hang_s: Annotated[float, Meta(gt=0, le=TIME_S_MAX)] = 1.0
+    hang_s: Annotated[float, Meta(ge=HANG_S_MIN, le=TIME_S_MAX)] = 1.0
     restart_backoff_s: Annotated[float, Meta(ge=0, le=TIME_S_MAX)] = 5.0
     placement: Literal["auto", "together", "none"] = "auto"  # of the data path's domains: on one processor, or anywhere
     spin_us: Annotated[int, Meta(ge=0, le=1000)] = 50  # what a domain looks around for more work before it sleeps
