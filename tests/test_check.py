@@ -227,3 +227,44 @@ def test_a_device_is_grown(stopped: Server) -> None:
     assert stopped.json("status")["space"]["device_bytes"] == 300 << 20
     stopped.stop()
     assert stopped.json("check")["ok"]
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_a_grown_store_of_which_one_newest_superblock_is_damaged(make_server: Callable[..., Server], copy: int) -> None:
+    """The generation before it tells of a smaller store, which is there as well: it is not taken for the newest."""
+    server = make_server(config={**SMALL, "volumes": [{"name": "disk", "size": "160MiB"}]}).start()
+    content = random.Random(copy).randbytes(130 << 20)
+
+    def put(begin: int, end: int) -> None:
+        with Connection.open(str(server.socket), timeout_s=60) as connection:
+            connection.negotiate("disk")
+            for at in range(begin << 20, end << 20, 1 << 20):
+                connection.write(at, content[at : at + (1 << 20)])
+            connection.flush()
+
+    put(0, 110)
+    server.stop()
+    server.cli("device", "grow", "192MiB")
+    server.start()
+    put(110, 130)  # most of it behind the old end
+    server.die()
+    for instance in server.instances:  # power fails
+        for path in Path("/dev/shm").glob(f"atoll-{instance}-*"):
+            path.unlink()
+    before = check(server.data / "device.img")
+    assert before["ok"] and before["store"]["store_bytes"] == 192 << 20 and not before["notes"]
+    block = layout.super_block((192 << 20) // BLOCK, before["store"]["generation"] % 2 + 2 * copy)
+    with open(server.data / "device.img", "r+b") as file:
+        file.seek(block * BLOCK + 300)
+        file.write(b"rot")
+    found = server.json("check", status=1)
+    assert [(one["block"], one["repairable"]) for one in found["findings"]] == [(block, True)], found
+    assert found["store"] == before["store"]
+    assert server.json("check", "--verify-data", "--repair")["repaired"] == 1
+    server.start()
+    with Connection.open(str(server.socket), timeout_s=60) as connection:
+        connection.negotiate("disk")
+        for at in range(0, len(content), 1 << 20):
+            assert connection.read(at, 1 << 20) == content[at : at + (1 << 20)]
+    server.stop()
+    assert server.json("check")["ok"]

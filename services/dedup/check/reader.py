@@ -73,7 +73,7 @@ class Super:
         return int(low) ^ int(high)
 
 
-def parse_super(data: bytes, place: int) -> Super | str | None:
+def parse_super(data: bytes, place: int, block: int) -> Super | str | None:
     """None: not one of ours; text: ours, but not valid."""
     fields = np.frombuffer(data, layout.SUPER, 1)[0]
     if int(fields["magic"]) != layout.SUPER_MAGIC:
@@ -86,6 +86,8 @@ def parse_super(data: bytes, place: int) -> Super | str | None:
     found = Super(place, fields)
     if found.generation & 1 != place & 1:
         return f"generation {found.generation} does not belong there"
+    if block != layout.super_block(found.device_blocks, place):
+        return f"is of a store of {found.device_blocks} blocks, which does not end there"
     return found
 
 
@@ -93,33 +95,43 @@ def read_supers(image: Image, report: Report) -> tuple[Super | None, dict[int, S
     """The newest valid superblock, and all by their places; what is wrong with the others is reported."""
     found: dict[int, Super] = {}
     wrong: dict[int, str] = {}
+    looked: dict[int, int] = {}  # block of each place
 
-    def look(place: int, block: int) -> None:
-        data = image.read(block, 1)
-        if data is None:
-            wrong[place] = "cannot be read"
+    def look(place: int, *blocks: int) -> None:
+        """The newest at one of the blocks; if there is none, what is wrong with the first."""
+        tails = {}
+        for block in blocks:
+            data = image.read(block, 1)
+            parsed = parse_super(data, place, block) if data is not None else "cannot be read"
+            if isinstance(parsed, Super):
+                if place not in found or parsed.generation > found[place].generation:
+                    found[place], looked[place] = parsed, block
+                    tails[block] = data is not None and any(data[layout.SUPER_BYTES :])
+            elif block == blocks[0]:
+                wrong[place] = parsed or ("is blank" if data is not None and not any(data) else "holds something else")
+        if place not in found:
+            looked[place] = blocks[0]
             return
-        parsed = parse_super(data, place)
-        if isinstance(parsed, Super):
-            found[place] = parsed
-            if any(data[layout.SUPER_BYTES :]):
-                report.add(
-                    "superblock", f"superblock {place}, block {block}: bytes behind it are not zero", block=block
-                )
-        else:
-            wrong[place] = parsed or ("is blank" if not any(data) else "holds something else")
+        wrong.pop(place, None)
+        if tails[block := looked[place]]:
+            report.add("superblock", f"superblock {place}, block {block}: bytes behind it are not zero", block=block)
 
     look(0, 0)
     look(1, 1)
-    # The second copies stand at the end of the store that each tells of: a growth between two generations moved it.
-    ends = {place: one.device_blocks for place, one in found.items()}  # of places 0 and 1
-    beyond = [end for end in ends.values() if end > image.blocks]
+    # The second copies stand at the end of the store that each tells of; a growth between two generations moved it. One
+    # whose first copy is gone may be at the end of the device, at that of the other generation, or where a store ended
+    # before it grew; a newer one than the first copy at the end of the device, if power failed while it was written.
+    ends = {one.device_blocks for one in found.values()}
+    beyond = [end for end in ends if end > image.blocks]
     if beyond:
         report.fatal = f"the device has {image.blocks} blocks, its store {max(beyond)}: the device was shortened"
         return None, found
-    guess = max(ends.values(), default=image.blocks)
+    for one in found.values():
+        ends.update(first for first, _, _ in layout.Places(one.fields).extents[1:])
     for place in (2, 3):
-        look(place, layout.super_block(ends.get(place - 2, guess), place))
+        own = [found[place - 2].device_blocks] if place - 2 in found else sorted(ends, reverse=True)
+        blocks = [layout.super_block(end, place) for end in (*own, image.blocks)]
+        look(place, *dict.fromkeys(blocks))
     if not found:
         ours = [text for text in wrong.values() if text not in ("is blank", "holds something else", "cannot be read")]
         versions = [text for text in ours if "version" in text]
@@ -132,7 +144,7 @@ def read_supers(image: Image, report: Report) -> tuple[Super | None, dict[int, S
         return None, found
     newest = max(found.values(), key=lambda one: one.generation)
     for place, text in sorted(wrong.items()):
-        block = layout.super_block(ends.get(place - 2, guess), place)
+        block = looked[place]
         pair = found.get(place ^ 2)
         if text == "is blank" and (pair is None or pair.generation <= 2):
             continue  # a young store has one pair only, or was cut off while it wrote the second
