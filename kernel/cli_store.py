@@ -179,6 +179,9 @@ def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int
         if document["fatal"] or not document["ok"]:
             what = document["fatal"] or f"{document['count']} inconsistencies"
             fail(f"{store.device}: not grown: {what} (atoll check {folder})", EXIT_NEGATIVE)
+        used = document["device_bytes"] if store.device.is_block_device() else size
+        if used >= document["device_bytes"] and (why := cannot_grow(document["store"], used)):
+            fail(f"{store.device}: not grown: {why}", EXIT_NEGATIVE)
         from atoll.kernel.offline import enlarge
 
         before, after = enlarge(store, size, sparse)
@@ -189,6 +192,18 @@ def device_grow(data: Path | None, as_json: bool, device: Path | None, size: int
             f"{store.device}: {configuration.format_size(before)} before, {configuration.format_size(after)} now;"
             " the next atoll serve uses all of it"
         )
+
+
+def cannot_grow(store: dict[str, Any], size: int) -> str:
+    """Why the next start would not use a device of that size; empty if it will."""
+    shown = configuration.format_size
+    if store["growths_left"] == 0:
+        return "it was grown as often as a store can be: copy its volumes to a new one"
+    if size < store["grows_from_bytes"]:
+        return f"of less than {shown(store['grows_from_bytes'])} a store of {shown(store['store_bytes'])} makes no use"
+    if size > store["grows_to_bytes"]:
+        return f"a store has at most {shown(store['grows_to_bytes'])}"
+    return ""
 
 
 # --- scrub, du --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from serverkit import ATOLL, Server, run
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.image import FileImage
 from atoll.services.dedup.check.reader import Report, Store
-from atoll.services.dedup.check.repair import append, mapped_records, record
+from atoll.services.dedup.check.repair import append, mapped_records, record, sealed
 from atoll.services.dedup.check.run import run as check
 
 BLOCK = 4096
@@ -227,6 +228,41 @@ def test_a_device_is_grown(stopped: Server) -> None:
     assert stopped.json("status")["space"]["device_bytes"] == 300 << 20
     stopped.stop()
     assert stopped.json("check")["ok"]
+
+
+def grown_to_the_last(device: Path) -> None:
+    """As if it had been grown as often as can be: by 4 MiB and 64 slots each time."""
+    image, report = FileImage(device, writable=True), Report()
+    store = Store.read(image, report)
+    assert store is not None and not report.count
+    fields = store.root.fields.copy()
+    while (count := int(fields["extent_count"])) < layout.EXTENTS:
+        first = int(fields["device_blocks"])
+        fields["extents"][count] = (first, first + 1024 - 2 - 64, 64, 0)
+        fields["extent_count"] += 1
+        fields["device_blocks"] += 1024
+        fields["slots"] += 64
+    fields["generation"] += 1
+    os.ftruncate(image.fd, int(fields["device_blocks"]) * BLOCK)
+    for place in (int(fields["generation"]) % 2, int(fields["generation"]) % 2 + 2):
+        image.write(layout.super_block(int(fields["device_blocks"]), place), sealed(fields, place))
+    image.close()
+
+
+def test_what_a_store_cannot_grow_to_is_refused_at_once(stopped: Server) -> None:
+    """Not by the next start, after which nobody is served any more; nor is it said to be used and is not."""
+    device = stopped.data / "device.img"
+    for wanted, why in (("131MiB", "less than 132MiB"), ("257TiB", "at most 256TiB")):
+        assert why in stopped.cli("device", "grow", "--sparse", wanted, status=1).stderr
+    grown_to_the_last(device)
+    assert check(device)["store"]["growths_left"] == 0
+    size = device.stat().st_size
+    assert "as often as a store can be" in stopped.cli("device", "grow", "1GiB", status=1).stderr
+    assert device.stat().st_size == size and not (stopped.data / "grow").exists()
+    stopped.start()
+    assert stopped.json("status")["space"]["device_bytes"] == size
+    stopped.stop()
+    assert stopped.json("check", "--verify-data")["ok"]
 
 
 @pytest.mark.parametrize("copy", [0, 1])

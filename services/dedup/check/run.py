@@ -15,7 +15,7 @@ from typing import Any
 from atoll.services.dedup.check import repair as repairing
 from atoll.services.dedup.check.audit import Totals, audit, usage, verify_data
 from atoll.services.dedup.check.image import FileImage
-from atoll.services.dedup.check.layout import BLOCK_BYTES
+from atoll.services.dedup.check.layout import BLOCK_BYTES, DEVICE_BLOCKS_MAX, EXTENTS, GROUP_BLOCKS
 from atoll.services.dedup.check.reader import Progress, Report, Store, silent
 
 
@@ -52,6 +52,9 @@ def run(
                 "uuid": f"{high << 64 | low:032x}",
                 "generation": store.root.generation,
                 "store_bytes": store.root.device_blocks * BLOCK_BYTES,
+                "grows_from_bytes": (store.root.device_blocks + GROUP_BLOCKS) * BLOCK_BYTES,
+                "grows_to_bytes": DEVICE_BLOCKS_MAX * BLOCK_BYTES,
+                "growths_left": EXTENTS - store.root.extent_count,
                 "log_blocks_replayed": store.log.blocks,
             }
             document["totals"] = totals.as_dict()
