@@ -1,18 +1,21 @@
 """A store without its server: who may touch it, where its device is, and what the last run left in shared memory.
 
-- `open_store(folder, device)` -> `Offline`: holds the data directory's lock, so that no server starts meanwhile
+- `open_store(folder, device)` -> `Offline`: holds the data directory's lock and the device's claim, so that no server
+  starts meanwhile, of this directory or another
 - `Offline.unflushed`   why writes that were acknowledged are not on the device; empty if they are
 - `enlarge(offline, size_bytes)`   the device file is made longer, and the next start asked to use it
 
 Raises BootError, with an exit status.
 """
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.ipc import objects
+from atoll.kernel import device as devices
 from atoll.kernel import process, table
 from atoll.kernel.config import DEFAULT_DEVICE, format_size
 from atoll.kernel.instance import EXIT_CONFIG, EXIT_RUNNING, BootError, Directory, Record, boot_id
@@ -21,10 +24,12 @@ from atoll.kernel.instance import EXIT_CONFIG, EXIT_RUNNING, BootError, Director
 @dataclass(frozen=True, slots=True)
 class Offline:
     device: Path
+    device_fd: int  # claims it
     directory: Directory | None  # None: only a device was named
     unflushed: str
 
     def close(self) -> None:
+        os.close(self.device_fd)
         if self.directory is not None:
             os.close(self.directory.lock_fd)
 
@@ -34,8 +39,7 @@ def open_store(folder: Path, device: Path | None, folder_given: bool) -> Offline
     if device is not None and not folder_given:
         if not device.exists():
             raise BootError(f"device {device}: no such file or device", EXIT_CONFIG)
-        refuse_users(device)
-        return Offline(device, None, "")
+        return Offline(device, claim(device), None, "")
     if not (folder / "version").is_file():
         raise BootError(f"data directory {folder}: no server has ever run there", EXIT_CONFIG)
     directory = Directory.open(folder)
@@ -46,17 +50,31 @@ def open_store(folder: Path, device: Path | None, folder_given: bool) -> Offline
             device = Path(named) if named else folder / DEFAULT_DEVICE
         if not device.exists():
             raise BootError(f"device {device}: no such file or device (name it: --device)", EXIT_CONFIG)
-        refuse_users(device)
+        device_fd = claim(device)
     except BaseException:
         os.close(directory.lock_fd)
         raise
-    return Offline(device, directory, left_in_memory(record))
+    return Offline(device, device_fd, directory, left_in_memory(record))
 
 
-def refuse_users(device: Path) -> None:
-    """A server of another directory may use it."""
+def claim(device: Path) -> int:
+    """A descriptor that holds the device as a server does. One of another directory may use it, or be about to, and one
+    in a container need not be seen from here."""
     if users := process.holders(device):
         raise BootError(f"device {device}: in use by process {users[0]}", EXIT_RUNNING)
+    is_block = device.is_block_device()
+    try:
+        descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC | (os.O_EXCL if is_block else 0))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BootError(f"device {device}: in use (mounted, or held by another program)", EXIT_RUNNING) from None
+        raise BootError(f"device {device}: {error.strerror}", EXIT_CONFIG) from None
+    try:
+        devices.claim(devices.Device(descriptor, str(device), 0, False, is_block))
+    except BootError as error:
+        os.close(descriptor)
+        raise BootError(str(error), EXIT_RUNNING) from None
+    return descriptor
 
 
 def left_in_memory(record: Record | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -14,6 +15,10 @@ import pytest
 from nbdclient import Connection
 from serverkit import ATOLL, Server, run
 
+from atoll.kernel import device as devices
+from atoll.kernel import process
+from atoll.kernel.instance import EXIT_RUNNING, BootError
+from atoll.kernel.offline import open_store
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.image import FileImage
 from atoll.services.dedup.check.reader import Report, Store
@@ -61,6 +66,33 @@ def test_a_running_server_is_left_alone(make_server: Callable[..., Server]) -> N
     assert "atoll stop, atoll device grow, atoll serve" in server.cli("device", "grow", "256MiB", status=3).stderr
     said = run(ATOLL, "check", "--device", server.data / "device.img", status=3)
     assert "in use by process" in said
+
+
+def test_no_server_starts_on_a_device_that_is_being_checked(stopped: Server) -> None:
+    """Which was named by itself: the data directory is not held. `--repair` would write beside the server."""
+    held = open_store(Path("no such directory"), stopped.data / "device.img", False)
+    try:
+        stopped.start(wait=False)
+        assert stopped.process is not None and stopped.process.wait(30) == 1
+        stopped.process = None
+        assert f"in use by process {os.getpid()}" in stopped.log_tail()
+    finally:
+        held.close()
+    stopped.start()
+
+
+def test_a_device_is_left_alone_whose_server_cannot_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container, say: its claim is seen."""
+    device = tmp_path / "device"
+    device.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(process, "holders", lambda path: [])
+    monkeypatch.setattr(devices, "CLAIM_WAIT_S", 0.1)
+    with open(device, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BootError, match="in use by another server") as refused:
+            open_store(tmp_path, device, False)
+        assert refused.value.status == EXIT_RUNNING
+    open_store(tmp_path, device, False).close()
 
 
 def test_a_store_whose_server_died_is_read_and_not_written(make_server: Callable[..., Server]) -> None:
