@@ -316,6 +316,26 @@ def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices:
     wait_for("it still serves", lambda: server.serves())
 
 
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_a_deletion_that_cannot_be_ended_holds_up_no_other(
+    make_server: Callable[..., Server], devices: Devices, level: int
+) -> None:
+    """The volume with a lost leaf or directory stays in deletion with what that leads to; the other one's space comes
+    back."""
+    device = devices.closed.copy()
+    _, store = look(device, LogReader())
+    assert store is not None
+    pages = store.trees[layout.TREE_MAP, level]
+    assert int(pages.numbers[0]) >> (39 - 8 * level) == 0, "of the first volume"
+    kept = BLOCKS if level else 512
+    for places in store.places.of_slots(pages.pointers["slot"][:1]):
+        device[int(places[0]) * BLOCK + 77] ^= 1
+    server = start(make_server, device)
+    for volume in ("disk", "two"):
+        server.cli("volume", "delete", volume)
+    wait_for("no more is kept", lambda: server.json("status")["dedup"]["stored_bytes"] <= kept * BLOCK)
+
+
 def test_data_is_never_served_wrong(make_server: Callable[..., Server], devices: Devices) -> None:
     """Twenty stored blocks are damaged: those that name them get EIO, all of them and nobody else."""
     seed = random.randrange(1 << 32)

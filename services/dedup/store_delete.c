@@ -9,6 +9,9 @@
 #include "services/dedup/store_internal.h"
 
 #define RETRY_NS 20000000u /* until logged entries are looked for again */
+/* Why a volume is gone over again. */
+#define AGAIN_LOGGED 1 /* logged entries: they end when the datapath has destaged or dropped them */
+#define AGAIN_LOST 2   /* pages that cannot be read: perhaps the device comes to itself */
 #define STEP_JOURNAL (ATOLL_JOURNAL_ENTRIES / 4)
 
 /* Frees up to STORE_DELETE_ENTRIES entries of a leaf from `first` on whose pages of counts are in memory, asking for the others.
@@ -47,13 +50,14 @@ static uint32_t free_entries(struct store *store, uint32_t number, uint64_t leaf
     return index - first;
 }
 
-/* The next volume to delete, entered; false if there is none. */
+/* The next volume to delete, entered; false if there is none. They take turns: one that cannot be ended holds up no other. */
 static bool choose(struct store *store)
 {
-    uint32_t number = store->none_to_delete ? ATOLL_VOLUME_COUNT : 0;
-    while (number < ATOLL_VOLUME_COUNT && store->dedup->public->volumes[number].state != ATOLL_VOLUME_DELETING)
-        number++;
-    store->none_to_delete = number == ATOLL_VOLUME_COUNT;
+    uint32_t number = store->delete_next, looked = store->none_to_delete ? ATOLL_VOLUME_COUNT : 0;
+    for (; looked < ATOLL_VOLUME_COUNT; looked++, number = (number + 1) % ATOLL_VOLUME_COUNT)
+        if (store->dedup->public->volumes[number].state == ATOLL_VOLUME_DELETING)
+            break;
+    store->none_to_delete = looked == ATOLL_VOLUME_COUNT;
     if (store->none_to_delete)
         return false;
     STORE_SET(store, delete_volume, number + 1);
@@ -63,12 +67,20 @@ static bool choose(struct store *store)
     return true;
 }
 
+static void again(struct store *store, uint64_t why)
+{
+    if ((store->area->delete_again & why) == 0)
+        STORE_SET(store, delete_again, store->area->delete_again | why);
+}
+
 /* All leaves have been gone over. */
 static bool end_of_volume(struct store *store, uint32_t number)
 {
-    if (store->area->delete_again) { /* logged entries: they end when the datapath has destaged or dropped them */
+    if (store->area->delete_again != 0) {
+        store->delete_logged = (store->area->delete_again & AGAIN_LOGGED) != 0;
+        store->delete_retry_ns = atoll_now_ns() + (store->delete_logged ? RETRY_NS : STORE_RETRY_NS);
+        store->delete_next = (number + 1) % ATOLL_VOLUME_COUNT;
         STORE_SET(store, delete_volume, 0);
-        store->delete_retry_ns = atoll_now_ns() + RETRY_NS;
         return false;
     }
     if (!store_volume_room(store))
@@ -97,10 +109,11 @@ bool store_delete_step(struct store *store)
         enum store_want want = store_next_leaf(store->dedup, number, area->delete_leaf, UINT64_MAX, &next);
         if (want == STORE_WAIT)
             return did;
-        if (want == STORE_LOST && !area->delete_again)
-            STORE_SET(store, delete_again, 1); /* nobody else gets what it is about */
-        if (want == STORE_LOST)
-            next = (area->delete_leaf / FORMAT_POINTERS + 1) * FORMAT_POINTERS;
+        if (want == STORE_LOST) { /* a directory: nobody else gets what it is about */
+            uint64_t above = FORMAT_PAGE_NUMBER(store->want_page);
+            next = ((above + 1) << 8 * FORMAT_PAGE_LEVEL(store->want_page)) - FORMAT_LEAF_NUMBER(number, 0);
+            again(store, AGAIN_LOST);
+        }
         if (next >= FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES / FORMAT_LEAF_ENTRIES)
             return end_of_volume(store, number);
         if (next != area->delete_leaf) {
@@ -114,7 +127,7 @@ bool store_delete_step(struct store *store)
         if (want == STORE_WAIT)
             return did;
         if (want == STORE_LOST)
-            STORE_SET(store, delete_again, 1);
+            again(store, AGAIN_LOST);
         if (want == STORE_LOST || frame == STORE_NO_FRAME || area->delete_index == FORMAT_LEAF_ENTRIES) {
             STORE_ADD(store, delete_leaf, 1);
             STORE_SET(store, delete_index, 0);
@@ -126,7 +139,7 @@ bool store_delete_step(struct store *store)
         ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.delete");
         uint32_t done = free_entries(store, number, next, frame, (uint32_t)area->delete_index, &logged);
         if (logged)
-            STORE_SET(store, delete_again, 1);
+            again(store, AGAIN_LOGGED);
         if (done == 0)
             return did;
         STORE_ADD(store, delete_index, done);

@@ -286,6 +286,8 @@ struct store {
     uint64_t bounce_busy;              /* bit per bounce page of STORE_PAGE_READS */
     bool urgent, starved, starved_urgent, woken;
     uint64_t delete_retry_ns;
+    bool delete_logged;                /* what a deletion waits for: logged entries; else pages that cannot be read */
+    uint32_t delete_next;              /* volume at which the next one to delete is looked for */
     uint64_t regain_ns, regain_pause_ns, regain_group; /* store_regain_step: not before; since the last time; where it is */
     bool none_to_delete;               /* since a volume was last changed */
     uint32_t want_status;

@@ -27,7 +27,7 @@ void store_set_entry(struct store *store, uint32_t frame, uint32_t index, uint64
     if (old == value)
         return;
     atoll_set64(store->journal, entry, value);
-    if (MAP_KIND(old) == MAP_LOG)
+    if (MAP_KIND(old) == MAP_LOG && store->delete_logged)
         store->delete_retry_ns = 0; /* perhaps what a deletion waits for */
     store_change_live(store, frame, (MAP_KIND(value) == MAP_LOG) - (MAP_KIND(old) == MAP_LOG));
     if (holds_data(old) != holds_data(value)) {
