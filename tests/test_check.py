@@ -68,6 +68,16 @@ def test_a_running_server_is_left_alone(make_server: Callable[..., Server]) -> N
     assert "in use by process" in said
 
 
+def test_a_large_device_is_checked_as_it_runs(make_server: Callable[..., Server]) -> None:
+    """Most of it has never been written: no page of counts is made for it. All in one step, they were more than it may
+    change, and dedup died of the look, and each successor of being asked again."""
+    server = make_server(config={**SMALL, "device_size": "64GiB", "sparse": True}).start()
+    write(server)
+    found = server.json("check", "--live")
+    assert found["ok"] and found["count"] == 0
+    assert server.row("dedup")["restarts"] == 0
+
+
 def test_no_server_starts_on_a_device_that_is_being_checked(stopped: Server) -> None:
     """Which was named by itself: the data directory is not held. `--repair` would write beside the server."""
     held = open_store(Path("no such directory"), stopped.data / "device.img", False)

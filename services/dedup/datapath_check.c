@@ -301,29 +301,33 @@ static void check_bases(struct datapath *dp, struct check *check)
     }
 }
 
-/* The window's counts. False: a page must be waited for. */
+/* The window's counts, page by page. None is made: where there is no page nothing is counted. False: one must be waited for. */
 static bool check_counts(struct datapath *dp, struct check *check)
 {
-    for (; check->place < check->window_end; check->place++) {
-        uint64_t pba = check->place;
-        dp->domain->self->progress += pba % 65536 == 0;
-        if (!store_pba_valid(dp->dedup, pba))
-            continue;
-        enum store_want want = pba % 1024 == 0 || check->place == check->window || !store_references(dp->dedup, pba)
-                                   ? store_want_base(dp->dedup, MAP_VALUE(MAP_PBA, pba)) : STORE_HAVE;
+    while (check->place < check->window_end) {
+        uint64_t end = (check->place / STORE_COUNTS_PER_PAGE + 1) * STORE_COUNTS_PER_PAGE;
+        enum store_want want = store_want_counts(dp->dedup, check->place);
+        bool named = false;
+        dp->domain->self->progress++;
         if (want == STORE_WAIT) {
-            for (uint64_t ahead = 1; ahead < AHEAD; ahead++)
-                store_want_base(dp->dedup, MAP_VALUE(MAP_PBA, pba + ahead * 1024));
+            for (uint64_t ahead = 1; ahead < AHEAD && check->place + ahead * STORE_COUNTS_PER_PAGE < check->window_end; ahead++)
+                store_want_counts(dp->dedup, check->place + ahead * STORE_COUNTS_PER_PAGE);
             return false;
         }
-        uint32_t counted = store_references(dp->dedup, pba);
-        check->stored += counted != 0;
-        check->total += counted;
-        if (want == STORE_LOST)
-            found(&check->findings, "place %llu: its page of counts is damaged", U(pba));
-        else if (check->references[pba - check->window] != counted)
-            found(&check->findings, "place %llu: %u references, map and log have %u", U(pba), counted,
-                  check->references[pba - check->window]);
+        for (end = end < check->window_end ? end : check->window_end; check->place < end; check->place++) {
+            uint64_t pba = check->place;
+            if (!store_pba_valid(dp->dedup, pba))
+                continue;
+            uint32_t counted = want == STORE_LOST ? 0 : store_references(dp->dedup, pba);
+            check->stored += counted != 0;
+            check->total += counted;
+            if (want == STORE_LOST && !named)
+                found(&check->findings, "place %llu: its page of counts is damaged", U(pba));
+            else if (want == STORE_HAVE && check->references[pba - check->window] != counted)
+                found(&check->findings, "place %llu: %u references, map and log have %u", U(pba), counted,
+                      check->references[pba - check->window]);
+            named = true;
+        }
     }
     return true;
 }

@@ -43,6 +43,7 @@ struct store_geometry {
 /* The last pages of the disk role's buffer area, which the store reads into while it loads. Nobody else may use them. */
 #define STORE_BATCH_READS 64  /* of loading, and of writing again after a failed flush */
 #define STORE_PAGE_READS 64   /* of metadata pages: at once */
+#define STORE_COUNTS_PER_PAGE 1024
 #define STORE_BOUNCE_PAGES (STORE_BATCH_READS + STORE_PAGE_READS)
 uint64_t store_arena_bytes(const struct store_geometry *geometry); /* of dedup's role area */
 
@@ -131,6 +132,8 @@ bool store_pressed(struct dedup *dedup);
 /* --- For the scrub ------------------------------------------------------------------------------------------------- */
 /* Counts and fingerprints of these places, to look at only. */
 enum store_want store_want_look(struct dedup *dedup, const uint64_t *pbas, uint32_t count);
+/* The page of counts that the block is of, to look at only: nothing is made. */
+enum store_want store_want_counts(struct dedup *dedup, uint64_t pba);
 /* The first place from `pba` on that may hold a stored block: groups without one are passed over. device_blocks if there is none. */
 uint64_t store_stored_from(struct dedup *dedup, uint64_t pba);
 struct store_page_copies { uint64_t page, checksum, pba[2]; };

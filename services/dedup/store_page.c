@@ -102,6 +102,13 @@ enum store_want store_want_base(struct dedup *dedup, uint64_t base)
     return want;
 }
 
+enum store_want store_want_counts(struct dedup *dedup, uint64_t pba)
+{
+    uint32_t frame;
+    return store_get(dedup->store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, pba / FORMAT_REFS_PER_PAGE), false, &frame);
+}
+_Static_assert(STORE_COUNTS_PER_PAGE == FORMAT_REFS_PER_PAGE, "as they are told to others");
+
 void store_prefetch_block(struct dedup *dedup, uint64_t pba)
 {
     const void *print = store_print(dedup->store, pba), *count = store_ref(dedup->store, pba);
