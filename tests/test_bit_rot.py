@@ -22,7 +22,7 @@ from serverkit import Server, wait_for, write_device
 
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.audit import Totals, audit, compare_counts, verify_data
-from atoll.services.dedup.check.image import MemoryImage
+from atoll.services.dedup.check.image import FileImage, MemoryImage
 from atoll.services.dedup.check.reader import LogReader, Report, Store, read_supers
 
 BLOCK = 4096
@@ -314,6 +314,53 @@ def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices:
     assert server.json("scrub", "--rate", "0", status=1)["lost_pages"] == 1
     written_and_kept(server, lost[0])
     wait_for("it still serves", lambda: server.serves())
+
+
+def test_counts_of_a_large_device_lost_for_a_while(make_server: Callable[..., Server]) -> None:
+    """A directory about all of them. What it is about is given to nobody, and flushes say so; that it is about more
+    than one step may change kills nobody, neither then nor when it can be read again."""
+    server = make_server(config={**CONFIG, "device_size": "64GiB", "sparse": True}).start()
+    with Connection.open(str(server.socket), timeout_s=60) as connection:
+        connection.negotiate("disk")
+        connection.write(BLOCK, content(0))
+    server.stop()
+    device = server.data / "device.img"
+    image = FileImage(device, writable=True)
+    store = Store.read(image, Report())
+    assert store is not None
+    pages = store.trees[layout.TREE_REFS, 2]
+    places = [int(copy[0]) for copy in store.places.of_slots(pages.pointers["slot"])]
+    good = image.read(places[0], 1)
+    assert len(pages.numbers) == 1 and good is not None
+    for place in places:
+        image.write(place, good[:77] + bytes([good[77] ^ 1]) + good[78:])
+    image.flush()
+    server.start()
+    with Connection.open(str(server.socket), timeout_s=60) as connection:
+        connection.negotiate("disk")
+        connection.write(0, content(1))
+        with pytest.raises(NbdError):
+            connection.flush()
+        wait_for("its space is given to nobody", lambda: server.json("status")["space"]["free_bytes"] == 0)
+        for place in places:
+            image.write(place, good)
+        image.flush()
+        image.close()
+        wait_for("it comes back", lambda: server.json("status")["space"]["quarantined_bytes"] == 0, 60)
+
+        def flushed() -> bool:
+            try:
+                connection.flush()
+            except NbdError:
+                return False
+            return True
+
+        wait_for("a flush succeeds again", flushed)
+        assert connection.read(0, BLOCK) == content(1)
+    assert server.row("dedup")["restarts"] == 0
+    assert server.json("check", "--live")["ok"]
+    server.stop()
+    assert server.json("check", "--verify-data")["ok"]
 
 
 @pytest.mark.parametrize("level", [0, 1, 4])

@@ -14,6 +14,7 @@
 
 #define KEPT_MOST 1024       /* blocks kept for overwrites: 4 MiB, or a 64th of a small device */
 #define GROUPS_LOOKED 4      /* for a run of a quarter of what is wanted; then four times as many for any */
+#define GIVEN_UP_AT_ONCE 256 /* groups whose page of counts cannot be read */
 #define QUARANTINE_RUN 65536 /* blocks in one run of the list at most */
 
 /* --- Words and sums -------------------------------------------------------------------------------------------------- */
@@ -285,7 +286,9 @@ bool store_regain_step(struct store *store)
     uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS, now;
     if (area->given_up_blocks == 0 || (now = atoll_now_ns()) < store->regain_ns)
         return false;
-    for (uint32_t looked = 0; looked < STORE_REGAIN_GROUPS && store->regain_group < groups; looked++, store->regain_group++) {
+    /* Pages that were never there are made: as many as one step may change. */
+    for (uint32_t looked = 0; looked < STORE_REGAIN_GROUPS && store->regain_group < groups &&
+                              store->journal->count < ATOLL_JOURNAL_ENTRIES / 4; looked++, store->regain_group++) {
         uint64_t group = store->regain_group, word = store->groups[group];
         uint32_t frame;
         bool starved = store->starved;
@@ -332,7 +335,7 @@ static enum store_want find_run(struct store *store, uint32_t want, bool deep, u
 {
     struct store_area *area = store->area;
     uint64_t groups = (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS, pba = area->cursor;
-    uint32_t looked = 0;
+    uint32_t looked = 0, given_up = 0;
     *length = 0;
     /* The cursor's group twice: what lies behind the cursor comes last. */
     for (uint64_t visited = 0; visited <= groups; visited++) {
@@ -346,6 +349,10 @@ static enum store_want find_run(struct store *store, uint32_t want, bool deep, u
                 return *length != 0 ? STORE_HAVE : STORE_WAIT;
             if (have == STORE_LOST) {
                 give_group_up(store, group);
+                if (++given_up == GIVEN_UP_AT_ONCE) { /* a lost directory is about very many: the others in later steps */
+                    store->woken = true;
+                    return *length != 0 ? STORE_HAVE : STORE_WAIT;
+                }
             } else {
                 uint32_t best = run_in(store, store_page_memory(store, frame), pba, end, want, &run);
                 if (best > *length) {
