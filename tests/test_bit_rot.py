@@ -363,6 +363,42 @@ def test_counts_of_a_large_device_lost_for_a_while(make_server: Callable[..., Se
     assert server.json("check", "--verify-data")["ok"]
 
 
+def test_places_whose_fingerprints_are_lost(make_server: Callable[..., Server], devices: Devices) -> None:
+    """Those of all places: nothing finds one, so flushes fail, and do not wait for ever."""
+    device = devices.closed.copy()
+    _, store = look(device, LogReader())
+    assert store is not None
+    pages = store.trees[layout.TREE_PRINTS, 4]
+    blocks = [int(copy[0]) for copy in store.places.of_slots(pages.pointers["slot"])]
+    for block in blocks:
+        device[block * BLOCK + 77] ^= 1
+    server = start(make_server, device)
+    with Connection.open(str(server.socket), timeout_s=30) as connection:
+        connection.negotiate("disk")
+        for lba in range(20):
+            connection.write(lba * BLOCK, content(20000 + lba))
+        with pytest.raises(NbdError):
+            connection.flush()
+        with open(server.data / "device.img", "r+b") as file:  # the device comes to itself
+            for block in blocks:
+                file.seek(block * BLOCK)
+                file.write(devices.closed[block * BLOCK : (block + 1) * BLOCK].tobytes())
+            os.fsync(file.fileno())
+
+        def flushed() -> bool:
+            try:
+                connection.flush()
+            except NbdError:
+                return False
+            return True
+
+        wait_for("a flush succeeds again", flushed)
+        assert connection.read(0, 20 * BLOCK) == b"".join(content(20000 + lba) for lba in range(20))
+    server.stop()
+    report, _ = look(np.fromfile(server.data / "device.img", np.uint8), LogReader())
+    assert not report.count
+
+
 @pytest.mark.parametrize("level", [0, 1, 4])
 def test_a_deletion_that_cannot_be_ended_holds_up_no_other(
     make_server: Callable[..., Server], devices: Devices, level: int

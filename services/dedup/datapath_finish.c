@@ -122,8 +122,10 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         lose_place(dp, run, index, place_lost);
         return;
     } else if (run->status != ATOLL_OK || place_lost) { /* the page of its place's fingerprint is damaged: another place */
+        if (place_lost)
+            store_pass_by(dp->dedup, run->pba + index);
         lose_place(dp, run, index, place_lost);
-        if (!place_lost)
+        if (!place_lost || dp->backoff_ns != 0) /* else another place does at once; unless the one before was no better */
             log_set_flag(dp, record, RECORD_FAILED);
         atoll_count(dp->domain, DEDUP_COUNTER_DESTAGE_ERRORS, 1);
         return;

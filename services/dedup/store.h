@@ -198,6 +198,8 @@ uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
 bool store_exhausted(struct dedup *dedup);
 /* Back to free (at the next sync) and to the caller's reservation. `quarantine`: never again in this run (late I/O may land there). */
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
+/* The fingerprint of a place in flight cannot be noted: the next places are looked for behind those that the lost page is about. */
+void store_pass_by(struct dedup *dedup, uint64_t pba);
 struct store_space {
     uint64_t device_blocks, metadata_blocks /* kept for metadata */, metadata_used_blocks /* by its pages */, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
         reserved_blocks /* zero promises included */, references /* sum over stored blocks */, zero_promises,

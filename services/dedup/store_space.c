@@ -464,6 +464,16 @@ void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quara
     STORE_ADD(store, reserved_blocks, count);
 }
 
+void store_pass_by(struct dedup *dedup, uint64_t pba)
+{
+    struct store *store = dedup->store;
+    uint32_t frame;
+    if (store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, pba / FORMAT_PRINTS_PER_PAGE), false, &frame) != STORE_LOST)
+        return;
+    uint64_t span = (uint64_t)FORMAT_PRINTS_PER_PAGE << 8 * FORMAT_PAGE_LEVEL(store->want_page), next = (pba / span + 1) * span;
+    STORE_SET(store, cursor, next < store->area->device_blocks ? next : 0);
+}
+
 bool store_pba_valid(struct dedup *dedup, uint64_t pba) { return store_usable(dedup->store, pba); }
 
 uint32_t store_references(struct dedup *dedup, uint64_t pba)
