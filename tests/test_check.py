@@ -233,6 +233,28 @@ def test_each_inconsistency_is_found_and_what_can_be_is_repaired(closed: Path, t
         assert repaired["repaired"] >= 1
 
 
+@pytest.mark.parametrize("left", [1, 2, 3])
+def test_repair_where_the_log_has_no_room(closed: Path, tmp_path: Path, left: int) -> None:
+    """`left` blocks of the log are free: nothing that stands in it is written over."""
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    forge = Forge(device)
+    wrong = [(record(3, forge.free + at, 1, 5, 6),) for at in range(150)]
+    append(forge.image, forge.store, wrong, {})
+    store = Store.read(forge.image, Report())
+    assert store is not None
+    fill = (record(2, forge.stored, forge.count),) * 200  # no two of these fit into a block
+    append(forge.image, store, [fill] * (store.root.log_blocks - store.log.blocks - left), {})
+    forge.image.close()
+    found = check(device)
+    assert found["count"] == 150 and all(one["repairable"] for one in found["findings"])
+    repaired = check(device, repair=True)
+    assert repaired["repaired"] == (100 if left == 3 else 0)
+    again = check(device)
+    assert again["count"] == 150 - repaired["repaired"] and not again["ok"]
+    assert again["totals"]["referenced_bytes"] == found["totals"]["referenced_bytes"] - repaired["repaired"] * BLOCK
+
+
 def test_a_server_runs_on_what_was_repaired(closed: Path, make_server: Callable[..., Server]) -> None:
     server = make_server(config=SMALL)
     server.data.mkdir()

@@ -23,6 +23,7 @@ from atoll.services.dedup.check.image import FileImage
 from atoll.services.dedup.check.layout import BLOCK_BYTES, KIND_PBA
 from atoll.services.dedup.check.reader import Report, Store
 
+RECORDS_PER_BLOCK = 100  # of the log: at least so many fit
 MAPPED_MAX = 10000  # blocks by which a volume's sum may be wrong and is still put right
 Record = tuple[int, ...]  # its words
 
@@ -43,19 +44,20 @@ def repair(image: FileImage, store: Store, totals: Totals, report: Report) -> in
     image.flush()
     if store.lost:
         return done  # nothing can be derived
-    changes = [(record(2, block, count),) for block, count in sorted(totals.wrong_counts.items())]
-    changes += [(record(2, block, count),) for block, count in sorted(totals.wrong_groups.items())]
+    sums = [(record(2, block, count),) for block, count in sorted(totals.wrong_groups.items())]
+    changes = sums + [(record(2, block, count),) for block, count in sorted(totals.wrong_counts.items())]
     for volume, lacks in totals.wrong_mapped.items():
         changes += [(one,) for one in mapped_records(store, volume, lacks)]
+    room = max(0, store.root.log_blocks - store.log.blocks - 2) * RECORDS_PER_BLOCK
     base = {
         "stored_blocks": totals.stored - store.log.stored,
         "zero_promises": totals.promised_zeros - store.log.zeros,
         "map_pages": totals.map_pages,
     }
     # A record of a count of 0 takes one from the sum of stored blocks; of a block that was free it should not.
-    base["stored_blocks"] += sum(count == 0 for count in totals.wrong_groups.values())
+    base["stored_blocks"] += sum(one[0][1] == 0 for one in sums[:room])
     if changes or any(int(store.root.fields[key]) != value for key, value in base.items()):
-        changes = changes[: (store.root.log_blocks - store.log.blocks - 2) * 100]  # the rest the next time
+        changes = changes[:room]  # the rest when the store has written a checkpoint
         append(image, store, changes, base)
         done += len(changes) + sum(int(store.root.fields[key]) != value for key, value in base.items())
     return done
