@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from dedupkit import BLOCK, DEDUP, KERNEL, NBD, OK, Request, Stage
+from lookupkit import Reader
 
 from atoll.ipc._ipc import ffi, lib
 from atoll.ipc.crashpoint import point_hash
@@ -370,3 +371,42 @@ def test_more_than_was_allowed_takes_nobody_elses_space() -> None:
             stage.disk()
             stage.answers()
         assert flush.status == OK and stage.figures().failed_records == 0
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_one_is_kept_for_is_not_looked_up(stored: bool) -> None:
+    """The page of the map has left memory and cannot be read any more, while its blocks can be looked up: nbd is told
+    that the posted write is over, and must not answer with what was there before."""
+    settings: dict[str, Any] = {"device_blocks": 24576, "nic_pages": 1024, "frames": 128}
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * LEAF)
+        for leaf in range(200):
+            stage.write(volume, leaf * LEAF, block(leaf))
+            stage.run_until_idle()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(**settings) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.device[:] = device
+        stage.open()
+        at = 0 if stored else BLOCK
+        for _ in range(2):  # the first time the block is not there yet
+            before = stage.read(volume, at, BLOCK)
+            stage.run_until_idle()
+        key = (volume, stage.generation(volume) & 0x7FFF, at // BLOCK)
+        reader = Reader(stage)
+        assert reader.table()[key] == before.data
+        for leaf in range(1, 200):
+            stage.read(volume, leaf * LEAF, BLOCK)
+            stage.run_until_idle()
+        assert reader.table()[key] == before.data
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
+        kept = stage.post(volume, 0, block(1000) + block(1001))
+        while not kept.done:
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        assert kept.status == OK and stage.figures().waiting == 1
+        assert key not in reader.table()
