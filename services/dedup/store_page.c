@@ -36,6 +36,13 @@ bool store_full_of_changes(struct store *store)
     return area->checkpoint_phase != CHECKPOINT_IDLE || area->checkpoint_wanted;
 }
 
+/* A leaf that is held already does not hold more for one more entry. Others wait, and as long take no page from those who end the waiting. */
+static bool holds_leaf(struct store *store, uint32_t volume, uint64_t leaf)
+{
+    uint32_t frame = store_leaf(store, volume, leaf);
+    return frame != STORE_NO_FRAME && (store->frames[frame].flags & FRAME_HELD) != 0;
+}
+
 enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t count, enum store_use use)
 {
     struct store *store = dedup->store;
@@ -43,6 +50,12 @@ enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lb
     uint64_t last = count == 0 ? lba : lba + count - 1;
     for (uint64_t leaf = lba / FORMAT_LEAF_ENTRIES; count != 0 && leaf <= last / FORMAT_LEAF_ENTRIES; leaf++) {
         uint32_t frame;
+        if (use == STORE_LOG && pressed(store) && !holds_leaf(store, volume, leaf)) {
+            if (store->area->frames_dirty != 0 && store->area->checkpoint_phase == CHECKPOINT_IDLE && !store->area->checkpoint_wanted)
+                STORE_SET(store, checkpoint_wanted, 1);
+            worst = worse(worst, STORE_WAIT);
+            continue;
+        }
         enum store_want want =
             store_get(store, FORMAT_PAGE(FORMAT_TREE_MAP, 0, FORMAT_LEAF_NUMBER(volume, leaf)), use != STORE_LOOK, &frame);
         worst = worse(worst, want);
@@ -50,12 +63,6 @@ enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lb
             break;
         if (want == STORE_HAVE && frame != STORE_NO_FRAME && leaf == lba / FORMAT_LEAF_ENTRIES)
             __builtin_prefetch((const uint64_t *)store_page_memory(store, frame) + lba % FORMAT_LEAF_ENTRIES, 1);
-        /* A leaf that is held already does not hold more for one more entry. */
-        if (use == STORE_LOG && want == STORE_HAVE && !(store->frames[frame].flags & FRAME_HELD) && pressed(store)) {
-            if (store->area->frames_dirty != 0 && store->area->checkpoint_phase == CHECKPOINT_IDLE && !store->area->checkpoint_wanted)
-                STORE_SET(store, checkpoint_wanted, 1);
-            worst = worse(worst, STORE_WAIT);
-        }
     }
     return worst;
 }

@@ -1,0 +1,53 @@
+"""More pages of metadata are wanted at once than find room in memory: who waits takes none from who is waited for."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from dedupkit import BLOCK, OK, Stage
+
+LEAF = 512 * BLOCK  # what one page of the map says
+FAR = 17 * LEAF
+SETTINGS: dict[str, Any] = {"device_blocks": 24576, "nic_pages": 1500, "frames": 128, "destage_delay_ms": 10_000_000}
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def test_what_waits_for_destage_leaves_it_the_pages_it_needs() -> None:
+    """Blocks that lie far apart are written at once, when no page of counts is in memory."""
+    with Stage(**SETTINGS) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 200 * FAR)
+        for at in range(0, 1024, 16):
+            stage.write(volume, at * BLOCK, b"".join(block(at + index) for index in range(16)))
+            stage.run_until_idle()
+        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
+            stage.disk()
+        device = stage.device[:]
+    with Stage(**SETTINGS) as stage:
+        stage.device[:] = device
+        stage.open()
+        requests = [stage.write(volume, number * FAR, block(10_000 + number)) for number in range(130)]
+        for _ in range(3000):
+            stage.turn()
+            stage.disk()
+            stage.answers()
+            if not stage.requests:
+                break
+        assert all(request.status == OK for request in requests), f"{len(stage.requests)} writes are not answered"
+        stage.check()
+
+
+def test_it_sleeps_while_the_device_does_nothing() -> None:
+    with Stage(**SETTINGS) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 200 * FAR)
+        stage.run_until_idle()
+        requests = [stage.write(volume, number * FAR, block(number)) for number in range(100)]
+        assert any(not stage.turn() for _ in range(200)), "it does not rest"
+        assert stage.figures().waiting != 0
+        stage.run_until_idle()
+        assert all(request.status == OK for request in requests)
