@@ -23,6 +23,7 @@
 #define FREE_KEPT 64         /* frames kept free, or an eighth */
 #define EVICT_PER_STEP 64
 #define CLOCK_PER_STEP 4096
+#define EMPTY_PER_STEP 1024  /* frames looked at for empty pages of the map */
 #define FRESH_VISITS 8       /* of the clock, that a page survives which nobody has come for yet */
 #define URGENT_KEPT 3        /* last times that somebody urgent asked, whose pages stay */
 
@@ -84,6 +85,7 @@ void store_cache_attach(struct store *store)
     store->free_count = store->freed_count = 0;
     store->bounce_busy = 0;
     store->woken = true;
+    store->empty_left = count; /* perhaps a predecessor was about to */
     memset(store->hash_heads, 0xff, buckets * sizeof *store->hash_heads);
     memset(store->memo, 0, sizeof store->memo);
     for (uint32_t frame = count; frame-- > 0;) {
@@ -433,6 +435,26 @@ void store_drop_frame(struct store *store, uint32_t frame)
     store->freed_frames[store->freed_count++] = frame;
 }
 
+void store_look_for_empty(struct store *store) { store->empty_left = (uint32_t)store->area->geometry.frames; }
+
+/* Pages of the map that the checkpoint has found empty are on no device any more, but have a part of what the map may have. Where memory is not
+ * short the clock would never come for them. */
+static void drop_empty(struct store *store)
+{
+    for (uint32_t looked = 0; looked < EMPTY_PER_STEP && store->empty_left != 0 && store->freed_count < EVICT_PER_STEP; looked++) {
+        uint32_t frame = --store->empty_left;
+        while (frame != STORE_NO_FRAME) { /* and directories that lose their last page */
+            const struct store_frame *f = &store->frames[frame];
+            uint32_t above = f->parent;
+            if (f->state != FRAME_VALID || (f->flags & FRAME_HELD) || f->children != 0 || FORMAT_PAGE_TREE(f->page) != FORMAT_TREE_MAP ||
+                store_pointer(store, frame)->slot != STORE_SLOT_FRESH)
+                break;
+            store_drop_frame(store, frame);
+            frame = above;
+        }
+    }
+}
+
 bool store_cache_step(struct store *store)
 {
     uint32_t count = (uint32_t)store->area->geometry.frames, kept = count / 8 < FREE_KEPT ? count / 8 : FREE_KEPT;
@@ -444,6 +466,10 @@ bool store_cache_step(struct store *store)
     }
     while (store->freed_count != 0)
         store->free_frames[store->free_count++] = store->freed_frames[--store->freed_count];
+    if (store->empty_left != 0) {
+        drop_empty(store);
+        woken = true;
+    }
     if (store->free_count >= kept)
         return woken;
     for (uint32_t looked = 0; looked < CLOCK_PER_STEP && store->free_count + store->freed_count < kept + EVICT_PER_STEP / 2; looked++) {

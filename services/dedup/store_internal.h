@@ -283,6 +283,7 @@ struct store {
     uint32_t *urgent_stamp;            /* when it was wanted by the oldest that waits */
     uint32_t stamp;
     uint32_t clock_hand;
+    uint32_t empty_left;               /* frames in which empty pages of the map are still to be looked for */
     uint64_t bounce_busy;              /* bit per bounce page of STORE_PAGE_READS */
     bool urgent, starved, starved_urgent, woken;
     uint64_t delete_retry_ns;
@@ -350,6 +351,7 @@ uint64_t store_cache_io_address(const struct store *store, uint64_t frame);
 /* Frames freed before the last commit can be used; keeps some free. True if somebody who waited may go on. */
 bool store_cache_step(struct store *store);
 void store_drop_frame(struct store *store, uint32_t frame);      /* not held, without children */
+void store_look_for_empty(struct store *store);                  /* a checkpoint has ended */
 void store_mark_dirty(struct store *store, uint32_t frame);
 void store_set_flags(struct store *store, uint32_t frame, uint32_t set, uint32_t clear);
 void store_change_live(struct store *store, uint32_t frame, int32_t change);

@@ -104,6 +104,7 @@ static bool free_step(struct store *store)
         if (store->table_written[word] != 0)
             atoll_set64(store->journal, &store->table_written[word], 0);
     STORE_SET(store, checkpoint_phase, CHECKPOINT_IDLE);
+    store_look_for_empty(store);
     store->woken = true; /* who waited for pages to be let go */
     return true;
 }

@@ -593,6 +593,7 @@ static void run_out_of_pages(uint64_t seed)
         CHECK(store_want_status(&dedup) == ATOLL_ENOSPC && made >= 40 && (leaves == 0 || made == leaves));
         leaves = made;
         CHECK(have_change(0, 1, STORE_LOG, 0, 0)); /* an entry of a leaf that is there */
+        commit(); /* who finds no place for a page asks for a checkpoint */
         settle();
         for (uint64_t leaf = 0; leaf < made; leaf++) {
             uint64_t base = peek_value(0, leaf * FORMAT_LEAF_ENTRIES);
