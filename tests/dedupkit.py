@@ -84,7 +84,7 @@ def build_hooked(folder: Path, sanitize: str = "") -> ModuleType:
         os.chdir(before)
     builder.emit_c_code(str(folder / "dedup_hooked.c"))
     command = ["gcc", "-shared", "-fPIC", "-O1", "-g", "-std=gnu11", "-UNDEBUG"]
-    command += ["-fno-strict-aliasing", "-fvisibility=hidden", "-Wl,--wrap=clock_gettime"]
+    command += ["-fno-strict-aliasing", "-fvisibility=hidden", "-Wl,--wrap=clock_gettime,--wrap=place_shared"]
     command += ["-DATOLL_STORE_HOOK", f"-I{ROOT}", f"-I{sysconfig.get_paths()['include']}"]
     command += [f"-fsanitize={sanitize}"] if sanitize else []
     command += [str(folder / "dedup_hooked.c"), *sources, "-o", str(folder / "dedup_hooked.so")]
@@ -198,6 +198,7 @@ class Stage:
         self.nic_lists = physmap.address(NIC) + int(nic.role_offset) + NIC_PUBLIC_BYTES
         self.posted_order = 0
         self.posted_pages: set[int] = set()  # when all died
+        self.repeated: set[int] = set()  # requests that may be answered more than once
 
     # --- Arenas -----------------------------------------------------------------------------------------------------
 
@@ -472,7 +473,8 @@ class Stage:
             assert message.opcode == lib.ATOLL_OP_DONE
             slot = int(message.identity) >> 32 & 0xFFFF
             request = self.requests.get(slot)
-            if request is None and repeated:
+            known = request is not None and request.identity == message.identity
+            if (request is None and repeated) or (not known and int(message.identity) in self.repeated):
                 continue
             assert request is not None and request.identity == message.identity, "an answer to nothing"
             assert int(message.part) == request.part and not request.done

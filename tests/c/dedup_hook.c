@@ -14,7 +14,7 @@ static struct dedup *poisoned_dedup;
 static uint64_t poisoned_lba;
 static uint64_t clock_ns;
 static jmp_buf killed;
-static bool jumps;
+static bool jumps, is_apart;
 
 void atoll_store_hook(void);
 
@@ -51,6 +51,12 @@ int __wrap_clock_gettime(clockid_t clock, struct timespec *now)
 
 void hook_set_clock(uint64_t ns) { clock_ns = ns; }
 
+bool __wrap_place_shared(const struct dedup_place *place);
+
+bool __wrap_place_shared(const struct dedup_place *place) { return !is_apart && place->where == 0; }
+
+void hook_set_apart(bool apart) { is_apart = apart; }
+
 bool hook_turn(struct dedup *dedup, uint64_t count)
 {
     bool dies = true;
@@ -66,14 +72,14 @@ bool hook_turn(struct dedup *dedup, uint64_t count)
 }
 
 struct dedup *hook_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted, bool quarantine, uint64_t count,
-                        char *error)
+                        bool crashed, char *error)
 {
     struct dedup *volatile dedup = 0;
     error[0] = 0;
     hook_die_after(count);
     jumps = count != 0;
     if (setjmp(killed) == 0)
-        dedup = dedup_open(domain, config, fresh, adopted, false, quarantine, error);
+        dedup = dedup_open(domain, config, fresh, adopted, crashed, quarantine, error);
     jumps = false;
     hook_die_after(0);
     return dedup;

@@ -15,10 +15,12 @@ void hook_poison_block(struct dedup *dedup, uint64_t lba);
 /* Time as atoll_now_ns tells it; 0: the real one. (build_hooked wraps clock_gettime.) */
 void hook_set_clock(uint64_t ns);
 /* dedup_turn, and dedup_open, given up after so many stores (0: never), as if the process had been killed there; its private memory is lost.
- * True, or NULL with an empty `error`: it was. */
+ * True, or NULL with an empty `error`: it was. `crashed`: the predecessor died by itself. */
 bool hook_turn(struct dedup *dedup, uint64_t stores);
 struct dedup *hook_open(struct atoll_domain *domain, const struct dedup_config *config, bool fresh, bool adopted, bool quarantine, uint64_t stores,
-                        char *error);
+                        bool crashed, char *error);
+/* Whether dedup has its processor to itself, as far as it knows (place_shared is wrapped, too). */
+void hook_set_apart(bool apart);
 /* cffi:end */
 
 #endif
