@@ -267,6 +267,14 @@ class Stage:
             self.lib.dedup_turn(self.state)
             self.disk()
 
+    def close_store(self) -> bytes:
+        """An orderly end; what the device holds then."""
+        deadline = time.monotonic() + 20
+        while self.lib.dedup_run(self.state, self.lib.DEDUP_GOAL_CLOSE, 1) != self.lib.DEDUP_REASON_REACHED:
+            assert time.monotonic() < deadline
+            self.disk()
+        return bytes(self.device)
+
     def everybody_dies(self) -> None:
         """All processes of the server are gone and a new run of init adopts the arenas of dedup and nic."""
         entries = ffi.new("uint32_t[16]")

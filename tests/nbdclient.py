@@ -569,6 +569,14 @@ class Connection:
     def flush(self) -> None:
         self.call(Command.FLUSH)
 
+    def flushes(self) -> bool:
+        """False: it was refused."""
+        try:
+            self.flush()
+        except NbdError:
+            return False
+        return True
+
     def trim(self, offset: int, length: int, flags: int = 0) -> None:
         self.call(Command.TRIM, offset, length, flags)
 

@@ -347,15 +347,7 @@ def test_counts_of_a_large_device_lost_for_a_while(make_server: Callable[..., Se
         image.flush()
         image.close()
         wait_for("it comes back", lambda: server.json("status")["space"]["quarantined_bytes"] == 0, 60)
-
-        def flushed() -> bool:
-            try:
-                connection.flush()
-            except NbdError:
-                return False
-            return True
-
-        wait_for("a flush succeeds again", flushed)
+        wait_for("a flush succeeds again", connection.flushes)
         assert connection.read(0, BLOCK) == content(1)
     assert server.row("dedup")["restarts"] == 0
     assert server.json("check", "--live")["ok"]
@@ -384,15 +376,7 @@ def test_places_whose_fingerprints_are_lost(make_server: Callable[..., Server], 
                 file.seek(block * BLOCK)
                 file.write(devices.closed[block * BLOCK : (block + 1) * BLOCK].tobytes())
             os.fsync(file.fileno())
-
-        def flushed() -> bool:
-            try:
-                connection.flush()
-            except NbdError:
-                return False
-            return True
-
-        wait_for("a flush succeeds again", flushed)
+        wait_for("a flush succeeds again", connection.flushes)
         assert connection.read(0, 20 * BLOCK) == b"".join(content(20000 + lba) for lba in range(20))
     server.stop()
     report, _ = look(np.fromfile(server.data / "device.img", np.uint8), LogReader())

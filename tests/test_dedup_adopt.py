@@ -37,6 +37,18 @@ def from_driver(stage: Stage, io: Io) -> bool:
     return io.opcode == lib.ATOLL_OP_IO_WRITE and all(base <= address < end for address, _ in io.segments)
 
 
+def flushed_again(stage: Stage, volume: int) -> None:
+    """A flush that succeeds has written all 20 blocks again."""
+    stage.io_log.clear()
+    for _ in range(6):
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        if flush.status == OK:
+            break
+    assert flush.status == OK
+    assert sum(io.length for io in stage.io_log if from_driver(stage, io)) == 20 * BLOCK
+
+
 def writes_again(stage: Stage) -> int:
     """A flush of 20 blocks has failed, and the next one has been asked for: it writes them again."""
     volume = stage.create_volume("v", SIZE)
@@ -104,14 +116,7 @@ def test_what_was_read_to_be_written_again_is_read_again(read: bool, pages: int)
         stage.everybody_dies()
         stage.attach(adopted=True)
         stage.nic_starts_anew()
-        stage.io_log.clear()
-        for _ in range(6):
-            flush = stage.flush(volume)
-            stage.run_until_idle()
-            if flush.status == OK:
-                break
-        assert flush.status == OK
-        assert sum(io.length for io in stage.io_log if from_driver(stage, io)) == 20 * BLOCK
+        flushed_again(stage, volume)
         data = stage.read(volume, 0, 20 * BLOCK)
         stage.run_until_idle()
         assert data.status == OK and data.data == b"".join(block(number) for number in range(20))
@@ -136,14 +141,7 @@ def test_while_the_device_is_flushed(failed: bool) -> None:
         stage.everybody_dies()
         stage.attach(adopted=True)
         stage.nic_starts_anew()
-        stage.io_log.clear()
-        for _ in range(6):
-            flush = stage.flush(volume)
-            stage.run_until_idle()
-            if flush.status == OK:
-                break
-        assert flush.status == OK
-        assert sum(io.length for io in stage.io_log if from_driver(stage, io)) == 20 * BLOCK
+        flushed_again(stage, volume)
         stage.check()
 
 
@@ -156,9 +154,7 @@ def test_while_a_page_of_metadata_is_read(pages: int) -> None:
         for number in range(20):
             stage.write(volume, number * BLOCK, block(number))
         stage.drain()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(device_blocks=4096) as stage:
         stage.device[:] = device
         stage.open()

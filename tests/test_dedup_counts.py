@@ -32,9 +32,7 @@ def stored(count: int) -> tuple[bytes, int]:
                 stage.run_until_idle()
         stage.drain()
         free = int(stage.figures().available_blocks)
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        return stage.device[:], free
+        return stage.close_store(), free
 
 
 def fail_counts(stage: Stage, io: Any) -> int:
@@ -90,9 +88,7 @@ def test_it_can_be_read_again(dies: bool) -> None:
         stage.drain()
         assert (full.status, flush.status) == (lib.ATOLL_ENOSPC, OK)
         stage.check()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**SETTINGS) as stage:  # the sums are right, or it is refused
         stage.device[:] = device
         stage.open()

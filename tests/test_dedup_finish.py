@@ -19,12 +19,6 @@ def block(seed: int) -> bytes:
     return random.Random(seed).randbytes(BLOCK)
 
 
-def closed(stage: Stage) -> bytes:
-    while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-        stage.disk()
-    return stage.device[:]
-
-
 def test_a_follower_is_not_shared_with_what_took_its_leaders_place() -> None:
     """Two equal blocks are written as one. Before the second is entered, the first is trimmed, and its place becomes
     another block's."""
@@ -36,7 +30,7 @@ def test_a_follower_is_not_shared_with_what_took_its_leaders_place() -> None:
             if number % 256 == 255:
                 stage.run_until_idle()
         stage.drain()
-        device = closed(stage)
+        device = stage.close_store()
     with Stage(device_blocks=DEVICE_BLOCKS, nic_pages=4096) as stage:
         stage.device[:] = device
         stage.open()

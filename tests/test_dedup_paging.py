@@ -26,9 +26,7 @@ def test_what_waits_for_destage_leaves_it_the_pages_it_needs() -> None:
         for at in range(0, 1024, 16):
             stage.write(volume, at * BLOCK, b"".join(block(at + index) for index in range(16)))
             stage.run_until_idle()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**SETTINGS) as stage:
         stage.device[:] = device
         stage.open()

@@ -221,9 +221,7 @@ def test_they_end_while_one_cannot_be_applied() -> None:
         for number in range(2):
             stage.write(volume, number * LEAF, block(number))
         stage.run_until_idle()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device
@@ -263,9 +261,7 @@ def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
         volume = stage.create_volume("v", 16 * LEAF)
         stage.write(volume, 0, block(0))
         stage.run_until_idle()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device
@@ -315,9 +311,7 @@ def test_one_that_is_kept_when_all_die(ended: bool) -> None:
         volume = stage.create_volume("v", 16 * LEAF)
         stage.write(volume, 0, block(0))
         stage.run_until_idle()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**settings) as stage:
         stage.device[:] = device
         stage.open()
@@ -384,9 +378,7 @@ def test_what_one_is_kept_for_is_not_looked_up(stored: bool) -> None:
         for leaf in range(200):
             stage.write(volume, leaf * LEAF, block(leaf))
             stage.run_until_idle()
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-        device = stage.device[:]
+        device = stage.close_store()
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device

@@ -665,11 +665,7 @@ def test_a_deletion_goes_on_where_a_page_was_missing() -> None:
             stage.write(second, at * BLOCK, b"".join(shares[at : at + 38]))
         stage.drain()
         assert stage.figures().stored_blocks == count and stage.figures().references == count + len(shares)
-        deadline = time.monotonic() + 20
-        while stage.lib.dedup_run(stage.state, stage.lib.DEDUP_GOAL_CLOSE, 1) != stage.lib.DEDUP_REASON_REACHED:
-            stage.disk()
-            assert time.monotonic() < deadline
-        left = bytes(stage.device)
+        left = stage.close_store()
     with Stage(nic_pages=2048) as stage:
         stage.device[:] = left
         stage.open()

@@ -82,9 +82,7 @@ class Tiered(Stage):
 
     def restart(self) -> None:
         """An orderly stop, and a new run on the same devices."""
-        while self.lib.dedup_run(self.state, self.lib.DEDUP_GOAL_CLOSE, 1) != self.lib.DEDUP_REASON_REACHED:
-            self.disk()
-        device, fast = self.device[:], self.fast[:]
+        device, fast = self.close_store(), self.fast[:]
         for role in self.rings:
             self._remake(role)
         self.device[:], self.fast[:] = device, fast

@@ -104,15 +104,7 @@ def test_a_device_that_fails_every_write_keeps_nothing_secret(make_server):
             connection.write(BLOCK, data_of(8), flags=1)
         assert connection.read(0, BLOCK) == data_of(7)
         fault(server, "fault-set", rules=[])
-
-        def flushed() -> bool:
-            try:
-                connection.flush()
-            except NbdError:
-                return False
-            return True
-
-        wait_for("a flush succeeds again", flushed)
+        wait_for("a flush succeeds again", connection.flushes)
         assert connection.read(0, BLOCK) == data_of(7)
 
 
