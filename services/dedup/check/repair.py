@@ -7,7 +7,7 @@
 Bad copies are written again from the good ones. Reference counts and sums follow from the block map: they are put right
 as the store itself changes them, by records of the metadata log, so no page is rewritten in place; sums that the
 superblock holds change with it. Order: log blocks, flush, superblock, flush; so power loss leaves the store as it was,
-or repaired.
+or repaired, or, where the log blocks are there and the superblock is not, with sums that the next repair puts right.
 """
 
 from __future__ import annotations
