@@ -43,7 +43,8 @@ from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refuse
 EXIT_CODES = """\b
 Exit status:
   0  done
-  1  the answer is no (audit or check found something, trace saw no proof), or the server failed
+  1  the answer is no (audit or check found something, trace saw no proof, stop left something in memory), or the
+     server failed
   2  wrong usage or configuration
   3  no server runs on the data directory; for serve: one runs already
   4  the server refused
@@ -233,15 +234,22 @@ def kill(data: Path, as_json: bool, role: str, number: signal.Signals) -> None:
     help="Wait no longer than this; the server goes on stopping.",
 )  # fmt: skip
 def stop(data: Path, as_json: bool, timeout_s: float) -> None:
-    """Stop the server: what was acknowledged is on the device then."""
+    """Stop the server: what was acknowledged is on the device then.
+
+    Exit status 1 if it is not, because the device failed or the server was ended at once: the next start goes on from
+    shared memory.
+    """
     from atoll.kernel import cli_kill
 
     with Client(data) as client:
-        seconds = cli_kill.stop(client, timeout_s, lambda line: click.echo(f"atoll: {line}", err=True))
+        seconds, left = cli_kill.stop(client, timeout_s, lambda line: click.echo(f"atoll: {line}", err=True))
     if as_json:
-        emit({"stopped": True, "seconds": round(seconds, 3)})
+        emit({"stopped": True, "seconds": round(seconds, 3), "left_in_memory": left})
     else:
         click.echo(f"stopped after {seconds:.1f} s")
+    if left:
+        click.echo(f"atoll: {left}", err=True)
+        sys.exit(EXIT_NEGATIVE)
 
 
 # --- Volumes --------------------------------------------------------------------------------------------------------

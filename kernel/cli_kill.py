@@ -2,7 +2,8 @@
 
 - A domain is killed by the kernel, which measures. Kernel and zygote are killed from here by their pid, since nobody
   can report its own death: noticed is when the operating system tells of the end, serving when a successor answers.
-- Stopping ends when the process of init has ended; what it waits for is shown meanwhile.
+- Stopping ends when the process of init has ended; what it waits for is shown meanwhile. Whether all is on the device
+  then, init has written into the record of the instance.
 """
 
 import os
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
+from atoll.kernel.instance import Record
+from atoll.kernel.offline import left_in_memory
 
 # A stop that takes longer than this says what it waits for (seconds).
 PATIENCE_S = 10.0
@@ -70,8 +73,17 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
     }
 
 
-def stop(client: Client, timeout_s: float, say: Callable[[str], None]) -> float:
-    """Stops the server and returns the seconds it took. Raises ControlError, NoAnswer after `timeout_s`."""
+def stop(client: Client, timeout_s: float, say: Callable[[str], None]) -> tuple[float, str]:
+    """Stops the server: the seconds it took, and why not all that was acknowledged is on the device ("": it is). Raises
+    ControlError, NoAnswer after `timeout_s`."""
+    before = Record.read(client.data)
+    seconds = ended(client, timeout_s, say)
+    after = Record.read(client.data)
+    same = before is not None and after is not None and before.instance == after.instance  # else one runs again
+    return seconds, left_in_memory(after) if same else ""
+
+
+def ended(client: Client, timeout_s: float, say: Callable[[str], None]) -> float:
     start = time.monotonic()
     row = process_row(client, "init")
     if row is None:

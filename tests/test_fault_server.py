@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
 import time
 
 import pytest
 from nbdclient import Command, Connection, NbdError
-from serverkit import Server, wait_for
+from serverkit import ATOLL, Server, wait_for
 
 from atoll.kernel.client import Client
 
@@ -105,6 +107,34 @@ def test_a_device_that_fails_every_write_keeps_nothing_secret(make_server):
         assert connection.read(0, BLOCK) == data_of(7)
         fault(server, "fault-set", rules=[])
         wait_for("a flush succeeds again", connection.flushes)
+        assert connection.read(0, BLOCK) == data_of(7)
+
+
+def test_a_stop_says_what_stayed_in_memory(make_server):
+    """The device fails for good, so the operator ends the server at once."""
+    server = start(make_server)
+    with connect(server) as connection:
+        connection.flush()
+        fault(server, "fault-set", rules=[{"action": "error", "kinds": ["write", "sync"]}])
+        connection.write(0, data_of(7))
+    stop = subprocess.Popen(
+        [ATOLL, "stop", "--json", "--data", str(server.data)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("it is being stopped", lambda: "stopping: asked by a control client" in server.log_tail())
+
+    def ended() -> bool:
+        server.process.terminate()  # the first one asks, the next says "at once"
+        return server.process.poll() is not None
+
+    wait_for("it is ended at once", ended)
+    out, err = stop.communicate(timeout=60)
+    assert server.process.returncode != 0
+    server.process = None
+    assert stop.returncode == 1 and "in shared memory" in json.loads(out)["left_in_memory"], err
+    assert "in shared memory" in err
+    server.start()
+    with connect(server) as connection:
+        connection.flush()
         assert connection.read(0, BLOCK) == data_of(7)
 
 
