@@ -212,16 +212,21 @@ def test_they_end_before_the_map_has_no_more_room() -> None:
         stage.check()
 
 
+def ended_store(settings: dict[str, Any], leaves: int) -> tuple[int, bytes]:
+    """A volume and the device of a store that was ended in order: the first block of each of so many leaves."""
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * LEAF)
+        for leaf in range(leaves):
+            stage.write(volume, leaf * LEAF, block(leaf))
+            stage.run_until_idle()
+        return volume, stage.close_store()
+
+
 def test_they_end_while_one_cannot_be_applied() -> None:
     """Its page of the map cannot be read: it is kept, no more come, and its blocks are given to nobody else."""
     settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 2048}
-    with Stage(**settings) as stage:
-        stage.open()
-        volume = stage.create_volume("v", 16 * LEAF)
-        for number in range(2):
-            stage.write(volume, number * LEAF, block(number))
-        stage.run_until_idle()
-        device = stage.close_store()
+    volume, device = ended_store(settings, 2)
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device
@@ -256,12 +261,7 @@ def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
     """Its page of the map cannot be read for a while. As long, what touches it fails, flushes too, and none is posted;
     not even while the page is being tried again."""
     settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024}
-    with Stage(**settings) as stage:
-        stage.open()
-        volume = stage.create_volume("v", 16 * LEAF)
-        stage.write(volume, 0, block(0))
-        stage.run_until_idle()
-        device = stage.close_store()
+    volume, device = ended_store(settings, 1)
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device
@@ -306,12 +306,7 @@ def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
 def test_one_that_is_kept_when_all_die(ended: bool) -> None:
     """It cannot be applied yet and has been answered. Its pages are not nic's, even where nic has not seen that."""
     settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024}
-    with Stage(**settings) as stage:
-        stage.open()
-        volume = stage.create_volume("v", 16 * LEAF)
-        stage.write(volume, 0, block(0))
-        stage.run_until_idle()
-        device = stage.close_store()
+    volume, device = ended_store(settings, 1)
     with Stage(**settings) as stage:
         stage.device[:] = device
         stage.open()
@@ -372,13 +367,7 @@ def test_what_one_is_kept_for_is_not_looked_up(stored: bool) -> None:
     """The page of the map has left memory and cannot be read any more, while its blocks can be looked up: nbd is told
     that the posted write is over, and must not answer with what was there before."""
     settings: dict[str, Any] = {"device_blocks": 24576, "nic_pages": 1024, "frames": 128}
-    with Stage(**settings) as stage:
-        stage.open()
-        volume = stage.create_volume("v", 256 * LEAF)
-        for leaf in range(200):
-            stage.write(volume, leaf * LEAF, block(leaf))
-            stage.run_until_idle()
-        device = stage.close_store()
+    volume, device = ended_store(settings, 200)
     with Stage(**settings) as stage:
         stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
         stage.device[:] = device
