@@ -188,10 +188,11 @@ uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_de
         return DP_NO_SLOT;
     own(dp, kept, request, slot->acceptance, slot->status);
     /* nbd, told that it is over, looks its blocks up again: it must not find what was there before. */
-    uint64_t first = request->words[0] / DP_BLOCK;
+    uint64_t first = request->words[0] / DP_BLOCK, end = first + request->length / DP_BLOCK;
     uint32_t status;
-    for (uint64_t index = 0; dp_volume(dp, request, &status) != 0 && index < request->length / DP_BLOCK; index++)
-        lookup_forget(dp, request->halves[4], first + index);
+    if (dp_volume(dp, request, &status) != 0)
+        for (uint64_t lba = first; lba < end; lba++)
+            lookup_forget(dp, request->halves[4], lba);
     return kept;
 }
 
