@@ -242,11 +242,11 @@ def stop(data: Path, as_json: bool, timeout_s: float) -> None:
     from atoll.kernel import cli_kill
 
     with Client(data) as client:
-        seconds, left = cli_kill.stop(client, timeout_s, lambda line: click.echo(f"atoll: {line}", err=True))
+        took_s, left = cli_kill.stop(client, timeout_s, lambda line: click.echo(f"atoll: {line}", err=True))
     if as_json:
-        emit({"stopped": True, "seconds": round(seconds, 3), "left_in_memory": left})
+        emit({"stopped": True, "seconds": round(took_s, 3), "left_in_memory": left})
     else:
-        click.echo(f"stopped after {seconds:.1f} s")
+        click.echo(f"stopped after {took_s:.1f} s")
     if left:
         click.echo(f"atoll: {left}", err=True)
         sys.exit(EXIT_NEGATIVE)

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 from atoll.kernel.client import Client, ControlError, NoAnswer, NoServer, Refused
-from atoll.kernel.instance import Record
-from atoll.kernel.offline import left_in_memory
 
 # A stop that takes longer than this says what it waits for (seconds).
 PATIENCE_S = 10.0
@@ -76,14 +74,18 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
 def stop(client: Client, timeout_s: float, say: Callable[[str], None]) -> tuple[float, str]:
     """Stops the server: the seconds it took, and why not all that was acknowledged is on the device ("": it is). Raises
     ControlError, NoAnswer after `timeout_s`."""
+    from atoll.kernel.instance import Record  # slow to import, and `kill` needs neither
+    from atoll.kernel.offline import left_in_memory
+
     before = Record.read(client.data)
-    seconds = ended(client, timeout_s, say)
+    seconds = end(client, timeout_s, say)
     after = Record.read(client.data)
     same = before is not None and after is not None and before.instance == after.instance  # else one runs again
     return seconds, left_in_memory(after) if same else ""
 
 
-def ended(client: Client, timeout_s: float, say: Callable[[str], None]) -> float:
+def end(client: Client, timeout_s: float, say: Callable[[str], None]) -> float:
+    """Asks the server to stop; the seconds until init has ended."""
     start = time.monotonic()
     row = process_row(client, "init")
     if row is None:
