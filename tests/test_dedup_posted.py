@@ -212,6 +212,34 @@ def test_they_end_before_the_map_has_no_more_room() -> None:
         stage.check()
 
 
+def test_they_end_before_the_log_is_full() -> None:
+    """The device does nothing: nic stops posting while it has pages yet, and goes on when destage has come after it."""
+    most = int(lib.ATOLL_POSTED_BLOCKS)
+    with Stage(device_blocks=8192, nic_pages=2048, destage_delay_ms=10_000_000) as stage:
+        stage.config.posted_blocks = most
+        stage.open()
+        volume = stage.create_volume("v", 8192 * BLOCK)
+        stage.run_until_idle()
+        public = public_of(stage)
+        assert public.posted_blocks == most
+        for number in range(0, 2048, PART):
+            contents = b"".join(block(number + index) for index in range(PART))
+            request = (stage.post if public.posted_blocks else stage.write)(volume, number * BLOCK, contents)
+            turns(stage, 4)
+            stage.take_ios()
+            assert request.status == OK
+            if not public.posted_blocks:
+                break
+        logged = stage.figures().log_records
+        assert 2048 * 6 // 8 < logged <= 2048 * 6 // 8 + PART
+        turns(stage)
+        assert not public.posted_blocks
+        stage.run_until_idle()  # as far as destage goes by itself, below what it begins again at
+        assert stage.figures().log_records * 8 <= 2048 * 5 and public.posted_blocks == most
+        stage.drain()
+        stage.check()
+
+
 def ended_store(settings: dict[str, Any], leaves: int) -> tuple[int, bytes]:
     """A volume and the device of a store that was ended in order: the first block of each of so many leaves."""
     with Stage(**settings) as stage:

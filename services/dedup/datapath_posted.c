@@ -11,7 +11,7 @@
  * grows short it becomes 0, and when nic has seen that and nothing is on its way any more (SP-POST), the rest is anybody's. It becomes 0 before
  * the answers that made space short can be seen: nic, told of them, would post as many once more. (models/posted.pml) It also becomes 0 where
  * the map may not grow much more, and as long as one cannot be applied; so what cannot be is no more than what was on its way, and the
- * blocks for it stay kept.
+ * blocks for it stay kept. And where the log is nearly full, because clients are faster than destage: who is answered by dedup waits for its turn.
  *
  * After a crash: the list is made again from the slots. After the death of all: what nic has noted as posted and no slot has
  * applied gets a slot of dedup's own, too, before anything else is served.
@@ -22,6 +22,10 @@
 
 /* Posting begins with so many times what may be on its way, and ends with half as many. */
 #define ROOM_TO_BEGIN 4
+/* Eighths of nic's pages in the log. If nic went on it would post until it had no page, and then all clients would wait for a batch to be
+ * written. */
+#define LOGGED_TO_END 6
+#define LOGGED_TO_BEGIN 5
 /* Pages by which the map may grow meanwhile: a leaf and a directory for each block, more only if blocks lie far apart. In a small store
  * this part of what it may have at all. */
 #define MAP_TO_END (2 * ATOLL_POSTED_BLOCKS)
@@ -134,16 +138,22 @@ static bool lacks_room(const struct datapath *dp, uint32_t times)
     return store_unpromised(dp->dedup) < times * (ROOM_TO_BEGIN / 2) * ATOLL_POSTED_BLOCKS || room < times * pages;
 }
 
+/* More than so many eighths of the pages that payloads arrive in are in the log. */
+static bool is_logged(const struct datapath *dp, uint64_t eighths)
+{
+    return dp->arena->log_records * 8 > dp->arena->nic_pages * eighths;
+}
+
 void posted_end(struct datapath *dp)
 {
-    if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp).count != 0 || lacks_room(dp, 1))
+    if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp).count != 0 || lacks_room(dp, 1) || is_logged(dp, LOGGED_TO_END))
         allow(dp, 0);
 }
 
 void posted_begin(struct datapath *dp)
 {
     if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses != 0 &&
-        dp->posted_count == 0 && !lacks_room(dp, 2)) { /* those that wait have what was kept */
+        dp->posted_count == 0 && !lacks_room(dp, 2) && !is_logged(dp, LOGGED_TO_BEGIN)) { /* those that wait have what was kept */
         posted_attach(dp); /* first they are kept */
         allow(dp, dp->posted_most);
     }
