@@ -4,7 +4,7 @@
  *
  * Reads that clients wait for are another matter. Until one is there its path has nothing to do, and to hand it over on the
  * path's processor is a switch, where an idle processor, above all a virtual one, first has to wake up; so while most of
- * what it does is such reads, the driver runs on the path's processor. *Measured*: docs/performance.md.
+ * what it does is such reads, the driver runs on the path's processor. *Measured*: docs/experiments.md.
  *
  * Decided every DISK_PLACE_NS by the bytes of that time, with a distance between coming and going, so that a mixed load does
  * not make it go to and fro.

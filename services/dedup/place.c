@@ -5,7 +5,7 @@
  * Large writes are another matter. Their bytes are received on the path's processor and hashed, compared and written by dedup: half of
  * the work each, tens of microseconds a request, beside which waking another processor is little. So while most of what it
  * takes is large writes, dedup runs wherever the server may, and the scheduler puts it where there is less to do.
- * *Measured*: docs/performance.md.
+ * *Measured*: docs/experiments.md.
  *
  * Decided every PLACE_MS by the bytes per request of that time, with a distance between going and coming, so that a mixed load
  * does not make it go to and fro.
