@@ -225,7 +225,7 @@ def test_refusals(stage: Stage, wire: Wire) -> None:
     expect_error(wire, ErrorCode.ENOSPC, "past the end", command=Command.WRITE, offset=end - 3, payload=b"four")
     expect_error(wire, ErrorCode.ENOSPC, "past the end", command=Command.WRITE_ZEROES, offset=1, length=end)
     too_long = ErrorCode.EOVERFLOW if chunks else bad
-    expect_error(wire, too_long, "limit", "33554432", command=Command.READ, offset=0, length=32 * MIB + 1)
+    expect_error(wire, too_long, "limit", "67108864", command=Command.READ, offset=0, length=64 * MIB + 1)
     expect_error(wire, bad, "command 9", command=9, offset=0, length=1)
     expect_error(wire, bad, "command 65535", command=65535)
     expect_error(wire, bad, "0x0040", command=Command.READ, offset=0, length=1, flags=64)
@@ -258,10 +258,10 @@ def test_read_only_volume(stage: Stage) -> None:
 def test_payload_over_the_limit(stage: Stage) -> None:
     """nic delivers it without the payload; the rest is to be thrown away, or with extended headers not waited for."""
     wire = stage.connect().negotiate()
-    cookie = wire.submit(Command.WRITE, 0, 32 * MIB + 1)
+    cookie = wire.submit(Command.WRITE, 0, 64 * MIB + 1)
     stage.settle()
     error = wire.results.pop(cookie).error
-    assert error is not None and error.code == ErrorCode.EINVAL and "33554433" in error.text
+    assert error is not None and error.code == ErrorCode.EINVAL and "67108865" in error.text
     assert wire.call(Command.READ, 0, 1).error is None
     extended = stage.connect().negotiate(extended=True)
     cookie = extended.submit(Command.WRITE, 0, 2**63, CommandFlag.PAYLOAD_LEN)

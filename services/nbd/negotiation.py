@@ -29,7 +29,7 @@ STRING_LIMIT_BYTES = 4096  # section "String": names longer than this are not to
 NAME_LIMIT_BYTES = 256  # a volume's name
 PIECE_BYTES = 6144  # NBD_REPLY_BYTES: of a reply that goes out in one piece
 
-MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD = 1, 4096, 32 << 20
+MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD = 1, 4096, 32 << 20  # announced; twice as long a request is accepted
 
 ALLOCATION = b"base:allocation"
 ALLOCATION_ID = 1  # the id under which replies to BLOCK_STATUS name it
