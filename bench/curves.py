@@ -111,7 +111,8 @@ def by_stored_data(folder: Path, seconds: float) -> list[Point]:
 
 def breakdown(folder: Path, seconds: float) -> dict[str, Any]:
     """Of reads and of writes, at depth 1: the hops between domains, each with the median time since the last one; at
-    depth 32: the processor time of each domain per request. (While a trace is armed nbd answers no read by itself.)"""
+    depth 32: the processor time of each domain per request. (While a trace is armed nbd answers no read by itself, and
+    nic no write.)"""
     found: dict[str, Any] = {}
     with Atoll(folder / "stages") as server:
         prepared(server, folder)
@@ -131,21 +132,22 @@ def breakdown(folder: Path, seconds: float) -> dict[str, Any]:
 def traced(server: Atoll, load: Load, folder: Path, seconds: float) -> tuple[dict[str, Any], list[Point]]:
     """The client's figures, and the commonest sequence of hops of a request among those recorded meanwhile."""
     sequences: dict[tuple[tuple[str, str, str], ...], list[list[int]]] = {}
-    runner = subprocess.Popen(
-        client_command(load, server, folder, seconds + 1), stdout=subprocess.PIPE, text=True, cwd=folder
-    )
     with Client(server.data) as control:
+        armed = control.call("trace", action="arm")  # until the client has ended: its figures are of traced requests
+        runner = subprocess.Popen(
+            client_command(load, server, folder, seconds + 1), stdout=subprocess.PIPE, text=True, cwd=folder
+        )
         deadline = time.monotonic() + seconds
         time.sleep(0.5)
         while time.monotonic() < deadline:
-            armed = control.call("trace", action="arm")
+            armed = control.call("trace", action="arm")  # anew: what is collected is from here on
             time.sleep(0.002)  # the domains keep their last few thousand messages
             messages, _ = cli_trace.collect(control)
-            control.call("trace", action="disarm", trace=armed.get("trace"))
             for path in paths(messages):
                 key = tuple((m.domain, "from" if m.received else "to", m.peer) for m in path)
                 sequences.setdefault(key, []).append([m.time_ns for m in path])
-    out, _ = runner.communicate(timeout=clients.PATIENCE_S)
+        out, _ = runner.communicate(timeout=clients.PATIENCE_S)
+        control.call("trace", action="disarm", trace=armed["trace"])
     if runner.returncode != 0 or not sequences:
         raise BenchError(f"no request could be followed: the client ended with {runner.returncode}")
     commonest, times = max(sequences.items(), key=lambda entry: len(entry[1]))

@@ -22,7 +22,7 @@
  * stays. What comes back while its key is a ghost goes to main at once: so a part of a loop that is larger than the cache is found
  * there at each turn, where a clock (or LRU) finds nothing. A use costs no more than a mark, as with a clock, so uses can be found
  * out late (those that nbd publishes). Unlike in the paper a page has one mark, not a count up to 3: an eviction then looks
- * at each page at most twice, and the ratios hardly differ (docs/experiments.md).
+ * at each page at most twice.
  *
  * Private memory of a process. After a crash all pages enter anew, and prove themselves in the small queue.
  */
