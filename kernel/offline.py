@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.ipc import objects
+from atoll.ipc._ipc import lib
 from atoll.kernel import device as devices
 from atoll.kernel import process, table
 from atoll.kernel.config import DEFAULT_DEVICE, format_size
@@ -84,6 +85,14 @@ def left_in_memory(record: Record | None) -> str:
     wanted = {objects.arena_name(record.instance, role) for role in table.KEPT}
     if record.boot_id != boot_id() or not wanted <= there:
         return ""  # lost, whatever is done now
+    mine = int(lib.ATOLL_LAYOUT_VERSION)
+    if record.layout_version != mine:
+        return (
+            "the last run ended without a stop: writes that it acknowledged may still be in its shared memory, whose"
+            f" layout is {record.layout_version}, and this program's is {mine} (to give them up:"
+            f" rm /dev/shm/atoll-{record.instance:016x}-*); atoll serve of the release that made it takes them over,"
+            " atoll stop puts them on the device"
+        )
     return (
         "the last run ended without a stop: writes that it acknowledged may still be in shared memory, not on the"
         " device; atoll serve takes them over, atoll stop puts them on the device"

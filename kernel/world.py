@@ -30,6 +30,7 @@ from atoll.kernel import listeners as sockets
 from atoll.kernel import placement, process, records, table
 from atoll.kernel.instance import EXIT_CONFIG, BootError, Directory, Record, boot_id
 from atoll.kernel.latency import Request
+from atoll.kernel.offline import left_in_memory
 
 log = logging.getLogger("atoll")
 
@@ -218,12 +219,15 @@ def _fast_device(
 
 
 def _adoptable(last: Record) -> bool:
-    """True if the last run left acknowledged writes in shared memory and all of it is there; says so if not all is."""
+    """True if the last run left acknowledged writes in shared memory and all of it is there; says so if not all is.
+    Raises BootError if all of it is there and only another release can read it."""
     if last.clean:
         return False
+    if last.layout_version != LAYOUT_VERSION and (left := left_in_memory(last)):
+        raise BootError(left)
     names = {objects.arena_name(last.instance, role): role for role in table.KEPT}
     present = set(names) & set(objects.list_objects(last.instance))
-    if last.boot_id == boot_id() and last.layout_version == LAYOUT_VERSION and present == set(names):
+    if last.boot_id == boot_id() and present == set(names):
         heads = {role: _read_head(name, last, role) for name, role in names.items()}
         if all(head is not None for head in heads.values()):
             # Nobody ever served: nothing can have been acknowledged, and the tables may be half made.
@@ -232,8 +236,6 @@ def _adoptable(last: Record) -> bool:
         return False
     if last.boot_id != boot_id():
         reason = "the machine was restarted"
-    elif last.layout_version != LAYOUT_VERSION:
-        reason = f"its shared memory has layout {last.layout_version}, this program's is {LAYOUT_VERSION}"
     else:
         reason = "its shared memory is gone"
     log.warning(

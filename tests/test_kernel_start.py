@@ -22,7 +22,9 @@ from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 from atoll.ipc import objects
 from atoll.kernel.client import ControlError, NoServer
 from atoll.kernel.init import Init
+from atoll.kernel.instance import Record
 from atoll.kernel.listeners import open_all
+from atoll.kernel.offline import left_in_memory
 from atoll.kernel.verbs import TRACE_BOUND_NS, Verbs
 
 
@@ -134,6 +136,35 @@ def test_shared_memory_that_is_gone_is_said(service: Service) -> None:
     service.start()
     assert "acknowledged but not flushed are lost" in service.log_text()
     assert service.ask("nic", "report")["starts"] == 1
+
+
+def test_shared_memory_of_another_release_is_left_alone(service: Service) -> None:
+    """Nothing but that release can put on the device what was acknowledged: a start must not throw it away."""
+    service.start()
+    service.die()
+    record = Record.read(service.data)
+    assert record is not None
+    mine = record.layout_version
+    record.layout_version = mine - 1
+    record.write(service.data)
+    there = set(objects.list_objects(record.instance))
+    status, said = fails(service)
+    assert status == 1 and f"layout is {mine - 1}, and this program's is {mine}" in last_line(said)
+    assert set(objects.list_objects(record.instance)) == there
+    assert "the release that made it" in left_in_memory(Record.read(service.data))
+
+    record.layout_version = mine
+    record.write(service.data)
+    service.start()
+    assert service.ask("dedup", "report")["adopted"] is True
+    service.die()
+    record.layout_version = mine - 1
+    record.write(service.data)
+    for name in objects.list_objects(record.instance):
+        objects.unlink(name)
+    service.start()
+    assert "acknowledged but not flushed are lost" in service.log_text()
+    assert service.stop() == 0
 
 
 def test_another_device_or_other_sizes_while_writes_wait(service: Service, tmp_path: Path) -> None:
