@@ -291,3 +291,31 @@ def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
         stage.until(lambda: len(stage.log) == 3, "now there are runs")
         assert [len(data) for _, data in stage.log] == [60_000] * 3
         stage.check()
+
+
+def test_who_negotiates_while_all_pages_are_taken_is_not_dropped() -> None:
+    """A device that is slow or full keeps the log's pages. Who connects then waits, as those do who write."""
+    with Stage(handshake_timeout_s=1.0) as stage:
+        stage.take_share = 1.0
+        stage._give_back = lambda share: None  # type: ignore[method-assign]
+        stage.start()
+        writer = stage.connect()
+        for _ in range(16):
+            writer.request(WRITE, 0, MIB)
+        stage.until(lambda: not writer.expected, "all pages are taken")
+        stage.on_option = lambda message, data: {"framing": lib.ATOLL_FRAMING_OPTION}
+        stage.framing = lib.ATOLL_FRAMING_OPTION
+        client = stage.connect()
+        client.out += b"IHAVEOPT" + struct.pack(">II", 7, 10) + bytes(9)  # the last byte comes later
+        stage.until(lambda: stage.counters()["page_waits"] == 1, "it waits")
+        time.sleep(1.5)  # it is the clock that must have passed
+        assert not client.closed and stage.counters()["handshake_timeouts"] == 0
+        Stage._give_back(stage, 2.0)
+        lib.atoll_domain_commit(stage.peers[DEDUP].domain)
+        stage.until(lambda: stage.call("status")["waiting_for_pages"] == 0, "it has its page")
+        assert not client.closed and not stage.log
+        client.out += bytes(1)
+        stage.until(lambda: len(stage.log) == 1, "it is heard")
+        stage.until(lambda: client.closed, "who says no more is dropped")
+        assert stage.counters()["handshake_timeouts"] == 1
+        stage.check()

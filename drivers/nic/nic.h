@@ -145,7 +145,7 @@ struct nic_connection {
     uint32_t held_slot;           /* slot + 1 whose reply waits until the rest of its payload is thrown away, 0 none */
     uint32_t streaming;           /* slot + 1 of the reply of several parts that no other may come between, 0 none */
     /* Not journaled: statistics and clocks (CLOCK_MONOTONIC). */
-    uint64_t accepted_ns;         /* in negotiation later by the time in which nbd had the word */
+    uint64_t accepted_ns;         /* in negotiation later by the time in which nbd had the word, or pages were waited for */
     uint64_t received_ns;         /* last progress in receiving */
     uint64_t sent_ns;             /* last progress in sending, or when there was first something to send */
     uint64_t received_bytes;
@@ -594,7 +594,7 @@ uint64_t nic_intent(struct nic *nic, struct nic_connection *connection, enum nic
 
 /* timeouts.c: looks at all connections; called when a deadline may have passed. */
 void nic_timeouts(struct nic *nic);
-/* nbd has answered OPEN or an option: the time since it was told is not the client's. */
+/* nbd has answered OPEN or an option, or there are pages for one: the time since the client's last bytes is not the client's. */
 void nic_handshake_goes_on(struct nic *nic, struct nic_connection *connection);
 
 /* --- courtesy.c --- */

@@ -215,6 +215,10 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
             let_others_go_first(nic);
         return false;
     }
+    if (run && waiters->member[index]) { /* nor is this wait the client's */
+        nic_handshake_goes_on(nic, connection);
+        connection->received_ns = nic->now_ns;
+    }
     leave_page_queue(nic, index);
     segments[0].address += in_page;
     segments[0].length -= in_page;

@@ -10,7 +10,8 @@
  * dropped.
  *
  * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late. Nor for
- * the time that others take: while nbd has the word (it may be dead), negotiation does not take the client's time.
+ * the time that others take: while nbd has the word (it may be dead), or no page is free for
+ * an option's data (the device may be slow, or full), negotiation does not take the client's time.
  *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
  */
@@ -137,7 +138,7 @@ static void look_at(struct nic *nic, struct nic_connection *connection, struct c
     if (connection->phase != NIC_OPEN)
         return;
     if (connection->framing != ATOLL_FRAMING_REQUEST && connection->framing != ATOLL_FRAMING_EXTENDED) {
-        if (connection->receive_state != NIC_RX_HOLD)
+        if (connection->receive_state != NIC_RX_HOLD && connection->receive_state != NIC_RX_PAGES)
             passed(nic, connection, connection->accepted_ns, nic->limits.handshake_ns, NIC_HANDSHAKE_TIMEOUTS);
         return;
     }
