@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.kernel import chaos_nbd as nbd
-from atoll.kernel import chaos_report
+from atoll.kernel import chaos_report, process
 from atoll.kernel.chaos_kill import Kill, Killer, choose, roles_of
 from atoll.kernel.chaos_load import PATIENCE_S, Plan, Report, Shared, Target, churn, work
 from atoll.kernel.chaos_model import BLOCK, PER_BLOCK, SECTOR
@@ -159,10 +159,20 @@ Job = tuple[Any, Connection]
 
 def _start(function: Callable[..., None], arguments: tuple[Any, ...]) -> Job:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=function, args=(*arguments, theirs), daemon=True)
-    process.start()
+    job = multiprocessing.get_context("fork").Process(
+        target=_work_below, args=(os.getpid(), function, (*arguments, theirs)), daemon=True
+    )
+    job.start()
     theirs.close()
-    return process, ours
+    return job, ours
+
+
+def _work_below(parent_pid: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """The process: the parent decides when it ends, and it does not outlive it."""
+    process.die_with_parent(parent_pid)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and timeout(1) send them to all
+        signal.signal(number, signal.SIG_IGN)
+    function(*arguments)
 
 
 def _kill_by_plan(
@@ -173,7 +183,7 @@ def _kill_by_plan(
     until = began + int(options.duration_s * 1e9)
     next_kill = began + int(max(WARM_UP_S, options.interval_s) * 1e9)
     said, last = began, shared.totals()
-    while (now := time.monotonic_ns()) < until and all(process.is_alive() for process, _ in jobs):
+    while (now := time.monotonic_ns()) < until and all(job.is_alive() for job, _ in jobs):
         if now >= next_kill and now + int(0.2e9) < until:
             roles, number = next(order)
             kills += killer.kill(roles, number)
@@ -208,14 +218,14 @@ def _end(jobs: list[Job], say: Callable[[str], None]) -> list[Report]:
         with contextlib.suppress(OSError):
             pipe.send("stop")
     reports = []
-    for number, (process, pipe) in enumerate(jobs):
+    for number, (job, pipe) in enumerate(jobs):
         report = Report(number, failure="the worker ended without a report")
         with contextlib.suppress(EOFError, OSError):
             if pipe.poll(3 * PATIENCE_S):
                 report = pipe.recv()
-        process.join(1)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        job.join(1)
+        if job.is_alive():
+            job.kill()
+            job.join()
         reports.append(report)
     return reports

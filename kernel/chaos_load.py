@@ -13,7 +13,6 @@ import contextlib
 import multiprocessing
 import random
 import select
-import signal
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -381,7 +380,6 @@ class Worker:
 
 def work(plan: Plan, shared: Shared, commands: Connection) -> None:
     """The process: anything on `commands` ends the load; then the report is sent there."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     try:
         report = Worker(plan, shared, commands).run()
     except Exception as error:
@@ -395,7 +393,6 @@ def work(plan: Plan, shared: Shared, commands: Connection) -> None:
 
 def churn(worker: int, targets: list[Target], shared: Shared, commands: Connection) -> None:
     """Connects, negotiates, reads a block and leaves, so that kills meet connections at their beginning too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     report = Report(worker)
     times: list[int] = []
     took: list[int] = []

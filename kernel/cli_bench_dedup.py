@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from atoll.kernel.cli_options import SIZE, THRESHOLD, TIER_THRESHOLD, Checked, Number, emit, json_option, plot_option
+from atoll.kernel.cli_options import (
+    SIZE,
+    THRESHOLD,
+    TIER_THRESHOLD,
+    Checked,
+    Number,
+    emit,
+    end_in_order,
+    json_option,
+    plot_option,
+)
 from atoll.kernel.config import parse_size
 
 
@@ -100,6 +110,7 @@ def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> 
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    end_in_order()
     try:
         document = measurement.run(wanted, lambda line: click.echo(line, err=True))
     except (measurement.MeasurementError, measurement.ServerError) as error:

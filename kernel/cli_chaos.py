@@ -6,7 +6,17 @@ from typing import Any
 
 import click
 
-from atoll.kernel.cli_options import SIGNALS, SIZE, Number, data_option, emit, json_option, plot_option, seconds
+from atoll.kernel.cli_options import (
+    SIGNALS,
+    SIZE,
+    Number,
+    data_option,
+    emit,
+    end_in_order,
+    json_option,
+    plot_option,
+    seconds,
+)
 
 ROLES = ("nic", "nbd", "dedup", "disk", "llrrm", "kernel")
 
@@ -64,6 +74,7 @@ def chaos(data: Path, as_json: bool, plot: str | None, volume: str | None, **opt
 
     if volume is not None and volume.startswith("chaos-") is False and sys.stdin.isatty():
         click.confirm(f"What volume {volume} holds will be lost. Go on?", abort=True, err=True)
+    end_in_order()
     result = chaos_run.run(
         chaos_run.Options(data=data, volume=volume, **options), lambda line: click.echo(line, err=True)
     )

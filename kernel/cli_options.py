@@ -110,6 +110,11 @@ def plot_option(what: str) -> Callable[[F], F]:
     return click.option("--plot", metavar="FILE.png", type=PICTURE, help=what)
 
 
+def end_in_order() -> None:
+    """SIGTERM ends the command as Ctrl-C does, so that nothing that it has started is left behind."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def emit(document: Any) -> None:
     """JSON for programs, indented for people who look at it anyway."""
     text = json.dumps(document, indent=2, ensure_ascii=False, default=str)

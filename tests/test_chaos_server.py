@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-from serverkit import Server, wait_for
+from kernelkit import alive
+from serverkit import ATOLL, Server, wait_for
 
 from atoll.kernel import chaos
 from atoll.kernel.chaos_load import Shared, churn, work
@@ -131,6 +133,33 @@ def test_more_connections_than_the_server_takes(make_server):
     assert "takes 4 connections (nic.max_connections) and has 0: there is no place for 4 and 1 more" in said.stderr
     server.cli(*run, "3", timeout_s=60)
     assert [volume["name"] for volume in server.json("volume", "list") if volume["name"].startswith("chaos")] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_who_ends_it_ends_its_load(module_server, number):
+    """As timeout(1) does, or an impatient user: no process of the load goes on."""
+    run = subprocess.Popen(
+        [ATOLL, "chaos", "--data", str(module_server.data), "--size", "16MiB", "--duration", "600", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stderr is not None and "replies/s" in run.stderr.readline()
+    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    assert len(children) >= 2
+    run.send_signal(number)
+    try:
+        out, err = run.communicate(timeout=60)
+        wait_for("its processes end", lambda: not any(alive(pid) for pid in children))
+    finally:
+        for pid in filter(alive, children):
+            signal_one(pid)
+    left = [each["name"] for each in module_server.json("volume", "list") if each["name"].startswith("chaos")]
+    if number == signal.SIGTERM:
+        assert run.returncode == 0 and json.loads(out)["interrupted"] and "every byte is checked" in err
+        assert left == []
+    for name in left:
+        module_server.cli("volume", "delete", "--force", name)
 
 
 def test_a_role_that_is_not_there(module_server):

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernelkit import alive
 from rich.console import Console
-from serverkit import ATOLL
+from serverkit import ATOLL, wait_for
 
 from atoll.bench import dedup, dedup_show
 from atoll.bench.diskmodel import Drive
 from atoll.bench.duplicates import BLOCK, IDEDUP_RUNS, PROFILES, Stream, contents
 from atoll.bench.workload import REQUEST_MOST, Generated, Images, Scan, Trace, Unshared, Workload, cut
 from atoll.kernel import cli
+from atoll.kernel.client import Client
 
 GIB = 1 << 30
 
@@ -177,6 +179,18 @@ def test_a_small_measurement(document: dict[str, Any]) -> None:
             assert row[order]["device_reads_per_request"] > 0 and row[order]["model_ms_per_request"] > 0
             assert 0 < row[order]["us"]["p50"] <= row[order]["us"]["p99"]
     assert unshared["random"]["model_seeks_per_request"] > unshared["scan"]["model_seeks_per_request"]
+
+
+def test_its_server_ends_with_it(tmp_path: Path) -> None:
+    run = subprocess.Popen([ATOLL, "bench", "dedup", "--size", "1GiB", "--folder", tmp_path], stderr=subprocess.DEVNULL)
+    try:
+        socket = wait_for("its server serves", lambda: next(tmp_path.glob("*/data/control.sock"), None))
+        with Client(socket.parent) as client:
+            [init] = [row["pid"] for row in client.call("ps")["domains"] if row["role"] == "init"]
+    finally:
+        run.terminate()
+        status = run.wait(120)
+    assert status == 130 and not alive(init) and list(tmp_path.iterdir()) == []
 
 
 def test_it_can_be_read(document: dict[str, Any]) -> None:
