@@ -6,6 +6,7 @@
 - Whatever fails ends as `atoll: ...`, one line on standard error, with a status of EXIT_CODES.
 """
 
+import errno
 import importlib
 import json
 import os
@@ -460,11 +461,22 @@ def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None
 
 def main() -> None:
     """Entry point of the command."""
+    fill_standard_descriptors()
     sys.exit(run(sys.argv[1:]))
+
+
+def fill_standard_descriptors() -> None:
+    """Where one is closed (>&-), what is opened next would take its number, and all that is printed would go there."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit status; what is wrong is one line on standard error."""
+    output = sys.stdout
     try:
         result = cli.main(arguments, prog_name="atoll", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -487,13 +499,29 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # Whoever reads our output went away (head, less): no error, and nothing more to say at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return nobody_reads()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError) or sys.stdout is not output:  # rich has caught it, or click
+            return nobody_reads()
+        raise
     except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        return complain(f"{error.filename}: {error.strerror}", EXIT_NEGATIVE)
+        if error.filename is not None and error.strerror is not None:
+            return complain(f"{error.filename}: {error.strerror}", EXIT_NEGATIVE)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # of the output, into a file mostly
+            say_no_more()
+            return complain(f"cannot write: {error.strerror}", EXIT_NEGATIVE)
+        raise
+
+
+def nobody_reads() -> int:
+    """Whoever reads our output went away (head, less): no error."""
+    say_no_more()
+    return 0
+
+
+def say_no_more() -> None:
+    """What is left in the buffers is not tried again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str, status: int) -> int:

@@ -156,6 +156,20 @@ def test_config_show_prints_what_serve_would_use(tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "status", "says"),
+    [(">/dev/full", 1, "atoll: cannot write: No space left on device\n"), (">&-", 0, ""), ("| true", 0, "")],
+)
+@pytest.mark.parametrize("command", ["config show", "--help"])
+def test_an_output_that_takes_nothing(tmp_path: Path, command: str, output: str, status: int, says: str) -> None:
+    """A full disk, a closed descriptor, a reader that has gone: one line at most."""
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; (sleep 0.1; {ATOLL} {command}) {output}"],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (status, says)
+
+
 def test_asking_imports_nothing_heavy() -> None:
     """A command that asks a question starts fast: no tables, no plots, no C."""
     heavy = ["rich", "matplotlib", "numpy", "psutil", "cffi", "asyncio"]
