@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from atoll.ipc import objects, physmap
 from atoll.kernel import main, messages, process, table, world, zygote
@@ -48,11 +48,21 @@ def run(config: dict[str, Any]) -> int:
         directory = Directory.open(config["data"])
         made = world.build(config, directory)
     except (BootError, ImportError) as error:
-        print(f"atoll: {error}", file=sys.stderr)
+        _say(f"atoll: {error}", sys.stderr)
         return error.status if isinstance(error, BootError) else EXIT_FAILED
     for line in warnings():
         log.warning("%s", line)
     return Init(made).run()
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """To whoever started the service. He may read no more, which is no reason to end."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        gone = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(gone, stream.fileno())  # what is left goes there when it is flushed again
+        os.close(gone)
 
 
 class Child:
@@ -96,7 +106,8 @@ class Init:
         wake.setblocking(False)
         wakened.setblocking(False)
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(wakened.fileno(), warn_on_full_buffer=False)
         assert self.world.init_channel is not None
         channel = self.world.init_channel[0]
@@ -187,21 +198,21 @@ class Init:
                 if self.world.config["grow"]:
                     self.world.directory.want_grow(False)  # the store is loaded: it has grown
                 for line in message["booted"]:
-                    print(line, flush=True)
+                    _say(line, sys.stdout)
                 self.world.record.served = True
                 self._write_record()  # if it cannot be: the arenas tell it too
                 notify("READY=1\nSTATUS=serving")
             elif "failed" in message:
                 self._end(keep=self.world.adopted)
                 self.status = EXIT_FAILED
-                print(f"atoll: {message['failed']}", file=sys.stderr)  # nobody is left who could say more
+                _say(f"atoll: {message['failed']}", sys.stderr)  # nobody is left who could say more
             elif "stopped" in message:
                 self._end(keep=not message["stopped"])
                 self.status = 0 if message["stopped"] else EXIT_FAILED
                 if not message["stopped"]:
-                    print(
+                    _say(
                         f"atoll: {message['reason']}: what was acknowledged stays in shared memory for the next start",
-                        file=sys.stderr,
+                        sys.stderr,
                     )
 
     def _stop(self, reason: str) -> None:

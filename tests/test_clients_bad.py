@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import select
+import shlex
+import signal
 import socket
 import struct
 import subprocess
@@ -15,6 +17,8 @@ import msgpack
 import pytest
 from libnbd import Libnbd, LibnbdError
 from serverkit import ATOLL, Server, run, wait_for
+
+from atoll.kernel.client import Client, ControlError
 
 MIB = 1 << 20
 
@@ -430,4 +434,45 @@ def test_stop_by_signal(make_server: MakeServer) -> None:
     assert server.process.wait(30) == 0
     assert not server.pids()
     assert subprocess.run([str(ATOLL), "ps", "--data", str(server.data)], capture_output=True).returncode == 3
+    server.process = None
+
+
+@pytest.mark.parametrize("output", [">/dev/full 2>/dev/full", "2>&1 | true", ">&- 2>&- <&-"])
+def test_nobody_reads_what_serve_says(make_server: MakeServer, output: str) -> None:
+    """Who started it has gone, or the disk of its log is full: no reason to end, then or when it forks again."""
+    server = make_server()
+    shell = subprocess.Popen(["bash", "-c", f"set -o pipefail; {shlex.join(server.command())} {output}"])
+
+    def serves() -> bool:
+        assert shell.poll() is None, "it has ended"
+        try:
+            with Client(server.data) as client:
+                return client.call("status")["state"] == "serving"
+        except ControlError:
+            return False
+
+    try:
+        wait_for("it serves", serves)
+        server.note_instance()
+        for role in ("kernel", "zygote", "nic"):
+            server.cli("kill", role)
+    finally:
+        server.cli("stop", status=None)
+        assert shell.wait(60) == 0
+
+
+def test_hanging_up_does_not_end_what_nohup_started(make_server: MakeServer) -> None:
+    server = make_server()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGHUP)
+    server.kill("kernel")  # whose end init sees after that signal
+    assert server.json("status")["state"] == "serving"
+    server.stop()
+    server.start().process.send_signal(signal.SIGHUP)  # without nohup it does
+    assert server.process.wait(60) == 0
     server.process = None
