@@ -98,6 +98,11 @@ class Verbs:
             warnings.append(world.fast_error)
         if world.engines.get("nic") == "sockets":
             warnings.append("without io_uring a kill of nic drops its connections")
+        if failed := (dedup.get("log") or {}).get("failed_blocks"):
+            warnings.append(
+                f"{failed} acknowledged blocks cannot be stored (the log says why): until they can, FLUSH fails, and"
+                " when the write log is full, writes wait"
+            )
         document = {
             "instance": f"{world.instance:016x}",
             "data": str(world.directory.path),

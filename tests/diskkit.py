@@ -98,6 +98,7 @@ class Stage:
         self.dedup = self._open(DEDUP)
         self.kernel = self._open(KERNEL)
         self.calls = CallClient(self.kernel.domain)
+        self.events: list[Any] = []  # what the driver told
         fd = objects.open_writable(self._name(DISK))
         # A second view of the driver's arena that only a test may have: to see whether somebody writes late.
         self.disk_memory = mmap.mmap(fd, self.sizes[DISK])
@@ -332,7 +333,8 @@ class Stage:
         found: list[Any] = []
 
         def answered() -> bool:
-            found.extend(self.calls.receive())
+            for received in self.calls.receive():
+                (self.events if received.kind == "event" else found).append(received)
             return bool(found)
 
         self.poll(answered)

@@ -34,6 +34,10 @@ def connect(server: Server) -> Connection:
     return connection
 
 
+def log(server: Server) -> str:
+    return server.log.read_text(errors="replace")
+
+
 def data_of(number: int, blocks: int = 1) -> bytes:
     return random.Random(number).randbytes(blocks * BLOCK)
 
@@ -97,6 +101,7 @@ def test_a_write_error_is_placed_elsewhere_or_told_by_flush(make_server):
 def test_a_device_that_fails_every_write_keeps_nothing_secret(make_server):
     """FLUSH and FUA fail while a page is unplaced, and succeed when the device is well; nothing is lost meanwhile."""
     server = start(make_server)
+    warnings = server.json("status")["warnings"]
     with connect(server) as connection:
         fault(server, "fault-set", rules=[{"action": "error", "kinds": ["write"]}])
         connection.write(0, data_of(7))
@@ -105,8 +110,14 @@ def test_a_device_that_fails_every_write_keeps_nothing_secret(make_server):
         with pytest.raises(NbdError):
             connection.write(BLOCK, data_of(8), flags=1)
         assert connection.read(0, BLOCK) == data_of(7)
+        said = "disk: the device failed: Input/output error, request write"
+        wait_for("the log names it", lambda: said in log(server))
+        wait_for("the status too", lambda: "cannot be stored" in str(server.json("status")["warnings"]))
+        server.kill("dedup")
+        assert log(server).count("the device failed") == 1, "now and then is enough"
         fault(server, "fault-set", rules=[])
         wait_for("a flush succeeds again", connection.flushes)
+        assert server.json("status")["warnings"] == warnings
         assert connection.read(0, BLOCK) == data_of(7)
 
 

@@ -44,6 +44,9 @@ assert len(COUNTERS) == lib.DISK_COUNTER_COUNT
 
 ENGINES = {lib.DISK_ENGINE_NONE: "none", lib.DISK_ENGINE_URING: "io_uring", lib.DISK_ENGINE_THREADS: "threads"}
 
+REQUESTS = {lib.ATOLL_OP_IO_READ: "read", lib.ATOLL_OP_IO_WRITE: "write", lib.ATOLL_OP_IO_SYNC: "sync",
+            lib.ATOLL_OP_IO_DISCARD: "discard"}  # fmt: skip
+
 # Signals that a process brings upon itself.
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 
@@ -91,11 +94,28 @@ def serve(context: Any, disk: Any, lib: Any, ffi: Any, handlers: Handlers) -> No
     if path_cpu is not None:
         lib.disk_set_path_cpu(disk, path_cpu)
     context.serving()
-    while lib.disk_run(disk) != lib.ATOLL_REASON_STOP:
+    while (reason := lib.disk_run(disk)) != lib.ATOLL_REASON_STOP:
+        if reason == lib.DISK_REASON_TELL:
+            tell(context, disk, lib, ffi)
+            continue
         context.serve_control(everything)
         if context.stopping:
             lib.disk_stop(disk)  # the loop ends once nothing is in flight
     lib.disk_destroy(disk)
+
+
+def tell(context: Any, disk: Any, lib: Any, ffi: Any) -> None:
+    """A failing device is named in the log: now and then, for it may fail at every request."""
+    failure = ffi.new("struct disk_failure *")
+    lib.disk_take_failure(disk, failure)
+    context.event(
+        f"the device failed: {os.strerror(failure.code)}",
+        request=REQUESTS[failure.opcode],
+        offset=int(failure.offset_bytes),
+        length=int(failure.length_bytes),
+        errors=int(failure.count),
+    )
+    context.lib.atoll_domain_commit(context.domain)
 
 
 def crashed(context: Any) -> bool:

@@ -241,6 +241,13 @@ static void wait_for_work(struct disk *disk)
     atoll_domain_awake(domain);
 }
 
+void disk_take_failure(struct disk *disk, struct disk_failure *failure)
+{
+    *failure = disk->failure;
+    disk->failure = (struct disk_failure){0};
+    disk->told_ns = atoll_now_ns();
+}
+
 int disk_run(struct disk *disk)
 {
     struct atoll_domain *domain = disk->domain;
@@ -253,6 +260,8 @@ int disk_run(struct disk *disk)
             return ATOLL_REASON_CONTROL;
         if (disk->stopping && disk->in_flight == 0 && atoll_domain_pending(domain, ATOLL_ROLE_DEDUP) == 0)
             return ATOLL_REASON_STOP;
+        if (disk->failure.count != 0 && (disk->told_ns == 0 || atoll_now_ns() - disk->told_ns >= DISK_TELL_NS))
+            return DISK_REASON_TELL;
 
         gather(disk);
         uint32_t applied = complete(disk);

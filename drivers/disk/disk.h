@@ -70,12 +70,25 @@ struct disk_status {
     uint64_t device_bytes;
     uint64_t taken;         /* requests taken since the arena was made */
 };
+
+/* What the device failed at: the first request since it was last told, and how many there were. */
+struct disk_failure {
+    uint64_t offset_bytes;
+    uint64_t length_bytes;
+    uint64_t count;
+    uint32_t opcode;        /* ATOLL_OP_IO_* */
+    uint32_t code;          /* errno */
+};
+
+enum disk_reason { DISK_REASON_TELL = 16 };
 /* cffi:end */
 
 /* An I/O is at most this often done again before the request fails with the last error (attempts have 16 bits). */
 #define DISK_ATTEMPTS_MAX 60000
 /* Messages taken, and completions applied, in one step. */
 #define DISK_STEP_MESSAGES 64
+/* A device that goes on failing is told of once in this time. */
+#define DISK_TELL_NS (60ull * 1000 * 1000 * 1000)
 /* Worker threads of the thread engine: enough to keep a disk's queue busy. */
 #define DISK_THREAD_COUNT 8
 
@@ -137,6 +150,8 @@ struct disk {
     bool gives_way;                      /* what was taken in this step comes after the requests of clients */
     bool gathers;                        /* what was taken last was a small read that a client waits for */
     uint64_t gather_from_ns;             /* not before (CLOCK_MONOTONIC) */
+    struct disk_failure failure;         /* not told yet; count 0: none */
+    uint64_t told_ns;                    /* 0: never */
     struct disk_place *place;            /* where it runs; NULL: where the scheduler wants */
 };
 
@@ -163,8 +178,9 @@ struct disk *disk_create(struct atoll_domain *domain, int device_fd, bool pass_d
 int disk_attach_uring(struct disk *disk, int uring_fd, const void *parameters, char *error);
 int disk_attach_threads(struct disk *disk, char *error);
 /* Returns ATOLL_REASON_CONTROL when a control message waits, ATOLL_REASON_STOP once it was told to stop and no request
- * is in flight. */
+ * is in flight, DISK_REASON_TELL when disk_take_failure has something for the log. */
 int disk_run(struct disk *disk);
+void disk_take_failure(struct disk *disk, struct disk_failure *failure);
 void disk_stop(struct disk *disk);
 /* The processor on which clients are answered, if the data path shares one and this process may run there: see place.c. */
 void disk_set_path_cpu(struct disk *disk, uint32_t cpu);

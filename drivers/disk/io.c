@@ -28,6 +28,17 @@ static uint32_t status_of(uint32_t code)
     }
 }
 
+static void note_failure(struct disk *disk, const struct disk_slot *slot, uint32_t code)
+{
+    atoll_count(disk->domain, DISK_ERRORS, 1);
+    if (disk->failure.count++ != 0)
+        return;
+    disk->failure.offset_bytes = slot->offset_bytes;
+    disk->failure.length_bytes = slot->length_bytes;
+    disk->failure.opcode = slot->opcode;
+    disk->failure.code = code;
+}
+
 /* Ends a request. The state is the last word set, FREE the sign that buffers and place are dedup's again. */
 static void answer(struct disk *disk, struct disk_slot *slot, uint32_t code)
 {
@@ -35,7 +46,7 @@ static void answer(struct disk *disk, struct disk_slot *slot, uint32_t code)
     if (disk->hook != 0)
         disk->hook->finished(disk->hook->context, disk, slot, status);
     if (code != 0)
-        atoll_count(disk->domain, DISK_ERRORS, 1);
+        note_failure(disk, slot, code);
     send_done(disk, slot->identity, status, code);
     if (slot->state == DISK_SUBMITTED)
         disk->submitted--;
