@@ -152,9 +152,10 @@ def _make(path: str, wanted: int, size_given: bool, sparse: bool) -> None:
         if found is None:
             Path(path).unlink()  # not half a device, which the next start would take for a whole one
         room = os.statvfs(Path(path).parent)
+        hint = "" if sparse else "; --sparse makes it as it fills"
         raise BootError(
             f"device {path}: cannot make it {format_size(wanted)} long: {error.strerror}"
-            f" ({format_size(room.f_bavail * room.f_frsize >> 20 << 20)} free; --sparse makes it as it fills)"
+            f" ({format_size(room.f_bavail * room.f_frsize >> 20 << 20)} free{hint})"
         ) from None
     finally:
         os.close(descriptor)

@@ -354,8 +354,12 @@ def test_bad_devices(service: Service, tmp_path: Path) -> None:
     service.config["device"] = "/dev/null"
     assert "neither a file nor a block device" in last_line(fails(service)[1])
     service.config.update(device=str(tmp_path / "huge"), device_bytes=1 << 60, sparse=False)
-    assert "cannot make it 1EiB long" in last_line(fails(service)[1])
+    said = last_line(fails(service)[1])
+    assert "cannot make it 1EiB long" in said and "--sparse" in said
     assert not (tmp_path / "huge").exists()
+    service.config["sparse"] = True  # longer than any file
+    said = last_line(fails(service)[1])
+    assert "cannot make it 1EiB long" in said and "--sparse" not in said
 
 
 def test_bad_sockets(service: Service, tmp_path: Path) -> None:
