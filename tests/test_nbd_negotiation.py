@@ -67,7 +67,7 @@ def only(answer: Answer, kind: int, *words: str) -> OptionReply:
 
 def test_constants_are_those_of_c() -> None:
     assert negotiation.PIECE_BYTES == lib.NBD_REPLY_BYTES
-    assert negotiation.NAME_LIMIT_BYTES == lib.ATOLL_VOLUME_NAME_BYTES
+    assert negotiation.NAME_LIMIT_BYTES == lib.ATOLL_VOLUME_NAME_BYTES - 1
     assert negotiation.MAXIMUM_PAYLOAD * 2 == lib.ATOLL_REQUEST_BYTES
     for feature in Feature:
         assert feature == getattr(lib, f"NBD_FEATURE_{feature.name}")
@@ -265,6 +265,8 @@ def test_option_of_absurd_length(number: int) -> None:
     ("name", "kind", "word"),
     [
         (b"nobody", Rep.ERR_UNKNOWN, "nobody"),
+        (b"x" * 255, Rep.ERR_UNKNOWN, "x" * 255),
+        (b"x" * 256, Rep.ERR_UNKNOWN, "the limit is 255"),
         (b"x" * 257, Rep.ERR_UNKNOWN, "257"),
         (b"x" * 4097, Rep.ERR_TOO_BIG, "4097"),
         (b"ab\xff", Rep.ERR_INVALID, "UTF-8"),

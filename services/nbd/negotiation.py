@@ -26,7 +26,7 @@ FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES = 1, 2  # sections "Handshake flags" and "Cl
 
 OPTION_LIMIT_BYTES = 65536  # of an option's data; nic delivers no more
 STRING_LIMIT_BYTES = 4096  # section "String": names longer than this are not to be supported
-NAME_LIMIT_BYTES = 256  # a volume's name
+NAME_LIMIT_BYTES = 255  # a volume's name: VOLUME_NAME_BYTES in kernel/config.py
 PIECE_BYTES = 6144  # NBD_REPLY_BYTES: of a reply that goes out in one piece
 
 MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD = 1, 4096, 32 << 20  # announced; twice as long a request is accepted
