@@ -6,7 +6,7 @@
 - `create(name, size)` allocates all of it at once, in huge pages where they are to be had, and returns a writable
   descriptor (mode 0600).
 - `open_read_only(name)`, `open_writable(name)`: descriptors; the first really cannot be mapped writable.
-- `unlink(name)`, `list_objects(instance)`, `list_instances()`.
+- `unlink(name)`, `list_objects(instance)`, `list_instances()`; `available()` bytes for more.
 
 Errors are ObjectError with the object's name. After a crash: objects stay until somebody unlinks them; the next start
 finds them by `list_instances`.
@@ -44,9 +44,9 @@ def lock_name(instance: int, role: Role | int | str) -> str:
 
 def create(name: str, size: int) -> int:
     """A new object of `size` bytes, zeroed, every page allocated (no SIGBUS later); returns a writable descriptor."""
-    available = _available()
-    if available is not None and size > available:
-        raise _too_small(name, size, available)
+    free = available()
+    if free is not None and size > free:
+        raise _too_small(name, size, free)
     try:
         fd = int(posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600).fd)
     except posix_ipc.ExistentialError as error:
@@ -62,7 +62,7 @@ def create(name: str, size: int) -> int:
         os.close(fd)
         unlink(name)
         if error.errno in (errno.ENOSPC, errno.ENOMEM):
-            raise _too_small(name, size, _available() or 0) from error
+            raise _too_small(name, size, available() or 0) from error
         raise ObjectError(f"cannot allocate {size} bytes for {name}: {error.strerror}") from error
     return fd
 
@@ -75,7 +75,7 @@ def _huge_allowed() -> bool:
         return False
 
 
-def _available() -> int | None:
+def available() -> int | None:
     """Bytes free for shared memory; None if that cannot be told."""
     try:
         found = os.statvfs(FOLDER)
@@ -84,9 +84,9 @@ def _available() -> int | None:
     return None if found.f_blocks == 0 else found.f_bavail * found.f_frsize  # 0 blocks: tmpfs without a limit
 
 
-def _too_small(name: str, size: int, available: int) -> ObjectError:
+def _too_small(name: str, size: int, free: int) -> ObjectError:
     return ObjectError(
-        f"{FOLDER} is too small for shared-memory object {name}: {size} bytes wanted, {available} available"
+        f"{FOLDER} is too small for shared-memory object {name}: {size} bytes wanted, {free} available"
         f" (containers: give more with --shm-size)"
     )
 

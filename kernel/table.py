@@ -42,6 +42,7 @@ class Role:
     uring_files: int = 0  # entries of the io_uring's own file table
     optional: bool = False  # the service starts, goes on and stops without it
     turns: int = 1  # on a processor shared by others: process.be_ordinary
+    sized_by: tuple[str, ...] = ()  # keys of the configuration that make its arena larger or smaller
     backoff: bool = field(default=True)  # wait longer and longer where it dies by itself again and again
 
 
@@ -62,13 +63,14 @@ DISK = Role(
     rights=frozenset({DEVICE, URING}),
     threaded_engine="threads",
     uring_entries=STORAGE,
+    sized_by=("disk.cache_bytes",),
 )
 
 _ROWS = (
     KERNEL,
     DISK,
     # The same driver on another device.
-    replace(DISK, name="llrrm", number=lib.ATOLL_ROLE_LLRRM, optional=True),
+    replace(DISK, name="llrrm", number=lib.ATOLL_ROLE_LLRRM, optional=True, sized_by=("llrrm.cache_bytes",)),
     Role(
         "dedup",
         lib.ATOLL_ROLE_DEDUP,
@@ -77,6 +79,12 @@ _ROWS = (
         module="atoll.services.dedup",
         boot=2,
         turns=2,  # as many as nic: behind it, destage would fall back until writes had to wait for room in the log
+        sized_by=(
+            "dedup.metadata_cache_bytes",
+            "dedup.merge_buffer_bytes",
+            "dedup.fingerprint_entries",
+            "dedup.tier_entries",
+        ),
     ),
     Role(
         "nbd",
@@ -97,6 +105,7 @@ _ROWS = (
         uring_entries=DATA,
         uring_files=int(lib.ATOLL_CONNECTION_COUNT),
         turns=2,  # a request is received in one and answered in another; nbd needs one between them
+        sized_by=("nic.buffer_bytes",),
     ),
 )
 

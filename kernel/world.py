@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -383,11 +383,31 @@ def _channel() -> tuple[socket.socket, socket.socket]:
     return one, other
 
 
+def _check_room(arenas: Mapping[str, Arena]) -> None:
+    """All of them before the first: who is told of one alone finds the next one too large afterwards."""
+    wanted, available = sum(arena.arena_bytes for arena in arenas.values()), objects.available()
+    if available is None or wanted <= available:
+        return
+    each = [
+        f"{name} {_mebibytes(arena.arena_bytes)} ({', '.join(table.ROLES[name].sized_by)})"
+        for name, arena in sorted(arenas.items(), key=lambda item: -item[1].arena_bytes)
+        if table.ROLES[name].sized_by
+    ]
+    raise objects.ObjectError(
+        f"{objects.FOLDER} is too small: {_mebibytes(wanted)} are needed, {available >> 20} MiB are available; give"
+        f" it more (containers: --shm-size), or let less be needed: {', '.join(each)}"
+    )
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{-(-size_bytes >> 20)} MiB"
+
+
 def _make_objects(world: World) -> None:
-    for name, role in table.ROLES.items():
-        if world.adopted and name in table.KEPT:
-            continue
-        arena = world.arenas[name]
+    made = {name: each for name, each in world.arenas.items() if not (world.adopted and name in table.KEPT)}
+    _check_room(made)
+    for name, arena in made.items():
+        role = table.ROLES[name]
         descriptor = objects.create(objects.arena_name(world.instance, name), arena.arena_bytes)
         try:
             physmap.map_arena(role.number, descriptor, arena.arena_bytes, writable=True)

@@ -22,7 +22,7 @@ WINDOW = 16
 
 
 def plan(config: dict[str, Any], role: str = "") -> tuple[int, int]:
-    return 1 << 20, 1 << 20
+    return 1 << 20, config["testing"]["fault"].get("buffer_bytes", 1 << 20)
 
 
 class State:

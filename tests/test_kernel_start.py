@@ -20,6 +20,7 @@ import pytest
 from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 
 from atoll.ipc import objects
+from atoll.kernel import world
 from atoll.kernel.client import ControlError, NoServer
 from atoll.kernel.init import Init
 from atoll.kernel.instance import Record
@@ -360,6 +361,33 @@ def test_bad_devices(service: Service, tmp_path: Path) -> None:
     service.config["sparse"] = True  # longer than any file
     said = last_line(fails(service)[1])
     assert "cannot make it 1EiB long" in said and "--sparse" not in said
+
+
+def test_too_small_a_dev_shm_is_said_with_the_keys_that_ask_for_less(tmp_path: Path) -> None:
+    free = os.statvfs(objects.FOLDER)
+    service = Service(tmp_path, buffer_bytes=free.f_bavail * free.f_frsize + (1 << 20))
+    try:
+        status, said = fails(service)
+        assert status == 1
+        words = last_line(said)
+        assert words.startswith(f"atoll: {objects.FOLDER} is too small: ") and "--shm-size" in words, words
+        for key in ("nic.buffer_bytes", "disk.cache_bytes", "dedup.metadata_cache_bytes", "dedup.fingerprint_entries"):
+            assert key in words, words
+        record = json.loads((service.data / "instance.json").read_text())
+        assert record["clean"] is True and objects.list_objects(int(record["instance"], 16)) == []
+    finally:
+        assert not service.end()
+
+
+def test_each_arena_fits_and_all_together_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    arenas = {name: world.Arena(64 << 20, 32 << 20, 32 << 20) for name in ROLES}
+    monkeypatch.setattr(objects, "available", lambda: 256 << 20)
+    world._check_room(arenas)
+    monkeypatch.setattr(objects, "available", lambda: (256 << 20) - 4096)
+    with pytest.raises(objects.ObjectError, match="256 MiB are needed, 255 MiB are available"):
+        world._check_room(arenas)
+    monkeypatch.setattr(objects, "available", lambda: None)  # a tmpfs without a limit
+    world._check_room(arenas)
 
 
 def test_bad_sockets(service: Service, tmp_path: Path) -> None:
