@@ -85,7 +85,8 @@ class Killer:
             found = cli_kill.kill(self.client, role, number)
         except ControlError as error:
             return Kill(start, role, name, 0, None, None, error=str(error))
-        return Kill(start, role, name, found["pid"], found["detect_ms"], found["serving_ms"])
+        harmless = "" if found["new_pid"] else f"{name} does not end it"
+        return Kill(start, role, name, found["pid"], found["detect_ms"], found["serving_ms"], error=harmless)
 
     def _together(self, roles: Sequence[str], number: signal.Signals) -> list[Kill]:
         name = number.name.removeprefix("SIG")

@@ -212,13 +212,20 @@ def ps(data: Path, as_json: bool, watch: bool, interval: float) -> None:
     help="KILL, SEGV, STOP, ...",
 )
 def kill(data: Path, as_json: bool, role: str, number: signal.Signals) -> None:
-    """Kill the process that plays ROLE; say how long until that was noticed and until its successor served."""
+    """Kill the process that plays ROLE; say how long until that was noticed and until its successor served.
+
+    A signal that ends nobody (CONT, WINCH) is sent, and nothing waited for. Who is stopped (STOP) is replaced once work
+    waits for it.
+    """
     from atoll.kernel import cli_kill
 
     with Client(data, timeout_s=60.0) as client:
         document = cli_kill.kill(client, role, number)
     if as_json:
         emit(document)
+        return
+    if document["new_pid"] is None:
+        click.echo(f"{role}: process {document['pid']} was sent {document['signal']}, which does not end it")
         return
     noticed = "" if document["detect_ms"] is None else f"noticed after {document['detect_ms']:.2f} ms, "
     click.echo(

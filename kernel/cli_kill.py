@@ -27,7 +27,8 @@ def process_row(client: Client, role: str) -> dict[str, Any] | None:
 def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
     """Kills the process of a role and waits for its successor. Raises ControlError.
 
-    Returns role, signal, pid, new_pid, detect_ms (None if nobody measured it) and serving_ms.
+    Returns role, signal, pid, new_pid, detect_ms (None if nobody measured it) and serving_ms; new_pid and serving_ms
+    are None, and nothing is waited for, where the signal ends no process.
     """
     if role == "init":
         raise Refused("the death of init is the end of the service: atoll stop")
@@ -36,12 +37,18 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
     row = process_row(client, role)
     if row is None or not row.get("pid"):
         raise Refused(f"no process plays {role} now")
+    from atoll.kernel.process import outlives  # slow to import
+
     pid = int(row["pid"])
+    killed = {"role": role, "signal": number.name.removeprefix("SIG"), "pid": pid}
+    harmless = outlives(pid, number)
     start_ns = time.monotonic_ns()
     try:
         descriptor = os.pidfd_open(pid)
         try:
             signal.pidfd_send_signal(descriptor, number)
+            if harmless:
+                return killed | {"new_pid": None, "detect_ms": None, "serving_ms": None}
             ended = wait_readable(descriptor, client.timeout_s)
             detect_ns = time.monotonic_ns() - start_ns
         finally:
@@ -61,10 +68,7 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
         if time.monotonic() >= deadline:
             raise NoAnswer(f"{role} has no successor {client.timeout_s:g} s after the death of process {pid}")
         time.sleep(0.002)
-    return {
-        "role": role,
-        "signal": number.name.removeprefix("SIG"),
-        "pid": pid,
+    return killed | {
         "new_pid": row["pid"],
         "detect_ms": round(detect_ns / 1e6, 3),
         "serving_ms": round((time.monotonic_ns() - start_ns) / 1e6, 3),

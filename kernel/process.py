@@ -2,6 +2,7 @@
 
 - `look(pid)`             state, parent, start time, exit status from /proc, or None
 - `name_of(pid)`          its name
+- `outlives(pid, signal)` whether a signal does nothing to it
 - `Process`               a pid that cannot be mistaken for another's: pid, start time, pidfd
 - `name_this`, `die_with_parent`, `adopt_orphans`, `be_protected`    settings of the calling process
 - `come_first`, `be_ordinary`    how soon a process runs
@@ -31,6 +32,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 OWN_SIGNALS = frozenset(
     {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 )
+
+# What continues a process or does nothing to it, unless it asks for more (signal(7)).
+_HARMLESS = frozenset({signal.SIGCONT, signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH})
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
@@ -160,6 +164,18 @@ def start_time(pid: int) -> int:
     """Clock ticks since boot; 0 if there is no such process."""
     found = look(pid)
     return 0 if found is None else found.start_time
+
+
+def outlives(pid: int, number: signal.Signals) -> bool:
+    """True if a process of ours goes on after this signal, by itself or because it ignores it (Python: PIPE)."""
+    if number in _HARMLESS:
+        return True
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    ignored = next((line.split()[1] for line in text.splitlines() if line.startswith("SigIgn:")), "0")
+    return bool(int(ignored, 16) >> (number - 1) & 1)
 
 
 def name_of(pid: int) -> str:

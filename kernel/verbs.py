@@ -3,6 +3,7 @@
 status                                  volumes, space, write log, engines, counters
 ps                                      {"domains": [rows], "stopping": text}
 kill      role, signal                  {role, signal, pid, new_pid, detect_ms, serving_ms}
+                                        (the last three None: the signal ends nobody)
 volume-list                             {"volumes": [...]}
 volume-create name, size_bytes, read_only, threshold, tier_threshold   volume-set name, threshold, tier_threshold
 volume-resize name, size_bytes          volume-delete name, force
@@ -23,7 +24,7 @@ from typing import Any
 
 from atoll.ipc import physmap
 from atoll.ipc.crashpoint import point_hash
-from atoll.kernel import table, views
+from atoll.kernel import process, table, views
 from atoll.kernel.calls import Calls
 from atoll.kernel.control import Refused, Reply
 from atoll.kernel.life import Life, Phase
@@ -220,9 +221,16 @@ class Verbs:
         victim = life.active
         if victim is None or life.phase not in (Phase.SERVING, Phase.RECOVERING):
             raise Refused(f"{life.role.name} is not serving now ({views.state_of(life, True)})")
-        started_ns = time.monotonic_ns()
-        life.detected_ns = 0
         pid = victim.pid
+        harmless = process.outlives(pid, number)
+        killed = {"role": life.role.name, "signal": number.name.removeprefix("SIG"), "pid": pid}
+        started_ns = time.monotonic_ns()
+        if not victim.send(number):
+            raise Refused(f"{life.role.name}, process {pid}, ended by itself a moment ago")
+        if harmless:
+            reply(killed | {"new_pid": None, "detect_ms": None, "serving_ms": None})
+            return
+        life.detected_ns = 0
         finished = False
 
         def done(served: Life) -> None:
@@ -232,10 +240,8 @@ class Verbs:
             finished = True
             header = physmap.header(life.role.number)
             reply(
-                {
-                    "role": life.role.name,
-                    "signal": number.name.removeprefix("SIG"),
-                    "pid": pid,
+                killed
+                | {
                     "new_pid": served.active.pid,
                     "detect_ms": round((served.detected_ns - started_ns) / MS, 3) if served.detected_ns else None,
                     "serving_ms": round((int(header.serving_ns) - started_ns) / MS, 3),
@@ -251,13 +257,11 @@ class Verbs:
                     {
                         "ok": False,
                         "error": f"{life.role.name} has no successor {KILL_TIMEOUT_NS // SECOND} s after {number.name}"
-                        f" (state {state}; without work to do a stopped process is not missed)",
+                        f" (state {state}; without work to do a stopped process is not missed; CONT lets it go on)",
                     }
                 )
 
         life.waiting_kills.append(done)
-        if not victim.send(number):
-            raise Refused(f"{life.role.name}, process {pid}, ended by itself a moment ago")
         self.supervisor.loop.at(started_ns + KILL_TIMEOUT_NS, late)
 
     # --- Tests and proofs ---

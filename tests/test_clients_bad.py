@@ -427,6 +427,15 @@ def test_killing_what_is_no_role(module_server: Server) -> None:
     assert "init" in module_server.cli("kill", "init", status=4).stderr
 
 
+@pytest.mark.parametrize("role", ["nic", "kernel"])
+def test_a_signal_that_does_not_end_a_process(module_server: Server, role: str) -> None:
+    pid = module_server.row(role)["pid"]
+    said = module_server.cli("kill", role, "--signal", "CONT").stdout
+    assert said == f"{role}: process {pid} was sent CONT, which does not end it\n"
+    assert module_server.kill(role, "CONT")["new_pid"] is None
+    assert module_server.row(role)["pid"] == pid
+
+
 def test_stop_by_signal(make_server: MakeServer) -> None:
     server = make_server().start()
     assert server.process is not None

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from kernelkit import ROLES, Service, alive, wait_for, writable_maps
 
-from atoll.kernel.client import NoAnswer, Refused
+from atoll.kernel import cli_kill, process
+from atoll.kernel.client import Client, NoAnswer, Refused
 
 
 @pytest.fixture
@@ -225,6 +226,23 @@ def test_a_stopped_domain_is_missed_when_there_is_work(service: Service) -> None
     after = service.whole()
     assert after["dedup"]["pid"] == rows["dedup"]["standby_pid"]
     assert service.ask("dedup", "report")["previous_signal"] == signal.SIGSTOP
+
+
+def test_signals_that_end_nobody(service: Service) -> None:
+    """What continues, what nothing is done about, what Python ignores: said at once, and the process goes on."""
+    rows = service.whole()
+    os.kill(rows["nbd"]["pid"], signal.SIGSTOP)
+    wait_for("nbd has stopped", lambda: (found := process.look(rows["nbd"]["pid"])) is not None and found.stopped)
+    for name in ("CONT", "WINCH", "PIPE"):
+        answer = service.call("kill", role="nbd", signal=name)
+        assert (answer["pid"], answer["new_pid"]) == (rows["nbd"]["pid"], None)
+        with Client(service.data) as client:
+            answer = cli_kill.kill(client, "kernel", signal.Signals[f"SIG{name}"])
+        assert (answer["pid"], answer["new_pid"]) == (rows["kernel"]["pid"], None)
+    service.ping(100)
+    service.round_trip()
+    after = service.rows()
+    assert [after[role]["pid"] for role in ("nbd", "kernel")] == [rows[role]["pid"] for role in ("nbd", "kernel")]
 
 
 def test_without_work_nobody_is_missed(service: Service) -> None:
