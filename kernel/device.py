@@ -161,6 +161,11 @@ def _make(path: str, wanted: int, size_given: bool, sparse: bool) -> None:
         os.close(descriptor)
 
 
+def why_not(error: OSError) -> str:
+    """Of a device that cannot be opened."""
+    return "in use (mounted, or held by another program)" if error.errno == errno.EBUSY else str(error.strerror)
+
+
 def _open(path: str) -> tuple[int, bool]:
     flags = os.O_RDWR | os.O_CLOEXEC
     if stat.S_ISBLK(Path(path).stat().st_mode):
@@ -168,14 +173,12 @@ def _open(path: str) -> tuple[int, bool]:
     try:
         return os.open(path, flags | os.O_DIRECT), True
     except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise BootError(f"device {path}: in use (mounted, or held by another program)") from None
         if error.errno != errno.EINVAL:
-            raise BootError(f"device {path}: {error.strerror}") from None
+            raise BootError(f"device {path}: {why_not(error)}") from None
     try:  # file systems without direct I/O say EINVAL
         return os.open(path, flags), False
     except OSError as error:
-        raise BootError(f"device {path}: {error.strerror}") from None
+        raise BootError(f"device {path}: {why_not(error)}") from None
 
 
 def wait_until_idle(device: Device) -> bool:

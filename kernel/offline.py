@@ -67,9 +67,8 @@ def claim(device: Path) -> int:
     try:
         descriptor = os.open(device, os.O_RDONLY | os.O_CLOEXEC | (os.O_EXCL if is_block else 0))
     except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise BootError(f"device {device}: in use (mounted, or held by another program)", EXIT_RUNNING) from None
-        raise BootError(f"device {device}: {error.strerror}", EXIT_CONFIG) from None
+        status = EXIT_RUNNING if error.errno == errno.EBUSY else EXIT_CONFIG
+        raise BootError(f"device {device}: {devices.why_not(error)}", status) from None
     try:
         devices.claim(devices.Device(descriptor, str(device), 0, False, is_block))
     except BootError as error:
