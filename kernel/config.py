@@ -79,6 +79,10 @@ class Size(int):
     """Bytes; in a file or an option a number or a text such as "512M" or "8GiB"."""
 
 
+# Not empty, and what the operating system can take.
+FilePath = Annotated[str, Meta(pattern=r"^[^\0]+$")]
+
+
 class Nic(Struct, forbid_unknown_fields=True, kw_only=True):
     max_connections: Annotated[int, Meta(ge=1, le=CONNECTION_COUNT - 1)] = 1500
     requests_per_connection: Annotated[int, Meta(ge=1, le=SLOT_COUNT // 2)] = 64
@@ -155,13 +159,13 @@ class Volume(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class Config(Struct, forbid_unknown_fields=True, kw_only=True):
-    data: str = ""
+    data: FilePath | None = None
     listen: list[str] | None = None
-    unix: list[str] | None = None
-    device: str | None = None
+    unix: list[FilePath] | None = None
+    device: FilePath | None = None
     device_size: Size | None = None
     sparse: bool = False
-    fast_device: str | None = None
+    fast_device: FilePath | None = None
     fast_device_size: Size | None = None
     volumes: list[Volume] | None = None
     nic: Nic = field(default_factory=Nic)
@@ -341,18 +345,12 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`")
 
 
 def _convert(raw: Mapping[str, Any], source: str) -> Config:
-    for key in ("data", "device", "fast_device", "unix"):
-        values = raw.get(key)
-        for index, value in enumerate(values if isinstance(values, list) else [values]):
-            if isinstance(value, str) and ("\0" in value or not value):
-                where = f"{key}[{index}]" if isinstance(values, list) else key
-                raise ConfigError(f"{source}: {where}: expected a path, got {value!r}")
     try:
         return msgspec.convert(dict(raw), Config, dec_hook=_hook)
     except msgspec.ValidationError as error:
         match = _AT.fullmatch(str(error))
         assert match is not None
-        what, path = match["what"], _indexed(match["path"] or "", raw)
+        what, path = match["what"], match["path"] or ""
         unknown = _UNKNOWN.fullmatch(what)
         if unknown is not None:
             known = _keys_at(path)
@@ -366,6 +364,8 @@ def _convert(raw: Mapping[str, Any], source: str) -> Config:
             what = f"expected one of {', '.join(map(repr, get_args(kinds)))}, got {_value_at(raw, path)!r}"
         elif what.startswith("Object missing required field"):
             what = f"key {what.split('`')[1]!r} is missing"
+        elif "matching regex" in what:  # FilePath's
+            what = f"expected a path, got {_value_at(raw, path)!r}"
         elif "got" not in what:
             what = f"{what}, got {_value_at(raw, path)!r}"
         if what.startswith("Expected `"):
@@ -373,21 +373,6 @@ def _convert(raw: Mapping[str, Any], source: str) -> Config:
                 what = what.replace(theirs, ours)
         what = what[0].lower() + what[1:]
         raise ConfigError(f"{source}: {path}: {what}" if path else f"{source}: {what}") from None
-
-
-def _indexed(path: str, raw: Mapping[str, Any]) -> str:
-    """msgspec says `volumes[...]`; the first entry that fails by itself is the one meant."""
-    if "[...]" not in path:
-        return path
-    prefix = path.partition("[...]")[0]
-    entries = _value_at(raw, prefix)
-    kind = Volume if prefix == "volumes" else str
-    for index, entry in enumerate(entries if isinstance(entries, list) else []):
-        try:
-            msgspec.convert(entry, kind, dec_hook=_hook)
-        except msgspec.ValidationError:
-            return path.replace("[...]", f"[{index}]", 1)
-    return path
 
 
 def _keys_at(path: str) -> list[str]:
