@@ -302,7 +302,7 @@ static bool close_step(struct store *store)
     if (area->super_clean && area->log_fill == 0 && area->log_next == area->log_start)
         STORE_SET(store, closed, 1);
     else
-        STORE_SET(store, checkpoint_wanted, 1);
+        store_want_checkpoint(store);
     return true;
 }
 

@@ -229,8 +229,8 @@ static enum store_want make(struct store *store, uint64_t page, uint32_t parent,
     bool map = FORMAT_PAGE_TREE(page) == FORMAT_TREE_MAP;
     uint64_t most;
     if (map && area->state == STORE_READY && store_map_room(store->dedup, &most) == 0) {
-        if (!area->checkpoint_wanted && area->frames_dirty != 0) /* it gives empty pages back */
-            STORE_SET(store, checkpoint_wanted, 1);
+        if (area->frames_dirty != 0)
+            store_want_checkpoint(store); /* it gives empty pages back */
         return lost(store, page, ATOLL_ENOSPC);
     }
     uint32_t made = take_frame(store, page, parent);
@@ -411,8 +411,7 @@ void store_cache_io(struct store *store, uint64_t number, uint32_t status)
     if (repair) { /* written anew by the next checkpoint, which comes at once */
         store_mark_dirty(store, frame);
         store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
-        if (!store->area->checkpoint_wanted)
-            STORE_SET(store, checkpoint_wanted, 1);
+        store_want_checkpoint(store);
     }
 }
 
@@ -493,9 +492,8 @@ bool store_cache_step(struct store *store)
             break;
     }
     /* Nothing clean is left, and somebody waits. */
-    if (store->freed_count == 0 && store->starved && store->area->frames_dirty != 0 && !store->area->checkpoint_wanted &&
-        store->area->state == STORE_READY && store->area->checkpoint_phase == CHECKPOINT_IDLE)
-        STORE_SET(store, checkpoint_wanted, 1);
+    if (store->freed_count == 0 && store->starved && store->area->state == STORE_READY)
+        store_want_clean_pages(store, 1);
     if (store->starved_urgent)
         store->stamp++; /* those that were urgent before are it no more */
     return woken || store->freed_count != 0;

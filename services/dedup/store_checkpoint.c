@@ -323,6 +323,18 @@ static bool pages_step(struct store *store)
 
 /* --- Its beginning and its course -------------------------------------------------------------------------------------- */
 
+void store_want_checkpoint(struct store *store)
+{
+    if (!store->area->checkpoint_wanted)
+        STORE_SET(store, checkpoint_wanted, 1);
+}
+
+void store_want_clean_pages(struct store *store, uint64_t least)
+{
+    if (store->area->checkpoint_phase == CHECKPOINT_IDLE && store->area->frames_dirty >= least)
+        store_want_checkpoint(store);
+}
+
 static bool wanted(const struct store *store)
 {
     const struct store_area *area = store->area;

@@ -420,6 +420,9 @@ void store_rewrite_begin(struct store *store);
 bool store_rewrite_step(struct store *store);
 
 /* --- store_checkpoint.c --- */
+void store_want_checkpoint(struct store *store);               /* behind the one that is under way, if one is */
+/* Somebody needs pages that can be let go. A checkpoint under way makes such, and with fewer dirty ones than `least` none would. */
+void store_want_clean_pages(struct store *store, uint64_t least);
 bool store_checkpoint_step(struct store *store);
 void store_checkpoint_io(struct store *store, enum store_io what, uint64_t number, uint32_t status);
 /* A frame's page as the device shall hold it now (4096 bytes). */

@@ -28,8 +28,7 @@ bool store_full_of_changes(struct store *store)
     struct store_area *area = store->area;
     if (area->frames_held < store_held_limit(store))
         return false;
-    if (area->checkpoint_phase == CHECKPOINT_IDLE && !area->checkpoint_wanted && area->frames_dirty >= FEW_DIRTY)
-        STORE_SET(store, checkpoint_wanted, 1);
+    store_want_clean_pages(store, FEW_DIRTY);
     if (area->changed && !area->sync_wanted && area->sync_phase == SYNC_IDLE) /* pending blocks hold pages too */
         STORE_SET(store, sync_wanted, 1);
     /* With few dirty pages a checkpoint would not help: what is held is logged entries and blocks in flight. These go on, or nobody ever would. */
@@ -51,8 +50,7 @@ enum store_want store_want_map(struct dedup *dedup, uint32_t volume, uint64_t lb
     for (uint64_t leaf = lba / FORMAT_LEAF_ENTRIES; count != 0 && leaf <= last / FORMAT_LEAF_ENTRIES; leaf++) {
         uint32_t frame;
         if (use == STORE_LOG && pressed(store) && !holds_leaf(store, volume, leaf)) {
-            if (store->area->frames_dirty != 0 && store->area->checkpoint_phase == CHECKPOINT_IDLE && !store->area->checkpoint_wanted)
-                STORE_SET(store, checkpoint_wanted, 1);
+            store_want_clean_pages(store, 1);
             worst = worse(worst, STORE_WAIT);
             continue;
         }

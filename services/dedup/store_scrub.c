@@ -132,8 +132,7 @@ enum store_repair store_page_repair(struct dedup *dedup, uint64_t page, uint64_t
         store_mark_dirty(store, frame);
     }
     store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
-    if (!store->area->checkpoint_wanted)
-        STORE_SET(store, checkpoint_wanted, 1);
+    store_want_checkpoint(store);
     return STORE_REPAIR_DONE;
 }
 
