@@ -14,12 +14,10 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.ipc import objects
-from atoll.ipc._ipc import lib
 from atoll.kernel import device as devices
-from atoll.kernel import process, table
+from atoll.kernel import lastrun, process
 from atoll.kernel.config import DEFAULT_DEVICE, format_size
-from atoll.kernel.instance import EXIT_CONFIG, EXIT_RUNNING, BootError, Directory, Record, boot_id
+from atoll.kernel.instance import EXIT_CONFIG, EXIT_RUNNING, BootError, Directory, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +76,19 @@ def claim(device: Path) -> int:
 
 
 def left_in_memory(record: Record | None) -> str:
-    if record is None or record.clean or not record.served:
+    if record is None or record.clean:
         return ""
-    there = set(objects.list_objects(record.instance))
-    wanted = {objects.arena_name(record.instance, role) for role in table.KEPT}
-    if record.boot_id != boot_id() or not wanted <= there:
+    if not lastrun.there(record):
         return ""  # lost, whatever is done now
-    mine = int(lib.ATOLL_LAYOUT_VERSION)
-    if record.layout_version != mine:
+    if record.layout_version != lastrun.LAYOUT_VERSION:
         return (
             "the last run ended without a stop: writes that it acknowledged may still be in its shared memory, whose"
-            f" layout is {record.layout_version}, and this program's is {mine} (to give them up:"
+            f" layout is {record.layout_version}, and this program's is {lastrun.LAYOUT_VERSION} (to give them up:"
             f" rm /dev/shm/atoll-{record.instance:016x}-*); atoll serve of the release that made it takes them over,"
             " atoll stop puts them on the device"
         )
+    if lastrun.served(record) is False:
+        return ""  # there is nothing to lose
     return (
         "the last run ended without a stop: writes that it acknowledged may still be in shared memory, not on the"
         " device; atoll serve takes them over, atoll stop puts them on the device"

@@ -26,16 +26,16 @@ from atoll.ipc import objects, physmap, rolelock, uring
 from atoll.ipc._ipc import ffi, lib
 from atoll.ipc.runtime import Listener
 from atoll.kernel import device as devices
+from atoll.kernel import lastrun, placement, process, records, table
 from atoll.kernel import listeners as sockets
-from atoll.kernel import placement, process, records, table
 from atoll.kernel.instance import EXIT_CONFIG, BootError, Directory, Record, boot_id
+from atoll.kernel.lastrun import LAYOUT_VERSION
 from atoll.kernel.latency import Request
 from atoll.kernel.offline import left_in_memory
 
 log = logging.getLogger("atoll")
 
 CONTROL_SOCKET = "control.sock"
-LAYOUT_VERSION = int(lib.ATOLL_LAYOUT_VERSION)
 _SUSPECTS_OFFSET = 12288  # ipc/layout.h
 
 
@@ -223,15 +223,12 @@ def _adoptable(last: Record) -> bool:
     Raises BootError if all of it is there and only another release can read it."""
     if last.clean:
         return False
-    if last.layout_version != LAYOUT_VERSION and (left := left_in_memory(last)):
-        raise BootError(left)
-    names = {objects.arena_name(last.instance, role): role for role in table.KEPT}
-    present = set(names) & set(objects.list_objects(last.instance))
-    if last.boot_id == boot_id() and present == set(names):
-        heads = {role: _read_head(name, last, role) for name, role in names.items()}
-        if all(head is not None for head in heads.values()):
-            # Nobody ever served: nothing can have been acknowledged, and the tables may be half made.
-            return last.served or all(head is not None and head[1] for head in heads.values())
+    if lastrun.there(last):
+        if last.layout_version != LAYOUT_VERSION:
+            raise BootError(left_in_memory(last))
+        served = lastrun.served(last)
+        if served is not None:
+            return served
     if not last.served:
         return False
     if last.boot_id != boot_id():
@@ -244,32 +241,6 @@ def _adoptable(last: Record) -> bool:
         reason,
     )
     return False
-
-
-def _read_head(name: str, last: Record, role: str) -> tuple[int, bool] | None:
-    """(incarnation, whether it ever served) of an object of the last run; None if it is not what the record says."""
-    expected = last.arenas.get(role)
-    if expected is None:
-        return None
-    descriptor = objects.open_read_only(name)
-    try:
-        if objects.size_of(descriptor) != expected["bytes"]:
-            return None
-        with physmap.Elsewhere(descriptor, expected["bytes"]) as arena:
-            header = arena.header
-            if (
-                header.magic != lib.ATOLL_ARENA_MAGIC
-                or header.layout_version != LAYOUT_VERSION
-                or header.role != table.ROLES[role].number
-                or header.instance != last.instance
-                or header.arena_bytes != expected["bytes"]
-                or header.role_bytes != expected["role_bytes"]
-                or header.buffer_bytes != expected["buffer_bytes"]
-            ):
-                return None
-            return int(header.incarnation), bool(header.serving_ns)
-    finally:
-        os.close(descriptor)
 
 
 # What a start that adopts arenas may have otherwise.

@@ -20,12 +20,13 @@ import pytest
 from kernelkit import ROLES, RUNNER, Service, alive, wait_for
 
 from atoll.ipc import objects
+from atoll.ipc._ipc import ffi
 from atoll.kernel import world
 from atoll.kernel.client import ControlError, NoServer
 from atoll.kernel.init import Init
-from atoll.kernel.instance import Record
+from atoll.kernel.instance import BootError, Record
 from atoll.kernel.listeners import open_all
-from atoll.kernel.offline import left_in_memory
+from atoll.kernel.offline import enlarge, left_in_memory, open_store
 from atoll.kernel.verbs import TRACE_BOUND_NS, Verbs
 
 
@@ -165,6 +166,37 @@ def test_shared_memory_of_another_release_is_left_alone(service: Service) -> Non
         objects.unlink(name)
     service.start()
     assert "acknowledged but not flushed are lost" in service.log_text()
+    assert service.stop() == 0
+
+
+def test_a_record_that_could_not_be_written_hides_no_writes(service: Service) -> None:
+    """When the first clients came the file system was full: the device is the next start's all the same."""
+    service.start()
+    service.die()
+    path = service.data / "instance.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"served": False}))
+    store = open_store(service.data, None, folder_given=True)
+    try:
+        assert "may still be in shared memory" in store.unflushed
+        with pytest.raises(BootError, match="may still be in shared memory"):
+            enlarge(store, 256 << 20, sparse=True)
+    finally:
+        store.close()
+    service.start()
+    assert service.ask("dedup", "report")["adopted"] is True
+    service.die()
+
+    # Nobody had ever served: nothing waits, and the next start is a fresh one.
+    path.write_text(json.dumps(record | {"served": False}))
+    with open(objects.FOLDER / f"atoll-{record['instance']}-dedup", "r+b") as arena:
+        arena.seek(ffi.offsetof("struct atoll_arena_header", "serving_ns"))
+        arena.write(bytes(8))
+    store = open_store(service.data, None, folder_given=True)
+    store.close()
+    assert store.unflushed == ""
+    service.start()
+    assert service.ask("dedup", "report")["adopted"] is False
     assert service.stop() == 0
 
 
