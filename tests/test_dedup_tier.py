@@ -279,6 +279,31 @@ def test_errors_send_readers_to_the_main_device(stage: Tiered) -> None:
     assert stage.reads(LLRRM)
 
 
+def test_a_device_that_became_smaller_is_away_until_it_is_whole_again(stage: Tiered) -> None:
+    for index in range(20):
+        stage.put(2 * index, block(1700 + index))
+        stage.put(100 + 2 * index, block(1700 + index))
+    stage.settle()
+    stage.forget_cache()
+    smaller = 1 + 4 + 10  # superblock, table, ten places
+    stage.io_rule = lambda io: EIO if io.role == LLRRM and io.offset + io.length > smaller * BLOCK else OK
+    stage.io_log.clear()
+    for index in range(20):
+        stage.get(2 * index)
+    stage.until("given up", lambda: stage.figures().tier_state == AWAY)
+    assert b"smaller than it was" in stage.ffi.string(stage.lib.dedup_tier_reason(stage.state))
+    stage.until("asked again", lambda: stage.counters()["tier_aways"] >= 2)
+    assert not [io for io in stage.io_log if (io.role, io.opcode, io.offset) == (LLRRM, WRITE, 0)], "left as it is"
+    assert stage.counters()["errors"] == 0
+    stage.io_rule = None
+    stage.until("taken back", lambda: stage.figures().tier_state == ONLINE)
+    stage.forget_cache()
+    stage.io_log.clear()
+    for index in range(20):
+        stage.get(2 * index)
+    assert stage.reads(LLRRM)
+
+
 def test_a_silent_driver_holds_up_nobody(stage: Tiered) -> None:
     """Dead and not replaced: what it was asked for comes late or never; its buffers are not used before."""
     for index in range(6):

@@ -69,7 +69,9 @@ enum tier_state {
 };
 enum tier_copy_state { COPY_FREE = 0, COPY_READING = 1, COPY_WRITING = 2 };
 /* What an I/O of kind IO_TIER is for: top byte of its argument; the rest is a number. */
-enum tier_io { TIER_IO_SUPER_READ = 1, TIER_IO_SUPER_WRITE = 2, TIER_IO_TABLE_READ = 3, TIER_IO_TABLE_WRITE = 4, TIER_IO_COPY = 5 };
+enum tier_io {
+    TIER_IO_SUPER_READ = 1, TIER_IO_SUPER_WRITE = 2, TIER_IO_TABLE_READ = 3, TIER_IO_TABLE_WRITE = 4, TIER_IO_COPY = 5, TIER_IO_END_READ = 6
+};
 
 struct tier_entry {
     uint64_t pba;
@@ -122,6 +124,7 @@ struct tier {
     uint64_t table_left;     /* pages of it that may still be written this time */
     uint64_t bounced;        /* table pages in the bounce pages that are not taken over yet */
     uint64_t bounce_first;   /* number of the first of them */
+    enum { END_UNKNOWN, END_GOOD, END_BAD } end; /* NEW: the device's last block, read before its superblock */
     bool closing;            /* the table is to be written now */
     uint64_t recent[64];     /* PBAs queued lately: a block shared again and again is queued once */
     uint64_t refused;        /* duplicates */
@@ -149,8 +152,8 @@ bool tier_submit(struct datapath *dp, enum io_kind kind, uint64_t argument, uint
                  const struct atoll_segment *segments, uint32_t count);
 uint64_t tier_room(const struct datapath *dp);
 void tier_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t status);
-/* An I/O at llrrm has been answered, whatever for. */
-void tier_answered(struct datapath *dp, uint32_t status, bool superblock);
+/* An I/O at llrrm has been answered, whatever for. `asked`: it was to see whether the device is still the same. */
+void tier_answered(struct datapath *dp, uint32_t status, bool asked);
 bool tier_step(struct datapath *dp, uint64_t *wake_ms);
 /* True when the table on the device is as in memory, or the device does not answer. Asks for it. */
 bool tier_quiet(struct datapath *dp);

@@ -26,6 +26,7 @@ static void *memory_at(uint64_t address) { return (void *)(uintptr_t)address; }
 static void set_state(struct datapath *dp, enum tier_state state)
 {
     dp_set64(dp, &dp->tier.area->state, state);
+    dp->tier.end = END_UNKNOWN;
     dp->retry = true;
 }
 
@@ -140,7 +141,7 @@ static void away(struct datapath *dp, const char *reason)
 }
 _Static_assert(sizeof(((struct tier_area *)0)->reason) % 8 == 0 && offsetof(struct tier_area, reason) % 8 == 0, "saved by words");
 
-void tier_answered(struct datapath *dp, uint32_t status, bool superblock)
+void tier_answered(struct datapath *dp, uint32_t status, bool asked)
 {
     struct tier *tier = &dp->tier;
     assert(tier->in_flight != 0);
@@ -149,13 +150,14 @@ void tier_answered(struct datapath *dp, uint32_t status, bool superblock)
     if (status != ATOLL_OK) {
         tier->good = 0;
         tier->errors++;
-        /* Is it still the same? A file that was truncated, and that writes have lengthened again, has lost its superblock. */
+        /* Is it still the same? A file that was truncated, and that writes have lengthened again, has lost its superblock; what
+         * became smaller, its last block. */
         if (tier->area->state == TIER_ONLINE || tier->area->state == TIER_LOADING)
             set_state(dp, TIER_NEW);
         return;
     }
-    if (superblock)
-        return; /* that it is there says nothing about what failed */
+    if (asked)
+        return; /* that these are there says nothing about what failed */
     tier->errors = 0;
     if (++tier->good == GOOD_ANSWERS)
         tier->backoff_ns = TIER_RETRY_FIRST_NS;
@@ -348,7 +350,7 @@ void tier_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t stat
     struct tier_area *area = tier->area;
     uint64_t number = slot->argument & 0x00ffffffffffffffu;
     enum tier_io what = (enum tier_io)(slot->argument >> 56);
-    tier_answered(dp, status, what == TIER_IO_SUPER_READ);
+    tier_answered(dp, status, what == TIER_IO_SUPER_READ || what == TIER_IO_END_READ);
     if (what == TIER_IO_COPY) {
         tier_copy_done(dp, (uint32_t)number, status);
         return;
@@ -362,11 +364,18 @@ void tier_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t stat
         dp_set64(dp, &area->pending, 0);
     if (area->state == TIER_AWAY)
         return; /* it was silent too long: asked again from the beginning */
+    if (what == TIER_IO_END_READ) {
+        tier->end = status == ATOLL_OK ? END_GOOD : END_BAD;
+        dp->retry = true;
+        return;
+    }
     if (status != ATOLL_OK) {
         away(dp, what == TIER_IO_SUPER_WRITE ? "its superblock cannot be written" : "its superblock or table cannot be read");
         return;
     }
-    if (what == TIER_IO_SUPER_READ && area->state == TIER_NEW)
+    if (what == TIER_IO_SUPER_READ && area->state == TIER_NEW && tier->end == END_BAD)
+        away(dp, "its last block cannot be read: it may be smaller than it was");
+    else if (what == TIER_IO_SUPER_READ && area->state == TIER_NEW)
         super_read(dp);
     else if (what == TIER_IO_SUPER_WRITE && area->state == TIER_FORMATTING)
         set_state(dp, TIER_ONLINE);
@@ -376,17 +385,27 @@ void tier_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t stat
     }
 }
 
+/* The last block too: else a device that became smaller would be taken for whole after each error, until the next one. */
+static bool ask(struct datapath *dp)
+{
+    struct tier *tier = &dp->tier;
+    struct tier_area *area = tier->area;
+    bool first = tier->end == END_UNKNOWN;
+    enum tier_io what = first ? TIER_IO_END_READ : TIER_IO_SUPER_READ;
+    uint64_t block = first ? tier_block(tier, (uint32_t)area->places - 1) : 0;
+    if (area->pending != 0 || !submit_pages(dp, what, 0, ATOLL_OP_IO_READ, block, tier->bounce, first ? 1 : TIER_BOUNCE_PAGES))
+        return false;
+    tier->bounced = 0;
+    dp_set64(dp, &area->pending, what);
+    return true;
+}
+
 static bool work(struct datapath *dp, uint64_t now_ns)
 {
     struct tier_area *area = dp->tier.area;
     switch (area->state) {
     case TIER_NEW:
-        if (area->pending != 0 ||
-            !submit_pages(dp, TIER_IO_SUPER_READ, 0, ATOLL_OP_IO_READ, 0, dp->tier.bounce, TIER_BOUNCE_PAGES))
-            return false;
-        dp->tier.bounced = 0;
-        dp_set64(dp, &area->pending, TIER_IO_SUPER_READ);
-        return true;
+        return ask(dp);
     case TIER_FORMATTING:
         return area->pending == 0 && (tier_clear_some(dp) || format(dp));
     case TIER_LOADING:
