@@ -86,6 +86,28 @@ def test_what_does_not_pay_is_tried_less() -> None:
         assert counters["ahead_used_blocks"] <= 2 * len(neighbourhoods)
 
 
+@pytest.mark.parametrize("each", [2, 4])
+def test_a_batch_whose_neighbourhoods_do_not_fit_into_memory_goes_on(each: int) -> None:
+    """One is read after the other, as where requests come one by one, and pushes out what was read before."""
+    with Stage(nic_pages=2048, cache_pages=512, device_blocks=16384, prints=1 << 16) as it:
+        volume = store(it, 8 * COUNT)
+        chance = random.Random(3)
+        chosen = chance.sample(range(128, 256), 128 // each)
+        order = [32 * number + at for number in chosen for at in chance.sample(range(32), each)]
+        chance.shuffle(order)
+        for at, number in enumerate(order):
+            it.write(volume, (8 * COUNT + 2 * at) * BLOCK, block(number), lib.ATOLL_FLAG_ALONE)
+        for _ in range(1000):
+            it.turn()
+            it.disk()
+            it.answers()
+        counters = it.counters()
+        assert it.figures().log_records == 0 and counters["shared_blocks"] == 128
+        assert counters["ahead_read_blocks"] <= 2 * 64 * 32, "two batches at most"
+        assert counters["ahead_used_blocks"] <= 128, "what was pushed out was of no use"
+        it.check()
+
+
 @pytest.mark.parametrize("what", ["fails", "rots"])
 def test_a_neighbour_that_cannot_be_read_disturbs_nobody(what: str) -> None:
     with stage() as it:

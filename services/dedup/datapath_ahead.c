@@ -26,6 +26,8 @@
 /* Blocks of a neighbourhood that must have been wanted: at first, and at most. */
 #define AHEAD_WANTED_LEAST 2
 #define AHEAD_WANTED_MOST 16
+/* Neighbourhoods read for one batch: its candidates are in no more. What is read for it a second time has been pushed out by others of it. */
+#define AHEAD_PER_BATCH (ATOLL_IO_BLOCKS / AHEAD_WANTED_LEAST)
 /* So many blocks read ahead show whether it pays. */
 #define AHEAD_JUDGED 2048
 
@@ -37,6 +39,7 @@ struct dp_ahead {
     uint8_t *pages;                    /* per cache page: AHEAD_... */
     uint32_t loading;                  /* pages on their way */
     uint32_t wanted;
+    uint32_t batch;                    /* neighbourhoods read for one batch */
     uint32_t read, used;               /* since it was last decided */
 };
 
@@ -144,7 +147,7 @@ bool ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count)
     assert(count <= ATOLL_IO_BLOCKS);
     uint32_t found = sum_up(dp, pbas, count, wanted), read = 0, most = dp->dedup->behind ? AHEAD_MOST_ALONE : AHEAD_MOST;
     judge(ahead);
-    for (uint32_t index = 0; index < found; index++) {
+    for (uint32_t index = 0; index < found && ahead->batch < AHEAD_PER_BATCH; index++) {
         uint8_t *misses = &ahead->misses[remembered(ahead, wanted[index].neighbourhood)];
         if (*misses + wanted[index].blocks < ahead->wanted)
             continue;
@@ -154,9 +157,11 @@ bool ahead_read(struct datapath *dp, const uint64_t *pbas, uint32_t count)
             break;
         *misses = 0;
         wanted[index].blocks = 0;
+        ahead->batch++;
         if (++read == most)
             return true;
     }
+    ahead->batch = 0;
     for (uint32_t index = 0; index < found; index++) {
         uint8_t *misses = &ahead->misses[remembered(ahead, wanted[index].neighbourhood)];
         uint32_t sum = *misses + wanted[index].blocks;

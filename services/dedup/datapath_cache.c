@@ -77,7 +77,6 @@ static struct dp_pool *pool_of(struct datapath *dp, uint32_t page) { return &dp-
 static void attach(struct datapath *dp, uint32_t page)
 {
     struct dp_pool *pool = pool_of(dp, page);
-    ahead_entered(dp, page);
     hash_insert(dp, page);
     s3fifo_enter(pool->queues, page - pool->first, dp->pages[page].pba);
     (void)lookup_was_touched(dp, page); /* from now on */
@@ -339,6 +338,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
         pages[done] = take_page(dp, &dp->pools[sources[done].tier ? POOL_TIER : POOL_DISK]);
         if (pages[done] == DP_NONE)
             break;
+        ahead_entered(dp, pages[done]); /* what it held before is no use of this one */
         cache_pin(dp, pages[done]);
     }
     if (done < count) {
