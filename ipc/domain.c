@@ -291,9 +291,12 @@ void atoll_domain_set_spin(struct atoll_domain *domain, uint64_t spin_ns) { doma
 
 void atoll_domain_awake(struct atoll_domain *domain) { atoll_store_relaxed(&domain->self->sleeping, AWAKE); }
 
+/* No descriptor is to be had: the caller looks again soon, as if something had come. */
+static int nap(void) { return clock_nanosleep(CLOCK_MONOTONIC, 0, &(struct timespec){.tv_nsec = 1000000}, 0) == 0; }
+
 /* By the own eventfd, in an epoll set that reports it when it is written to: so it need not be read, and one system call is all.
  * (A futex wait on words of peers costs several times that: the operating system looks each page up the slow way, because it is
- * mapped read-only.) Returns a negative errno if there is none. */
+ * mapped read-only.) */
 static int sleep_in_epoll(struct atoll_domain *domain, int64_t timeout_ns)
 {
     struct atoll_rings *rings = domain->rings;
@@ -301,18 +304,17 @@ static int sleep_in_epoll(struct atoll_domain *domain, int64_t timeout_ns)
     if (rings->epoll < 0) {
         rings->epoll = epoll_create1(EPOLL_CLOEXEC);
         if (rings->epoll < 0 || epoll_ctl(rings->epoll, EPOLL_CTL_ADD, rings->eventfd[domain->role], &event) < 0) {
-            int error = errno;
             if (rings->epoll >= 0)
                 close(rings->epoll);
             rings->epoll = -1;
-            return -error;
+            return nap();
         }
     }
     struct timespec timeout = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
     int count = epoll_pwait2(rings->epoll, &event, 1, timeout_ns < 0 ? 0 : &timeout, 0);
     if (count < 0 && errno == ENOSYS) /* before Linux 5.11 */
         count = epoll_wait(rings->epoll, &event, 1, timeout_ns < 0 ? -1 : (int)((timeout_ns + 999999) / 1000000));
-    return count < 0 ? errno == EINTR ? 1 : -errno : count;
+    return count >= 0 ? count : errno == EINTR ? 1 : nap();
 }
 
 static int sleep_on_tails(struct atoll_domain *domain, uint32_t ignored_roles, int64_t timeout_ns)
@@ -367,8 +369,6 @@ static bool may_wait(struct atoll_domain *domain, uint32_t role)
 
 int atoll_domain_doze(struct atoll_domain *domain, uint32_t roles, int64_t timeout_ns)
 {
-    if (domain->rings->eventfd[domain->role] < 0) /* on the tails it would wake up at once */
-        return atoll_domain_sleep(domain, 0, timeout_ns);
     atoll_store_relaxed(&domain->self->sleeping, DOZING);
     atoll_full_fence(); /* SP-SLEEP */
     bool waits = atoll_domain_anything_pending(domain, roles);
@@ -376,7 +376,7 @@ int atoll_domain_doze(struct atoll_domain *domain, uint32_t roles, int64_t timeo
         waits = !may_wait(domain, (uint32_t)__builtin_ctz(left));
     int result = 1;
     if (!waits)
-        result = sleep_in_epoll(domain, timeout_ns);
+        result = sleep_in_epoll(domain, timeout_ns); /* on the tails it would wake up at once */
     atoll_domain_awake(domain);
     return result != 0;
 }
@@ -386,14 +386,8 @@ int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int6
     if (atoll_domain_spin(domain, &domain->rings->spin, ignored_roles, 0, 0) ||
         !atoll_domain_may_sleep(domain, ignored_roles))
         return 1;
-    int result;
-    if (domain->rings->eventfd[domain->role] < 0) {
-        result = sleep_on_tails(domain, ignored_roles, timeout_ns);
-    } else {
-        result = sleep_in_epoll(domain, timeout_ns);
-        if (result < 0) /* no descriptor to be had: look again soon, as if something had come */
-            result = clock_nanosleep(CLOCK_MONOTONIC, 0, &(struct timespec){.tv_nsec = 1000000}, 0) == 0;
-    }
+    int result = domain->rings->eventfd[domain->role] < 0 ? sleep_on_tails(domain, ignored_roles, timeout_ns)
+                                                          : sleep_in_epoll(domain, timeout_ns);
     atoll_domain_awake(domain);
     return result != 0;
 }

@@ -3,6 +3,7 @@ that are killed under load; sleeping and waking."""
 
 import os
 import random
+import resource
 import signal
 import time
 from collections import deque
@@ -306,6 +307,18 @@ def test_one_who_dozes_is_woken_for_what_cannot_wait_and_for_many() -> None:
         assert lib.atoll_domain_put(sender, B, ffi.new("struct atoll_descriptor *", zero))
         lib.atoll_domain_commit(sender)
         assert not woken() and lib.atoll_domain_doze(dozer, 1 << A, 1_000_000) == 1, "it came while the dozer was awake"
+        take(1)
+
+        # Without a descriptor for its epoll set it looks again after a moment, and does not spin.
+        poor, limits = made.open(B, 2), resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert send(posted, lib.atoll_domain_put_unhurried) is False
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            before = time.monotonic_ns()
+            assert lib.atoll_domain_doze(poor, 1 << A, 60_000_000_000) == 1
+            assert time.monotonic_ns() - before >= 1_000_000
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         os.close(eventfd)
 
 
