@@ -368,3 +368,31 @@ def test_a_grown_store_of_which_one_newest_superblock_is_damaged(make_server: Ca
             assert connection.read(at, 1 << 20) == content[at : at + (1 << 20)]
     server.stop()
     assert server.json("check")["ok"]
+
+
+def test_what_was_read_once_is_read_from_the_medium_again(tmp_path: Path) -> None:
+    """A block that stands in the operating system's memory says nothing of the device."""
+
+    def in_memory() -> bool:
+        with open(path, "rb") as file:
+            try:
+                return os.preadv(file.fileno(), [bytearray(BLOCK)], 0, os.RWF_NOWAIT) == BLOCK
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                pytest.skip(f"{tmp_path}: {error.strerror}")
+
+    path = tmp_path / "device"
+    with open(path, "wb") as file:
+        file.write(bytes(16 * BLOCK))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory():
+        pytest.skip(f"{tmp_path} is on a file system that keeps everything there")
+    path.read_bytes()
+    assert in_memory()
+    image = FileImage(path)
+    assert not in_memory()
+    assert image.read(0, 16) == bytes(16 * BLOCK)
+    image.close()

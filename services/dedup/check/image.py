@@ -60,6 +60,8 @@ class FileImage:
             os.close(self.fd)
             raise ValueError(f"{path}: neither a file nor a block device")
         self.blocks = size // BLOCK_BYTES
+        # What the medium holds counts, not what the operating system has read or written of it once.
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self.fd)
