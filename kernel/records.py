@@ -52,8 +52,7 @@ class ServiceWord(IntEnum):
 
     BOOTED = 0  # all roles have served
     STOPPING = 1
-    CALL_NUMBER = 2  # last number given to a call
-    TRACE = 3  # last number given to a trace
+    TRACE = 2  # last number given to a trace
 
 
 class Rows:

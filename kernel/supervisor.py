@@ -299,7 +299,7 @@ class Supervisor:
         if own:
             served_ns = now - int(header.serving_ns) if int(header.serving_ns) >= life.promoted_ns else 0
             life.crashes = life.crashes + 1 if served_ns < SHORT_LIFE_NS else 1
-            if life.crashes > FREE_CRASHES and life.role.backoff:
+            if life.crashes > FREE_CRASHES:
                 wait_ns = min(FIRST_BACKOFF_NS << min(life.crashes - FREE_CRASHES - 1, 20), self._backoff_ns)
                 life.not_before_ns = now + wait_ns
                 life.reason = life.reason or f"{life.last_end}, {life.crashes} times in a row"

@@ -3,7 +3,7 @@
 - `ROLES`             every role of the service, kernel included, by name; llrrm only where a fast device is configured:
 - `select(fast)`      says so; init does, once, before it makes anything
 - `DOMAINS`           those that are domains with a standby, in boot order
-- `module_of(role, config)`, `threaded(role, config)`, `plan_of(...)`
+- `module_of(role, config)`, `threaded(role, config)`, `rings_mask(role)`, `ring_entries(role)`
 
 Modules are strings: the kernel imports no driver and no service; zygote and init load them by name. `testing.modules`
 of the configuration puts another module in a role's place.
@@ -11,7 +11,7 @@ of the configuration puts another module in a role's place.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +43,6 @@ class Role:
     optional: bool = False  # the service starts, goes on and stops without it
     turns: int = 1  # on a processor shared by others: process.be_ordinary
     sized_by: tuple[str, ...] = ()  # keys of the configuration that make its arena larger or smaller
-    backoff: bool = field(default=True)  # wait longer and longer where it dies by itself again and again
 
 
 KERNEL = Role(

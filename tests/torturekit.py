@@ -445,7 +445,6 @@ class World(Stage):
 # --- What the world is like -------------------------------------------------------------------------------------------
 
 
-REGIONS = ("super", "log", "pages", "data")
 # What a request to the disk is, and how often that is held for long, or fails, where it does at all.
 CLASSES = [
     (IO_READ, "pages"),

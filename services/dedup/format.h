@@ -81,7 +81,6 @@ static const uint8_t format_levels[FORMAT_TREES] = {1, 2, 4, 4, 6, 2};
 #define FORMAT_PAGE_NUMBER(page) ((page) & 0x0000ffffffffffffu)
 #define FORMAT_LEAF_NUMBER(volume, leaf) ((uint64_t)(volume) << 39 | (uint64_t)(leaf))
 #define FORMAT_LEAF_VOLUME(number) ((uint32_t)((number) >> 39))
-#define FORMAT_LEAF_LEAF(number) ((number) & 0x0000007fffffffffu)
 
 enum format_super_flag { FORMAT_SUPER_CLEAN = 1 /* closed: the log behind log_start was empty */ };
 

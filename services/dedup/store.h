@@ -238,8 +238,6 @@ void store_close(struct dedup *dedup);
 bool store_closed(struct dedup *dedup);
 /* A new run serves on from an arena whose last run had begun to close, or had closed, and did not come to its end. */
 void store_reopen(struct dedup *dedup);
-/* True while the store becomes as large as its device: then it is not served yet, store_state says STORE_LOADING. */
-bool store_growing(struct dedup *dedup);
 /* The base value of a write-log record, provided by the datapath: a checkpoint writes it in place of MAP_LOG. */
 uint64_t datapath_record_base(struct dedup *dedup, uint64_t record);
 

@@ -28,7 +28,6 @@ REFS_PER_PAGE, PRINTS_PER_PAGE, LEAF_ENTRIES, GROUPS_PER_PAGE = 1024, 256, 512, 
 GROUP_BLOCKS = 1024
 SLOTS_PER_PAGE, SLOTS_RESERVED = 32768, 8
 DEVICE_BLOCKS_MIN, DEVICE_BLOCKS_MAX, LOG_BLOCKS_MIN = 1024, 1 << 36, 64
-REFERENCES_MAX = 0x3FFFFFFF
 CLEAN = 1  # flag of a superblock
 
 SEED_SUPER, SEED_LOG, SEED_PAGE = 1, 2, 3
@@ -85,10 +84,6 @@ def checksum(data: Any, seeded: int) -> int:
 def fingerprint(block: Any) -> int:
     """Of a data block; the low 64 bits are what the device holds first."""
     return xxhash.xxh3_128_intdigest(block)
-
-
-def map_key(volume: int, number: int) -> int:
-    return volume << 52 | number
 
 
 def kinds(values: np.ndarray) -> np.ndarray:
