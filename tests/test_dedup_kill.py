@@ -164,6 +164,41 @@ def test_death_again_and_again(hooked: ModuleType, seed: int) -> None:
         print(f"seed {seed}: {kills} kills")
 
 
+def test_dies_where_a_batch_ends_and_the_next_begins(hooked: ModuleType) -> None:
+    """With a processor of its own dedup does both in one step; what the first batch held must be there again."""
+    hooked.lib.hook_set_apart(True)
+    shared = mmap.mmap(-1, 8)
+    count = memoryview(shared).cast("Q")
+    try:
+        with Stage(nic_pages=256, merge_pages=16, extension=hooked) as stage:
+            stage.open()
+            volume = stage.create_volume("v", SIZE)
+            expected, nth = bytearray(SIZE), 1
+            while not count[0]:
+                for first, blocks in ((0, 8), (20, 3)):  # the second comes when the first is written
+                    data = b"".join(block(100 * nth + first + index) for index in range(blocks))
+                    expected[first * BLOCK : (first + blocks) * BLOCK] = data
+                    stage.write(volume, first * BLOCK, data)
+                    if first == 0:
+                        assert stage.turns_in_child(turns=4) == 0
+                        stage.disk()
+                        stage.answers()
+                stage.turns_in_child(die_after=nth, count=count)
+                stage.attach()
+                stage.check()
+                stage.run_until_idle()
+                stage.drain()
+                stage.check()
+                request = stage.read(volume, 0, SIZE)
+                stage.run_until_idle()
+                assert request.data == expected
+                nth += 7
+    finally:
+        count.release()
+        hooked.lib.hook_set_apart(False)
+    assert nth > 100
+
+
 def test_dies_between_the_pieces_of_a_batch(hooked: ModuleType) -> None:
     """A batch is collected, matched and shared in pieces, each committed: whoever comes then finds blocks that are
     shared already beside others that are not."""

@@ -359,6 +359,7 @@ struct datapath {
     uint64_t space_failures;    /* of syncs, when it was drawn */
     struct check *check;        /* that has not come to its end */
     uint64_t runs_in[4];        /* bit per run, by enum run_state */
+    uint64_t runs_left;         /* free since the last commit: a rollback brings back what they hold */
     uint64_t checked;           /* bit per run: its records have been checked against their fingerprints; else each is before it is written */
     uint64_t unmatched;         /* bit per run: collected, and its candidates are still to be looked for */
     uint32_t collecting;        /* run that is being collected; DP_RUNS: none */
@@ -492,7 +493,7 @@ void log_set_flag(struct datapath *dp, uint32_t record, uint16_t flag);
 void give_back(struct datapath *dp, uint32_t page);      /* nic's page, not in the log */
 void give_flush(struct datapath *dp);                    /* end of step */
 void log_attach(struct datapath *dp);
-void log_committed(struct datapath *dp);                 /* after each commit: pages freed before it can be used */
+void log_committed(struct datapath *dp);                 /* after each commit: pages and runs freed before it can be used */
 uint32_t merge_take(struct datapath *dp);                /* record number of a free merge page, or DP_NONE */
 void merge_put(struct datapath *dp, uint32_t record);    /* back, unused */
 

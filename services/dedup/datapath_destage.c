@@ -111,6 +111,7 @@ void batch_enter_state(struct datapath *dp, uint32_t run, enum run_state state)
     uint64_t bit = (uint64_t)1 << run;
     dp->runs_in[dp->arena->runs[run].state] &= ~bit;
     dp->runs_in[state] |= bit;
+    dp->runs_left |= state == RUN_FREE ? bit : 0;
     dp->arena->runs[run].state = state;
 }
 
@@ -195,9 +196,11 @@ static bool wanted(const struct datapath *dp, uint64_t now_ns, uint64_t *wake_ms
     return false;
 }
 
+/* Its records are written directly, so it is one that was free at the last commit. */
 static uint32_t free_run(const struct datapath *dp)
 {
-    return dp->runs_in[RUN_FREE] == 0 ? DP_RUNS : (uint32_t)__builtin_ctzll(dp->runs_in[RUN_FREE]);
+    uint64_t free = dp->runs_in[RUN_FREE] & ~dp->runs_left;
+    return free == 0 ? DP_RUNS : (uint32_t)__builtin_ctzll(free);
 }
 
 /* True if one more batch finds pages for its candidates in the half of the cache that batches may pin, or is the only one. */

@@ -456,6 +456,7 @@ void merge_put(struct datapath *dp, uint32_t record) { dp->merge_freed[dp->merge
 void log_committed(struct datapath *dp)
 {
     lookup_committed(dp);
+    dp->runs_left = 0;
     if (dp->merge_freed_count != 0)
         dp->retry = true;
     while (dp->merge_freed_count != 0)
