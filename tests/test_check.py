@@ -233,6 +233,49 @@ def test_each_inconsistency_is_found_and_what_can_be_is_repaired(closed: Path, t
         assert repaired["repaired"] >= 1
 
 
+def damage(device: Path, tree: int, level: int, copies: tuple[int, ...], at: int = 0) -> int:
+    """Copies of the page at that place among those of its tree and level are damaged. Returns its number."""
+    image = FileImage(device, writable=True)
+    store = Store.read(image, Report())
+    assert store is not None
+    pages = store.trees[tree, level]
+    for copy in copies:
+        block = int(store.places.of_slots(pages.pointers["slot"])[copy][at])
+        data = image.read(block, 1)
+        assert data is not None
+        image.write(block, bytes([data[0] ^ 1]) + data[1:])
+    image.close()
+    return int(pages.numbers[at])
+
+
+def test_pages_of_fingerprints_are_read(closed: Path, tmp_path: Path) -> None:
+    """Though nothing else of the metadata tells what they should hold. Counts do not need them."""
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    damage(device, layout.TREE_PRINTS, 0, (1,))
+    found = check(device)
+    assert [one["repairable"] for one in found["findings"]] == [True], found["findings"]
+    assert check(device, repair=True)["ok"]
+    forge = Forge(device)
+    forge.write(record(2, forge.stored, forge.count + 3))
+    for level in (0, 1):
+        damage(device, layout.TREE_PRINTS, level, (0, 1))
+        found = check(device, repair=level == 1)
+        assert [one["kind"] for one in found["findings"]] == (["page", "count"] if level == 0 else ["page"])
+        assert "is lost" in found["findings"][0]["text"]
+
+
+@pytest.mark.parametrize("tree", [layout.TREE_VOLUMES, layout.TREE_GROUPS, layout.TREE_SLOTS])
+def test_a_lost_table_is_one_finding(closed: Path, tmp_path: Path, tree: int) -> None:
+    """Not one more for each thing that it would have told."""
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    damage(device, tree, 0, (0, 1))
+    found = check(device)
+    assert [one["kind"] for one in found["findings"]] == ["page"], found["findings"]
+    assert "is lost" in found["findings"][0]["text"]
+
+
 @pytest.mark.parametrize("left", [1, 2, 3])
 def test_repair_where_the_log_has_no_room(closed: Path, tmp_path: Path, left: int) -> None:
     """`left` blocks of the log are free: nothing that stands in it is written over."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.layout import BLOCK_BYTES
-from atoll.services.dedup.check.reader import Progress, Report, Store, Volume, silent, slice_of
+from atoll.services.dedup.check.reader import PAGES_AT_ONCE, Progress, Report, Store, Volume, silent, slice_of
 
 WINDOW_BLOCKS = 1 << 24  # 64 GiB of device: 128 MB of recounted references and as much of stored ones
 DATA_RUN_BLOCKS = 256
@@ -76,6 +76,7 @@ def audit(store: Store, report: Report, progress: Progress = silent, window: int
     check_volumes(store, report, totals)
     totals.leaves = len(store.trees[layout.TREE_MAP, 0].numbers)
     ranges = list(windows(0, store.root.device_blocks, window))
+    read_prints(store, progress)
     for index, (first, end) in enumerate(ranges):
         found = np.zeros(end - first, np.uint32)
         for done, (keys, values) in enumerate(store.leaves()):
@@ -115,16 +116,26 @@ def check_slots(store: Store, report: Report, totals: Totals) -> None:
             np.add.at(users, mine, 1)
     for slot in np.flatnonzero(users > 1):
         report.add("page", f"slot {slot} holds {users[slot]} pages", slot=int(slot))
-    if store.lost:
-        return  # what they lead to is not known
+    if store.whole(layout.TREE_MAP):
+        map_pages = sum(len(pages.numbers) for (tree, _), pages in store.trees.items() if tree == layout.TREE_MAP)
+        totals.map_pages = map_pages
+        if map_pages != store.root.map_pages:
+            report.add("total", f"the map has {map_pages} pages, the superblock says {store.root.map_pages}", True)
     bits = np.unpackbits(store.table(layout.TREE_SLOTS, BLOCK_BYTES, np.uint8, 0, -(-slots // 8)), bitorder="little")
+    if any(level for _, level, _ in store.lost) or not store.whole(layout.TREE_SLOTS):
+        return  # what they lead to, or say, is not known
     for slot in np.flatnonzero(bits[:slots] != (users != 0)):
         text = "is free, and a page lies there" if users[slot] else "is in use, and no page lies there"
         report.add("page", f"slot {slot}: its bit says that it {text}", slot=int(slot))
-    map_pages = sum(len(pages.numbers) for (tree, _), pages in store.trees.items() if tree == layout.TREE_MAP)
-    totals.map_pages = map_pages
-    if map_pages != store.root.map_pages:
-        report.add("total", f"the map has {map_pages} pages, the superblock says {store.root.map_pages}", True)
+
+
+def read_prints(store: Store, progress: Progress) -> None:
+    """Both copies of the pages of fingerprints: nothing but stored blocks can be held against what they say."""
+    pages = store.trees[layout.TREE_PRINTS, 0]
+    for begin in range(0, len(pages.numbers), PAGES_AT_ONCE):
+        progress("fingerprints", begin, len(pages.numbers))
+        some = slice(begin, begin + PAGES_AT_ONCE)
+        store.pages(layout.TREE_PRINTS, 0, pages.numbers[some], pages.pointers[some])
 
 
 # --- Volumes and leaves -----------------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray,
         used = np.flatnonzero((values[rows] != 0).any(axis=1))
         totals.mapped[number] = totals.mapped.get(number, 0) + int(np.count_nonzero(placed[rows]))
         if number not in totals.volumes:
-            if len(used):
+            if len(used) and store.whole(layout.TREE_VOLUMES):
                 first = block_of(int(keys[rows][used[0]]))[1]
                 report.add(
                     "map", f"volume {number} is not there, but blocks of it from {first} on are mapped", volume=number
@@ -189,6 +200,11 @@ def check_values(store: Store, report: Report, totals: Totals, keys: np.ndarray,
         report.add("map", f"volume {volume_}, block {lba_}: {text}", volume=volume_, lba=lba_)
 
 
+def can_be_recounted(store: Store) -> bool:
+    """Without its fingerprint a block counts all the same."""
+    return all(tree == layout.TREE_PRINTS for tree, _, _ in store.lost)
+
+
 # --- Counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +212,8 @@ def compare_counts(store: Store, report: Report, totals: Totals, first: int, end
     counts = store.counts(first, end)
     totals.stored += int(np.count_nonzero(counts))
     totals.references += int(counts.sum(dtype=np.uint64))
-    if store.lost:
-        return  # with pages gone nothing can be recounted
+    if not can_be_recounted(store):
+        return
     data = store.places.data_mask(first, end)
     for index in np.flatnonzero(counts != found):
         block, has, says = int(first + index), int(found[index]), int(counts[index])
@@ -217,6 +233,8 @@ def compare_counts(store: Store, report: Report, totals: Totals, first: int, end
     # Sums of groups; those of which the log speaks follow from the counts.
     low, high = first // layout.GROUP_BLOCKS, -(-end // layout.GROUP_BLOCKS)
     says_ = store.table(layout.TREE_GROUPS, layout.GROUPS_PER_PAGE, "<u2", low, high)
+    if not store.whole(layout.TREE_GROUPS):
+        return
     padded = np.zeros((high - low) * layout.GROUP_BLOCKS, bool)
     padded[: end - first] = counts != 0
     sums = padded.reshape(-1, layout.GROUP_BLOCKS).sum(axis=1)
@@ -237,7 +255,7 @@ def compare_counts(store: Store, report: Report, totals: Totals, first: int, end
 
 
 def compare_sums(store: Store, report: Report, totals: Totals) -> None:
-    if store.lost:
+    if not can_be_recounted(store):
         report.notes.append("pages are lost: counts and sums were not compared")
         return
     for number, volume in totals.volumes.items():

@@ -306,7 +306,7 @@ class Store:
         self.supers: dict[int, Super] = {}  # by place
         self.places = layout.Places(root.fields)
         self.trees: dict[tuple[int, int], Pages] = {}  # by tree and level
-        self.lost = 0  # pages that are bad in both copies, or could not be found because such a one leads there
+        self.lost: set[tuple[int, int, int]] = set()  # tree, level, number of pages that are bad in both copies
         self.bad_copies: list[tuple[int, int]] = []  # (bad block, good block): repairable
         self._seen: set[tuple[int, int, int]] = set()  # pages whose damage was reported
 
@@ -355,7 +355,7 @@ class Store:
             pointers = np.concatenate(below) if below else np.zeros(0, layout.POINTER)
 
     def pages(self, tree: int, level: int, numbers: np.ndarray, pointers: np.ndarray) -> np.ndarray:
-        """Contents of stored pages, zeros for lost ones (which `lost` counts). Damage is reported once."""
+        """Contents of stored pages, zeros for lost ones (which `lost` names). Damage is reported once."""
         contents = np.zeros((len(pointers), BLOCK_BYTES), np.uint8)
         if not len(pointers):
             return contents
@@ -372,7 +372,7 @@ class Store:
             self._seen.add((tree, level, number))
             places, name = [int(each[index]) for each in both], layout.page_name(tree, level, number)
             if not good[0] and not good[1]:
-                self.lost += 1
+                self.lost.add((tree, level, number))
                 slot = int(pointers["slot"][index])
                 where = f"slot {slot}, blocks {places[0]} and {places[1]}"
                 if places[0] >= layout.DEVICE_BLOCKS_MAX:
@@ -386,6 +386,10 @@ class Store:
                 f" {places[1 - bad]}, is good", True, block=places[bad],
             )  # fmt: skip
         return contents
+
+    def whole(self, *trees: int) -> bool:
+        """No page of these trees is lost, as far as they have been read."""
+        return not any(tree in trees for tree, _, _ in self.lost)
 
     def table(self, tree: int, per_page: int, dtype: Any, first: int, end: int) -> np.ndarray:
         """Entries [first, end) of a table of pages, of one dtype; of pages that are not there zeros."""

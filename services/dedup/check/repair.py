@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from atoll.services.dedup.check import layout
-from atoll.services.dedup.check.audit import Totals
+from atoll.services.dedup.check.audit import Totals, can_be_recounted
 from atoll.services.dedup.check.image import FileImage
 from atoll.services.dedup.check.layout import BLOCK_BYTES, KIND_PBA
 from atoll.services.dedup.check.reader import Report, Store
@@ -42,7 +42,7 @@ def repair(image: FileImage, store: Store, totals: Totals, report: Report) -> in
             image.write(layout.super_block(pair.device_blocks, place), sealed(pair.fields, place))
             done += 1
     image.flush()
-    if store.lost:
+    if not can_be_recounted(store):
         return done  # nothing can be derived
     sums = [(record(2, block, count),) for block, count in sorted(totals.wrong_groups.items())]
     changes = sums + [(record(2, block, count),) for block, count in sorted(totals.wrong_counts.items())]
