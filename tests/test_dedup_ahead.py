@@ -75,6 +75,37 @@ def test_lone_candidates_are_read_alone() -> None:
         assert it.figures().stored_blocks == COUNT
 
 
+def test_more_neighbourhoods_than_find_room() -> None:
+    """They lie on the fast device, for whose blocks there are few pages: each is read once, and destage ends."""
+    settings = {"nic_pages": 512, "cache_pages": 4096, "device_blocks": 8192, "fast_blocks": 1200, "fast_pages": 64}
+    with Stage(**settings) as it:
+        it.open()
+        volume = it.create_volume("v", 16 * COUNT * BLOCK, tier=1)
+        for number in range(0, COUNT, 64):
+            it.write(volume, number * BLOCK, b"".join(block(number + at) for at in range(64)))
+            it.drain()
+        for _ in range(500):
+            it.turn()
+            it.disk()
+        device, fast = it.close_store(), it.fast[:]
+    with Stage(**settings) as it:
+        it.device[:], it.fast[:] = device, fast
+        it.open()
+        for _ in range(500):
+            it.turn()
+            it.disk()
+        assert it.figures().tier_used == COUNT
+        for _ in range(200):  # requests come one by one
+            it.submit(lib.ATOLL_OP_READ, volume, 0, BLOCK, flags=lib.ATOLL_FLAG_ALONE)
+            it.run_until_idle()
+        for at in range(64):
+            it.write(volume, (8 * COUNT + 2 * at) * BLOCK, block(16 * at), lib.ATOLL_FLAG_ALONE)
+        flush = it.flush(volume)
+        it.run_until_idle()
+        assert flush.status == OK and it.counters()["ahead_read_blocks"] > 64
+        assert it.figures().stored_blocks == COUNT
+
+
 def test_what_does_not_pay_is_tried_less() -> None:
     """Two of each neighbourhood: what is read with them is of no use, and ends."""
     with stage() as it:
