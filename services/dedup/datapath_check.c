@@ -103,12 +103,12 @@ static bool check_maps(struct datapath *dp, struct check *check)
             dp->domain->self->progress++; /* not hung */
             uint64_t next;
             enum store_want want = store_next_leaf(dp->dedup, check->volume, check->leaf, leaves, &next);
-            if (want != STORE_WAIT)
-                check->leaf = next;
-            if (want == STORE_HAVE && check->leaf >= leaves)
-                break;
-            if (want == STORE_HAVE)
+            if (want == STORE_HAVE) {
+                check->leaf = next++;
+                if (check->leaf >= leaves)
+                    break;
                 want = store_want_map(dp->dedup, check->volume, check->leaf * 512, 1, STORE_LOOK);
+            }
             if (want == STORE_WAIT) {
                 store_want_map(dp->dedup, check->volume, check->leaf * 512, leaves_ahead(leaves - check->leaf) * 512, STORE_LOOK);
                 return false;
@@ -118,7 +118,7 @@ static bool check_maps(struct datapath *dp, struct check *check)
                       U(check->leaf), U(store_want_page(dp->dedup)));
             else if (want == STORE_HAVE)
                 check_leaf(dp, check, store_map_leaf(dp->dedup, check->volume, check->leaf));
-            check->leaf++;
+            check->leaf = next; /* behind a lost directory all that it is about */
         }
         if (volume->state == ATOLL_VOLUME_READY && check->mapped != volume->mapped_blocks && check->window == 0)
             found(&check->findings, "volume %u: %llu blocks are mapped, its entry says %llu", check->volume, U(check->mapped),

@@ -119,14 +119,20 @@ bool du_step(struct datapath *dp)
         uint64_t last = 0, next = 0;
         if (entry->state == ATOLL_VOLUME_READY && entry->generation == du->generation[du->volume])
             last = (entry->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK);
-        if (du->leaf < last && store_next_leaf(dp->dedup, du->volume, du->leaf, last, &next) == STORE_WAIT)
+        enum store_want want = du->leaf < last ? store_next_leaf(dp->dedup, du->volume, du->leaf, last, &next) : STORE_HAVE;
+        if (want == STORE_WAIT)
             return false;
+        if (want == STORE_LOST) { /* a directory counts as one */
+            du->lost_leaves += du->window == 0;
+            du->leaf = next;
+            continue;
+        }
         if (du->leaf >= last || next >= last) {
             du->volume++;
             du->leaf = 0;
             continue;
         }
-        enum store_want want = store_want_map(dp->dedup, du->volume, next * 512, 512, STORE_LOOK);
+        want = store_want_map(dp->dedup, du->volume, next * 512, 512, STORE_LOOK);
         if (want == STORE_WAIT)
             return false;
         const uint64_t *entries = want == STORE_HAVE ? store_map_leaf(dp->dedup, du->volume, next) : 0;

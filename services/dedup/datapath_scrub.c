@@ -381,18 +381,22 @@ static bool referrers_step(struct datapath *dp)
         }
         const struct atoll_volume *entry = &dp->dedup->public->volumes[volume];
         last = entry->state == ATOLL_VOLUME_FREE ? 0 : (entry->size_bytes + 512 * DP_BLOCK - 1) / (512 * DP_BLOCK);
-        if (leaf < last && store_next_leaf(dp->dedup, volume, leaf, last, &next) == STORE_WAIT)
+        enum store_want want = leaf < last ? store_next_leaf(dp->dedup, volume, leaf, last, &next) : STORE_HAVE;
+        if (want == STORE_WAIT)
             return false;
         if (leaf >= last || next >= last) {
             dp_set64(dp, &scrub->position, (uint64_t)(volume + 1) << 52);
             continue;
         }
-        enum store_want want = store_want_map(dp->dedup, volume, next * 512, 512, STORE_LOOK);
-        if (want == STORE_WAIT)
-            return false;
-        if (want == STORE_HAVE)
-            look_at_leaf(dp, volume, next);
-        dp_set64(dp, &scrub->position, (uint64_t)volume << 52 | (next + 1));
+        if (want == STORE_HAVE) {
+            want = store_want_map(dp->dedup, volume, next * 512, 512, STORE_LOOK);
+            if (want == STORE_WAIT)
+                return false;
+            if (want == STORE_HAVE)
+                look_at_leaf(dp, volume, next);
+            next++;
+        } /* else a directory, and nobody knows what it leads to */
+        dp_set64(dp, &scrub->position, (uint64_t)volume << 52 | next);
     }
     return true;
 }

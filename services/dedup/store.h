@@ -156,7 +156,8 @@ uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
 /* The 512 entries of leaf lba / 512, or NULL if it is not there: all holes, if it was asked for (store_want_map). Read only; valid
  * until the end of the step. */
 const uint64_t *store_map_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf);
-/* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. */
+/* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. With STORE_LOST: the
+ * first one behind those that the lost directory is about, of which nobody knows which there are. */
 enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end, uint64_t *next);
 /* Points an entry at a write-log record (or, for a superseded record, at a newer one). Its leaf was asked for (STORE_LOG).
  * Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */

@@ -109,11 +109,8 @@ bool store_delete_step(struct store *store)
         enum store_want want = store_next_leaf(store->dedup, number, area->delete_leaf, UINT64_MAX, &next);
         if (want == STORE_WAIT)
             return did;
-        if (want == STORE_LOST) { /* a directory: nobody else gets what it is about */
-            uint64_t above = FORMAT_PAGE_NUMBER(store->want_page);
-            next = ((above + 1) << 8 * FORMAT_PAGE_LEVEL(store->want_page)) - FORMAT_LEAF_NUMBER(number, 0);
+        if (want == STORE_LOST) /* a directory: nobody else gets what it is about */
             again(store, AGAIN_LOST);
-        }
         if (next >= FORMAT_VOLUME_BYTES_MAX / ATOLL_BLOCK_BYTES / FORMAT_LEAF_ENTRIES)
             return end_of_volume(store, number);
         if (next != area->delete_leaf) {

@@ -85,7 +85,11 @@ enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t l
         return STORE_HAVE;
     enum store_want want = next_below(dedup->store, format_levels[FORMAT_TREE_MAP], 0, FORMAT_LEAF_NUMBER(volume, leaf),
                                       FORMAT_LEAF_NUMBER(volume, end - 1), &found);
-    if (want == STORE_HAVE)
+    if (want == STORE_LOST) {
+        uint64_t directory = dedup->store->want_page;
+        found = (FORMAT_PAGE_NUMBER(directory) + 1) << 8 * FORMAT_PAGE_LEVEL(directory);
+    }
+    if (want != STORE_WAIT && found - FORMAT_LEAF_NUMBER(volume, 0) < end)
         *next = found - FORMAT_LEAF_NUMBER(volume, 0);
     return want;
 }

@@ -72,7 +72,15 @@ enum store_want store_pages(struct dedup *dedup, uint64_t *cursor, struct store_
         }
         if (want == STORE_WAIT)
             return *count != 0 ? STORE_HAVE : STORE_WAIT;
-        if (want == STORE_LOST || next == UINT64_MAX) { /* a lost directory was found by itself, one level up */
+        if (want == STORE_LOST) { /* a directory, which was found by itself, higher up */
+            uint32_t at = FORMAT_PAGE_LEVEL(store->want_page);
+            uint64_t behind = (FORMAT_PAGE_NUMBER(store->want_page) + 1) << 8 * (at - level);
+            if (at != format_levels[tree] && behind >> 8 * (format_levels[tree] - level) == 0) {
+                *cursor = FORMAT_PAGE(tree, level, behind);
+                continue;
+            }
+        }
+        if (want == STORE_LOST || next == UINT64_MAX) {
             *cursor = level != 0 ? FORMAT_PAGE(tree, level - 1, 0)
                                  : FORMAT_PAGE(tree + 1, tree + 1 < FORMAT_TREES ? format_levels[tree + 1] : 0, 0);
             continue;

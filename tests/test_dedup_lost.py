@@ -1,0 +1,105 @@
+"""Pages of metadata that are bad in both copies: what is not lost goes on, and everything comes to an end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from dedupkit import BLOCK, OK, Stage
+
+from atoll.ipc._ipc import lib
+from atoll.services.dedup.check import layout
+from atoll.services.dedup.check.image import MemoryImage
+from atoll.services.dedup.check.reader import Report, Store
+
+FAR = 262144  # blocks: behind what the first directory of level 1 of a map is about
+EIO = lib.ATOLL_EIO
+
+
+def block(seed: int) -> bytes:
+    return random.Random(seed).randbytes(BLOCK)
+
+
+def places(device: Any, tree: int, level: int, numbers: Iterable[int] | None = None) -> list[int]:
+    """Blocks of both copies of some pages of a tree, all of that level if none are named."""
+    store = Store.read(MemoryImage(np.frombuffer(device, np.uint8)), Report())
+    assert store is not None
+    pages = store.trees[tree, level]
+    found = []
+    for number, slot in zip(pages.numbers.tolist(), pages.pointers["slot"], strict=True):
+        if numbers is None or number in numbers:
+            found += [int(copy[0]) for copy in store.places.of_slots(np.array([slot]))]
+    assert found
+    return found
+
+
+def flip(device: Any, blocks: Iterable[int]) -> None:
+    for number in blocks:
+        device[number * BLOCK + 77] ^= 1
+
+
+def made(size: int, *writes: tuple[int, int], **settings: Any) -> bytes:
+    """A device with a volume on which (LBA, blocks) were written, and whose run was ended."""
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", size)
+        for lba, count in writes:
+            for at in range(lba, lba + count, 64):
+                stage.write(volume, at * BLOCK, b"".join(block(lba) for lba in range(at, min(at + 64, lba + count))))
+                stage.drain()
+        return stage.close_store()
+
+
+def turns_until(stage: Stage, reached: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline
+        stage.turn()
+        stage.disk()
+        stage.answers()
+
+
+def test_a_lost_directory_is_passed_by() -> None:
+    """By the live check, du and the scrub: what lies behind it is looked at, and it counts once."""
+    device = bytearray(made(1 << 59, (0, 10), (FAR, 300)))
+    lost = places(device, layout.TREE_MAP, 1, [0])
+    flip(device, lost)
+    rotten = device.find(block(FAR + 7))
+    device[rotten] ^= 1
+    flip(device, places(device, layout.TREE_MAP, 0, [FAR // 512])[1:])  # one copy of a leaf
+    with Stage() as stage:
+        stage.device[:] = bytes(device)
+        stage.open()
+        text = stage.ffi.new("char[]", 65536)
+        while (count := stage.lib.dedup_check(stage.state, text, 65536)) == stage.lib.DEDUP_CHECK_WAITS:
+            if not stage.disk():
+                stage.lib.dedup_check_turn(stage.state, False)
+        found = stage.ffi.string(text).decode().splitlines()
+        assert sum("a page of the map is damaged" in line for line in found) == 1
+        assert count == 12, found  # that page, its ten blocks, and the volume's sum
+
+        number, du = stage.ffi.new("uint64_t *"), stage.ffi.new("struct du_state *")
+        assert stage.lib.dedup_du_start(stage.state, number) == OK
+
+        def counted() -> bool:
+            stage.lib.dedup_du(stage.state, du)
+            return not du.running
+
+        turns_until(stage, counted)
+        assert (du.volumes[0].mapped, du.lost_leaves) == (300, 1)
+
+        scrub, damage = stage.ffi.new("struct dedup_scrub *"), stage.ffi.new("struct dedup_damage *")
+        stage.lib.dedup_scrub_start(stage.state, 0)
+        lib.atoll_domain_commit(stage.domain)
+
+        def scrubbed() -> bool:
+            stage.lib.dedup_scrub(stage.state, scrub)
+            return int(scrub.state) == 4
+
+        turns_until(stage, scrubbed)
+        assert (scrub.lost_pages, scrub.repaired_pages, scrub.damaged_count) == (1, 1, 1)
+        assert stage.lib.dedup_scrub_damage(stage.state, 0, damage)
+        assert (damage.pba, damage.referrer_count, damage.lba[0]) == (rotten // BLOCK, 1, FAR + 7)
