@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 from dedupkit import BLOCK, OK, Stage
 
 from atoll.ipc._ipc import lib
@@ -16,7 +17,6 @@ from atoll.services.dedup.check.image import MemoryImage
 from atoll.services.dedup.check.reader import Report, Store
 
 FAR = 262144  # blocks: behind what the first directory of level 1 of a map is about
-EIO = lib.ATOLL_EIO
 
 
 def block(seed: int) -> bytes:
@@ -103,3 +103,38 @@ def test_a_lost_directory_is_passed_by() -> None:
         assert (scrub.lost_pages, scrub.repaired_pages, scrub.damaged_count) == (1, 1, 1)
         assert stage.lib.dedup_scrub_damage(stage.state, 0, damage)
         assert (damage.pba, damage.referrer_count, damage.lba[0]) == (rotten // BLOCK, 1, FAR + 7)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
+    """One page of them: others are taken. All: flushes fail, however often they are asked for, and cost no place."""
+    device = bytearray(made(1 << 30, (0, 64)))
+    lost = places(device, layout.TREE_PRINTS, level)
+    flip(device, lost)
+    with Stage() as stage:
+        stage.device[:] = bytes(device)
+        stage.open()
+        before = stage.figures().available_blocks
+        written = [stage.write(0, (1000 + at) * BLOCK, block(5000 + at)) for at in range(40)]
+        turns_until(stage, lambda: all(request.done for request in written))
+        for _ in range(300):
+            flush = stage.flush(0)
+            turns_until(stage, lambda: flush.done)  # noqa: B023
+            assert flush.status == (OK if level == 0 else lib.ATOLL_EUNFLUSHED)
+        assert stage.figures().quarantined_blocks != 0
+        flip(stage.device, lost)
+
+        def flushed() -> bool:
+            nonlocal flush
+            if flush.done and flush.status != OK:
+                flush = stage.flush(0)
+            return flush.done and flush.status == OK
+
+        turns_until(stage, flushed, 60)
+        turns_until(stage, lambda: stage.figures().quarantined_blocks == 0, 60)
+        stage.drain()
+        stage.check()
+        assert stage.figures().available_blocks == before - 40
+        read = stage.read(0, 1000 * BLOCK, 40 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == b"".join(block(5000 + at) for at in range(40))

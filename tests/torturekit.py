@@ -531,11 +531,6 @@ CALM.typical, CALM.held, CALM.clock, CALM.send, CALM.deaths = 0, {}, MS // 10, 1
 CALM.apart = False
 
 
-class NoRoom(Exception):
-    """Both copies of a page of fingerprints could not be read for a while: its places are not used again in this run,
-    and what has been acknowledged finds no other."""
-
-
 class Torture:
     def __init__(
         self, seed: int, operations: int, hooked: ModuleType, trace: bool = False, theme: str = "", **settings: Any
@@ -618,8 +613,6 @@ class Torture:
     def run(self) -> None:
         try:
             self._run()
-        except NoRoom:
-            self.counts["no room"] += 1
         except Exception:
             self.post_mortem()
             raise
@@ -1365,8 +1358,6 @@ class Torture:
                 if (self.crashed or self.rude or self.far) and attempt % 20 == 19:
                     self.trim_all(self.chance.choice(self.volumes))
             else:
-                if self.lossy and self.stage.figures().quarantined_blocks:
-                    raise NoRoom
                 raise AssertionError(f"flushes do not succeed any more: {op}, {self.state()}")
         stage = self.stage
         self.until(lambda: not stage.lent_pages, "pages that come back")

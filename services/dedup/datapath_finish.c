@@ -95,17 +95,21 @@ void destage_freed(struct datapath *dp, uint64_t pba)
     }
 }
 
-static void give_up_place(struct datapath *dp, uint64_t pba, bool quarantine)
+/* `lost`: the page of its fingerprint is. */
+static void give_up_place(struct datapath *dp, uint64_t pba, bool lost)
 {
-    store_abandon(dp->dedup, pba, 1, quarantine);
+    if (lost)
+        store_lay_aside(dp->dedup, pba);
+    else
+        store_abandon(dp->dedup, pba, 1, false);
     destage_freed(dp, pba);
 }
 
 /* Its place is given up for another one; it goes back to the list, or is set aside, when the run ends. Whoever overwrites it until then takes
  * over the reservation that it has again. */
-static void lose_place(struct datapath *dp, const struct dp_run *run, uint32_t index, bool quarantine)
+static void lose_place(struct datapath *dp, const struct dp_run *run, uint32_t index, bool lost)
 {
-    give_up_place(dp, run->pba + index, quarantine);
+    give_up_place(dp, run->pba + index, lost);
     dp_set32(dp, &at(dp, run->records[index])->state, RECORD_MATCHING);
 }
 
@@ -122,8 +126,6 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         lose_place(dp, run, index, place_lost);
         return;
     } else if (run->status != ATOLL_OK || place_lost) { /* the page of its place's fingerprint is damaged: another place */
-        if (place_lost)
-            store_pass_by(dp->dedup, run->pba + index);
         lose_place(dp, run, index, place_lost);
         if (!place_lost || dp->backoff_ns != 0) /* else another place does at once; unless the one before was no better */
             log_set_flag(dp, record, RECORD_FAILED);

@@ -118,7 +118,7 @@ void store_prefetch_block(struct dedup *dedup, uint64_t pba);
 void store_prefetch_candidates(struct dedup *dedup, struct fingerprint print);
 void store_prefetch_forget(struct dedup *dedup, uint64_t pba);
 void store_prefetch_map(struct dedup *dedup, uint32_t volume, uint64_t lba);
-/* What store_allocate needs. STORE_WAIT: the page of counts of the next free places is being read. */
+/* What store_allocate needs. STORE_WAIT: pages of counts and fingerprints of the next free places are being read. */
 enum store_want store_want_space(struct dedup *dedup);
 uint32_t store_want_status(struct dedup *dedup);
 uint64_t store_want_page(struct dedup *dedup);
@@ -156,8 +156,8 @@ uint64_t store_map_get(struct dedup *dedup, uint32_t volume, uint64_t lba);
 /* The 512 entries of leaf lba / 512, or NULL if it is not there: all holes, if it was asked for (store_want_map). Read only; valid
  * until the end of the step. */
 const uint64_t *store_map_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf);
-/* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. With STORE_LOST: the
- * first one behind those that the lost directory is about, of which nobody knows which there are. */
+/* *next: first leaf >= `leaf` (< `end`) that exists, else `end`: sparse volumes are skipped quickly. The leaf itself is not read. With
+ * STORE_LOST: the first one behind those that the lost directory is about, of which nobody knows which there are. */
 enum store_want store_next_leaf(struct dedup *dedup, uint32_t volume, uint64_t leaf, uint64_t end, uint64_t *next);
 /* Points an entry at a write-log record (or, for a superseded record, at a newer one). Its leaf was asked for (STORE_LOG).
  * Notes nothing for the device. `old` is what the entry held. Keeps mapped_blocks. */
@@ -199,8 +199,9 @@ uint32_t store_allocate(struct dedup *dedup, uint32_t want, uint64_t *pba);
 bool store_exhausted(struct dedup *dedup);
 /* Back to free (at the next sync) and to the caller's reservation. `quarantine`: never again in this run (late I/O may land there). */
 void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quarantine);
-/* The fingerprint of a place in flight cannot be noted: the next places are looked for behind those that the lost page is about. */
-void store_pass_by(struct dedup *dedup, uint64_t pba);
+/* One place, whose write is over, and whose fingerprint cannot be noted because its page is lost. The reservation goes back to the
+ * caller; nobody gets the place before that page can be read. */
+void store_lay_aside(struct dedup *dedup, uint64_t pba);
 struct store_space {
     uint64_t device_blocks, metadata_blocks /* kept for metadata */, metadata_used_blocks /* by its pages */, stored_blocks /* with references or in flight */, free_blocks, pending_free_blocks,
         reserved_blocks /* zero promises included */, references /* sum over stored blocks */, zero_promises,

@@ -53,10 +53,11 @@ _Static_assert(16 + STORE_DELETE_ENTRIES * 16 <= FORMAT_LOG_RECORD_BYTES, "a del
  * 1 .. REF_COUNT_MAX        data block with that many references
  * 1 << 31 | epoch           freed in that epoch: free once it is synced
  * 3 << 29 | failures        handed out by store_allocate, not yet placed; failed flushes until then: store_rewrite.c
- * the two below             */
+ * the three below           */
 #define REF_COUNT_MAX 0x3fffffffu
 #define REF_QUARANTINED 0x40000003u  /* late I/O may land there: not in this run */
 #define REF_FIXED 0x40000004u        /* no data block */
+#define REF_LAID_ASIDE 0x40000005u   /* free, but its fingerprint could not be noted: that page is lost. In memory as long as its own page */
 #define REF_PENDING 0x80000000u
 #define REF_IS_COUNT(word) ((word) - 1u < REF_COUNT_MAX)
 #define REF_IN_FLIGHT(failures) (0x60000000u | ((uint32_t)(failures) & 0x1fffffffu))
@@ -218,7 +219,7 @@ struct store_area {
     /* Space, blocks. */
     uint64_t data_blocks;       /* that can hold data */
     uint64_t free_blocks, pending_blocks, stored_blocks /* in flight included */, in_flight_blocks, quarantined_blocks;
-    uint64_t given_up_blocks;   /* of the quarantined: free, as far as is known, but their page of counts cannot be read */
+    uint64_t given_up_blocks;   /* of the quarantined: free, as far as is known, but their page of counts or fingerprints cannot be read */
     uint64_t reserved_blocks;   /* promises included */
     uint64_t references, zero_promises;
     uint64_t mapped[ATOLL_VOLUME_COUNT]; /* entries whose persistent value names a block */

@@ -280,6 +280,73 @@ static void give_group_up(struct store *store, uint64_t group)
     store->regain_ns = store->regain_pause_ns = 0;
 }
 
+/* The page of fingerprints `number` cannot be read: places that it is about are not handed out. Their page of counts is in memory. */
+static void lay_aside_free(struct store *store, uint64_t number)
+{
+    uint64_t first = number * FORMAT_PRINTS_PER_PAGE;
+    uint32_t frame = refs_frame(store, first), *words = store_ref(store, first);
+    int32_t free_count = 0, pending_count = 0;
+    for (uint32_t index = 0; index < FORMAT_PRINTS_PER_PAGE; index++) {
+        if (!takeable(store, words[index]))
+            continue;
+        free_count += words[index] == 0;
+        pending_count += words[index] != 0;
+        atoll_set32(store->journal, &words[index], REF_LAID_ASIDE);
+    }
+    group_change(store, first, -free_count, -pending_count, 0);
+    store_change_live(store, frame, -pending_count);
+    STORE_ADD(store, free_blocks, -(uint64_t)free_count);
+    STORE_ADD(store, pending_blocks, -(uint64_t)pending_count);
+    STORE_ADD(store, quarantined_blocks, free_count + pending_count);
+    STORE_ADD(store, given_up_blocks, free_count + pending_count);
+    store->regain_ns = store->regain_pause_ns = 0;
+}
+
+/* The pages of fingerprints of a run of free places, which lies in one group. */
+static enum store_want want_notes(struct store *store, uint64_t pba, uint32_t length)
+{
+    enum store_want worst = STORE_HAVE;
+    uint32_t frame;
+    for (uint64_t number = pba / FORMAT_PRINTS_PER_PAGE; number <= (pba + length - 1) / FORMAT_PRINTS_PER_PAGE; number++) {
+        enum store_want want = store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, number), true, &frame);
+        if (want == STORE_LOST) { /* other places in the next step */
+            lay_aside_free(store, number);
+            store->woken = true;
+        }
+        worst = want != STORE_HAVE ? STORE_WAIT : worst;
+    }
+    return worst;
+}
+
+/* Places of a group that were laid aside, and whose pages of fingerprints can be read now, come back. */
+static enum store_want take_places_back(struct store *store, uint64_t group, uint32_t *words)
+{
+    int32_t count = 0;
+    enum store_want worst = STORE_HAVE;
+    for (uint32_t first = 0; first < FORMAT_REFS_PER_PAGE; first += FORMAT_PRINTS_PER_PAGE) {
+        uint32_t index = first, end = first + FORMAT_PRINTS_PER_PAGE, frame;
+        while (index < end && words[index] != REF_LAID_ASIDE)
+            index++;
+        if (index == end)
+            continue;
+        enum store_want want = store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, (group * FORMAT_REFS_PER_PAGE + first) / FORMAT_PRINTS_PER_PAGE),
+                                         true, &frame);
+        worst = want == STORE_WAIT ? want : worst;
+        for (; want == STORE_HAVE && index < end; index++)
+            if (words[index] == REF_LAID_ASIDE) {
+                atoll_set32(store->journal, &words[index], 0);
+                count++;
+            }
+    }
+    if (count == 0)
+        return worst;
+    group_change(store, group * STORE_GROUP_BLOCKS, count, 0, 0);
+    STORE_ADD(store, free_blocks, count);
+    STORE_ADD(store, quarantined_blocks, -(uint64_t)count);
+    STORE_ADD(store, given_up_blocks, -(uint64_t)count);
+    return worst;
+}
+
 bool store_regain_step(struct store *store)
 {
     const struct store_area *area = store->area;
@@ -295,6 +362,8 @@ bool store_regain_step(struct store *store)
         if (GROUP_FREE(word) + GROUP_PENDING(word) + GROUP_STORED(word) >= store_group_blocks(store, group))
             continue;
         enum store_want want = store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, group), true, &frame);
+        if (want == STORE_HAVE)
+            want = take_places_back(store, group, store_page_memory(store, frame));
         store->starved = starved; /* nobody waits for that one */
         if (want == STORE_WAIT) {
             store->regain_ns = now + STORE_RETRY_NS / 64;
@@ -388,6 +457,8 @@ enum store_want store_want_space(struct dedup *dedup)
     uint64_t found = 0;
     uint32_t length, frame;
     enum store_want want = find_space(store, ATOLL_IO_BLOCKS, &found, &length);
+    if (want == STORE_HAVE && length != 0)
+        want = want_notes(store, found, length);
     if (want == STORE_HAVE && length != 0) { /* what comes after it, ahead of time */
         uint64_t groups = (store->area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS;
         uint64_t next = (found / STORE_GROUP_BLOCKS + 1) % groups;
@@ -464,14 +535,19 @@ void store_abandon(struct dedup *dedup, uint64_t pba, uint32_t count, bool quara
     STORE_ADD(store, reserved_blocks, count);
 }
 
-void store_pass_by(struct dedup *dedup, uint64_t pba)
+void store_lay_aside(struct dedup *dedup, uint64_t pba)
 {
     struct store *store = dedup->store;
-    uint32_t frame;
-    if (store_get(store, FORMAT_PAGE(FORMAT_TREE_PRINTS, 0, pba / FORMAT_PRINTS_PER_PAGE), false, &frame) != STORE_LOST)
-        return;
-    uint64_t span = (uint64_t)FORMAT_PRINTS_PER_PAGE << 8 * FORMAT_PAGE_LEVEL(store->want_page), next = (pba / span + 1) * span;
-    STORE_SET(store, cursor, next < store->area->device_blocks ? next : 0);
+    uint32_t frame = refs_frame(store, pba), *word = store_ref(store, pba);
+    assert(word != 0 && REF_IS_IN_FLIGHT(*word));
+    atoll_set32(store->journal, word, REF_LAID_ASIDE);
+    store_change_live(store, frame, -1);
+    STORE_ADD(store, stored_blocks, -1);
+    STORE_ADD(store, in_flight_blocks, -1);
+    STORE_ADD(store, quarantined_blocks, 1);
+    STORE_ADD(store, given_up_blocks, 1);
+    STORE_ADD(store, reserved_blocks, 1);
+    store->regain_ns = store->regain_pause_ns = 0;
 }
 
 bool store_pba_valid(struct dedup *dedup, uint64_t pba) { return store_usable(dedup->store, pba); }
