@@ -105,6 +105,36 @@ def test_a_lost_directory_is_passed_by() -> None:
         assert (damage.pba, damage.referrer_count, damage.lba[0]) == (rotten // BLOCK, 1, FAR + 7)
 
 
+def test_a_flush_behind_a_posted_write_that_waits() -> None:
+    """No place can be used, and so much is logged that one more page of the map finds no room: the write waits, the
+    flush fails. When the device comes to itself both succeed."""
+    device = bytearray(made(1 << 40, (0, 64)))
+    lost = places(device, layout.TREE_PRINTS, 4)
+    flip(device, lost)
+    with Stage(frames=128) as stage:
+        stage.device[:] = bytes(device)
+        stage.open()
+        volume = stage.create_volume("w", 1 << 40)
+        posted = [stage.post(volume, number * 512 * BLOCK, block(number)) for number in range(60)]
+        turns_until(stage, lambda: stage.figures().failed_records != 0)
+        assert not all(request.done for request in posted)
+        flush = stage.flush(volume)
+        turns_until(stage, lambda: flush.done)
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+        for number in lost:
+            stage.device[number * BLOCK + 77] ^= 1
+
+        def flushed() -> bool:
+            nonlocal flush
+            if flush.done and flush.status != OK:
+                flush = stage.flush(volume)
+            return flush.done and flush.status == OK
+
+        turns_until(stage, flushed)
+        assert all(request.done and request.status == OK for request in posted)
+        stage.check()
+
+
 @pytest.mark.parametrize("level", [0, 1])
 def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
     """One page of them: others are taken. All: flushes fail, however often they are asked for, and cost no place."""

@@ -84,6 +84,8 @@ enum dp_outcome dp_want_outcome(struct datapath *dp, struct dp_slot *slot, enum 
  * posted write that comes after it is kept like it. */
 static enum dp_outcome come_after(struct datapath *dp, struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t status)
 {
+    if (request->opcode == ATOLL_OP_FLUSH && status == ATOLL_OK && flush_in_vain(dp, slot, request->halves[4]))
+        status = ATOLL_EUNFLUSHED; /* what that one waits for fails */
     slot->status = status;
     if (status == ATOLL_OK || posted_request(request))
         return OUTCOME_RETRY;

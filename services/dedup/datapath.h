@@ -452,6 +452,9 @@ void dp_sweep(struct datapath *dp);                                   /* pins wh
 void flush_begin(struct datapath *dp, uint32_t number);
 /* Finishes the flushes that are reached; the others stay queued. True if something was done. */
 bool flush_step(struct datapath *dp);
+/* Of one of `volume` that comes after a posted write, which waits: true if what was logged could not be destaged since it was asked, so that
+ * it fails. */
+bool flush_in_vain(struct datapath *dp, struct dp_slot *slot, uint32_t volume);
 
 /* --- datapath.c: acceptance, execution ------------------------------------------------------------------------------- */
 void datapath_commit(struct datapath *dp);                            /* in the middle of a step; what is freed is given back in it */

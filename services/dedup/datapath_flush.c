@@ -22,6 +22,17 @@ static bool is_unflushable(const struct datapath *dp, uint32_t volume)
     return dp->arena->failed_records != dp->arena->aside_records || dp->arena->aside[volume % ATOLL_VOLUME_COUNT] != 0;
 }
 
+bool flush_in_vain(struct datapath *dp, struct dp_slot *slot, uint32_t volume)
+{
+    uint32_t number = (uint32_t)(slot - dp->arena->slots);
+    if (slot->target == 0) { /* the first time */
+        slot->target = 1;
+        dp->flush_since[number] = dp->destage_failures;
+        destage_hurry(dp);
+    }
+    return is_unflushable(dp, volume) && dp->destage_failures != dp->flush_since[number];
+}
+
 bool flush_step(struct datapath *dp)
 {
     uint64_t pending = destage_pending_order(dp), ticket = 0;
