@@ -168,3 +168,29 @@ def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
         read = stage.read(0, 1000 * BLOCK, 40 * BLOCK)
         stage.run_until_idle()
         assert read.data == b"".join(block(5000 + at) for at in range(40))
+
+
+def test_who_waits_for_what_finds_no_place_is_answered() -> None:
+    """For its page of the map, or for a page to merge a block in."""
+    device = bytearray(made(1 << 40, (0, 64)))
+    flip(device, places(device, layout.TREE_PRINTS, 1))
+    with Stage(frames=128, merge_pages=8) as stage:
+        stage.device[:] = bytes(device)
+        stage.open()
+        volume = stage.create_volume("w", 1 << 40)
+        requests = [stage.write(volume, number * 512 * BLOCK, block(number)) for number in range(60)]
+        requests += [stage.write(volume, number * BLOCK + 100, b"ragged") for number in range(20)]
+        requests += [stage.zero(0, number * BLOCK + 100, 100) for number in range(20)]
+        stage.post(volume, 500 * 512 * BLOCK, block(1))
+        turns_until(stage, lambda: all(request.done for request in requests))
+        assert {request.status for request in requests} == {OK, lib.ATOLL_ENOSPC}
+        flush = stage.flush(volume)
+        turns_until(stage, lambda: flush.done)
+        assert flush.status == lib.ATOLL_EUNFLUSHED
+        trims = [stage.trim(0, number * BLOCK, BLOCK) for number in range(0, 64, 2)]
+        turns_until(stage, lambda: all(request.done and request.status == OK for request in trims))
+        for number, request in enumerate(requests[:60]):
+            if request.status == OK:
+                read = stage.read(volume, number * 512 * BLOCK, BLOCK)
+                turns_until(stage, lambda: read.done)  # noqa: B023
+                assert read.data[200:] == block(number)[200:]

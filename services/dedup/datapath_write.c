@@ -7,7 +7,7 @@
  *
  * Space: each block needs a reservation unless it overwrites a logged one. If none can be had while the log holds some
  * (which a match or an overwrite may give back), the request waits until what was logged before it has been destaged; only
- * then it is ENOSPC.
+ * then it is ENOSPC. So it is if it waits for pages that logged blocks hold which find no place.
  *
  * TRIM and ZERO go in slices of DP_RANGE_BLOCKS; `progress` says how far. Ragged ends of a TRIM are left alone, those
  * of a ZERO are merged with zeros like a write's.
@@ -195,6 +195,21 @@ static enum dp_outcome wait_for(struct datapath *dp, enum dp_resource resource)
     return OUTCOME_RETRY;
 }
 
+/* What is logged finds no place, and who waits for it to be destaged would wait until somebody gives up some blocks. */
+static bool is_stuck(const struct datapath *dp)
+{
+    return dp->arena->failed_records != dp->arena->aside_records && store_exhausted(dp->dedup);
+}
+
+/* As dp_want_outcome, of a page of the map that is to name logged blocks (STORE_LOG). */
+static enum dp_outcome leaf_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want)
+{
+    if (want != STORE_WAIT || !store_pressed(dp->dedup) || !is_stuck(dp))
+        return dp_want_outcome(dp, slot, want);
+    slot->status = ATOLL_ENOSPC;
+    return OUTCOME_DONE;
+}
+
 /* Does writing these blocks free as many as it takes? True of each that needs a reservation: what it names has no other reference,
  * or is being written (and will be abandoned). */
 static enum store_want frees_as_much(struct datapath *dp, const uint64_t *values, uint32_t count, bool *frees)
@@ -279,7 +294,7 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     uint64_t first = offset / DP_BLOCK;
     enum store_want want = store_want_map(dp->dedup, volume, first, count, STORE_LOG);
     if (want != STORE_HAVE) {
-        enum dp_outcome waits = dp_want_outcome(dp, slot, want);
+        enum dp_outcome waits = leaf_outcome(dp, slot, want);
         if (posted_request(request)) /* it is kept, and tried again; meanwhile the slot's status is what flushes and others are told */
             return OUTCOME_RETRY;
         return waits == OUTCOME_RETRY ? waits : refuse_write(dp, slot, pages, count);
@@ -301,8 +316,12 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
                                 .bytes = stop - start,
                                 .payload = (const uint8_t *)record_page(dp, pages[index]) + start};
     }
-    if (ragged_count > dp->merge_free_count || (ragged_count != 0 && (dp->blocked & RESOURCE_MERGE)))
-        return wait_for(dp, RESOURCE_MERGE);
+    if (ragged_count > dp->merge_free_count || (ragged_count != 0 && (dp->blocked & RESOURCE_MERGE))) {
+        if (!is_stuck(dp))
+            return wait_for(dp, RESOURCE_MERGE);
+        slot->status = ATOLL_ENOSPC;
+        return refuse_write(dp, slot, pages, count);
+    }
     if (zero_count != 0 && !store_has_room(dp->dedup, zero_count))
         return wait_for(dp, RESOURCE_LOG_ROOM);
     if (ragged_count != 0) {
@@ -411,7 +430,7 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
         uint32_t stop = lba == last ? (uint32_t)((end - 1) % DP_BLOCK + 1) : DP_BLOCK;
         enum store_want want = start == 0 && stop == DP_BLOCK ? STORE_HAVE : store_want_map(dp->dedup, volume, lba, 1, STORE_LOG);
         if (want != STORE_HAVE)
-            return dp_want_outcome(dp, slot, want);
+            return leaf_outcome(dp, slot, want);
         uint64_t value = store_map_get(dp->dedup, volume, lba);
         if ((start == 0 && stop == DP_BLOCK) || MAP_KIND(value) == MAP_HOLE || MAP_KIND(value) == MAP_ZERO)
             continue; /* a whole block, or zeros already */
@@ -422,8 +441,12 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
     }
     if (count == 0)
         return OUTCOME_DONE;
-    if (count > dp->merge_free_count || (dp->blocked & RESOURCE_MERGE))
-        return wait_for(dp, RESOURCE_MERGE);
+    if (count > dp->merge_free_count || (dp->blocked & RESOURCE_MERGE)) {
+        if (!is_stuck(dp))
+            return wait_for(dp, RESOURCE_MERGE);
+        slot->status = ATOLL_ENOSPC;
+        return OUTCOME_DONE;
+    }
     switch (prepare_ragged(dp, slot, ragged, count)) {
     case PREPARED_WAIT: return OUTCOME_RETRY;
     case PREPARED_FAILED: return OUTCOME_DONE;
