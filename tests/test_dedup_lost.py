@@ -194,3 +194,31 @@ def test_who_waits_for_what_finds_no_place_is_answered() -> None:
                 read = stage.read(volume, number * 512 * BLOCK, BLOCK)
                 turns_until(stage, lambda: read.done)  # noqa: B023
                 assert read.data[200:] == block(number)[200:]
+
+
+def test_a_candidate_whose_counts_are_lost_is_given_up() -> None:
+    """There is another one that the run threshold does not allow: the block is written, not looked at again for ever."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", 1 << 30, threshold=8)
+        for first in (0, *range(1000, 2200, 64)):
+            stage.write(volume, first * BLOCK, b"".join(block(first + at) for at in range(64)))
+            stage.drain()
+        stage.write(volume, 5000 * BLOCK, block(5))
+        stage.drain()
+        device = bytearray(stage.close_store())
+    first, second = device.find(block(5)), device.rfind(block(5))
+    assert first // BLOCK // 1024 != second // BLOCK // 1024
+    flip(device, places(device, layout.TREE_REFS, 0, [first // BLOCK // 1024]))
+    with Stage() as stage:
+        stage.device[:] = bytes(device)
+        stage.open()
+        stage.run_until_idle()
+        write = stage.write(0, 5 * BLOCK, block(5))
+        turns_until(stage, lambda: write.done)
+        flush = stage.flush(0)
+        turns_until(stage, lambda: flush.done)
+        assert write.status == flush.status == OK
+        read = stage.read(0, 0, 64 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == b"".join(block(at) for at in range(64))

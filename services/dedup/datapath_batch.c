@@ -300,7 +300,7 @@ static bool share_ready(struct datapath *dp, uint32_t number, uint32_t first, ui
             continue;
         }
         cache_unpin(dp, run->link[index]);
-        dp_set32(dp, &run->link[index], DP_NONE);
+        dp_set32(dp, &run->link[index], DP_UNREAD); /* no second choice: that would have it chosen again */
         dp->run_pages[number]--;
         atoll_count(dp->domain, DEDUP_COUNTER_MATCH_SKIPPED, 1);
     }
