@@ -205,13 +205,16 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A device file with a store that was stopped."""
+    """A device file with a store that was stopped; live.img beside it has a log that speaks of later writes."""
     server = Server(tmp_path_factory.mktemp("c"), SMALL).start()
     try:
         write(server)
         server.stop()
         device = server.folder / "closed.img"
         run("cp", "--sparse=always", server.data / "device.img", device)
+        server.start()
+        write(server, seed=5)
+        run("cp", "--sparse=always", server.data / "device.img", server.folder / "live.img")
         yield device
     finally:
         assert not server.end()
@@ -296,6 +299,70 @@ def test_repair_where_the_log_has_no_room(closed: Path, tmp_path: Path, left: in
     again = check(device)
     assert again["count"] == 150 - repaired["repaired"] and not again["ok"]
     assert again["totals"]["referenced_bytes"] == found["totals"]["referenced_bytes"] - repaired["repaired"] * BLOCK
+
+
+def lose(device: Path, choose: random.Random, *pages: tuple[int, int]) -> None:
+    """Both copies of one page of each tree and level."""
+    image = FileImage(device)
+    store = Store.read(image, Report())
+    image.close()
+    assert store is not None
+    places = {(tree, level): choose.randrange(len(store.trees[tree, level].numbers)) for tree, level in pages}
+    for (tree, level), at in sorted(places.items()):  # from below
+        damage(device, tree, level, (0, 1), at)
+
+
+DERIVED = [(layout.TREE_REFS, level) for level in range(5)]
+DERIVED += [(tree, level) for tree in (layout.TREE_GROUPS, layout.TREE_SLOTS) for level in range(3)]
+
+
+@pytest.mark.parametrize("which", ["closed", "live"])
+@pytest.mark.parametrize("pages", [*[[page] for page in DERIVED], "several", "beside"], ids=str)
+def test_lost_pages_that_follow_from_others_are_written_anew(
+    closed: Path, make_server: Callable[..., Server], pages: list[tuple[int, int]], which: str
+) -> None:
+    """From then on it is as if they had never been lost, and can be lost again. `live`: with a log that speaks of them.
+    `beside`: what cannot be had again stays lost."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    server = make_server(config=SMALL)
+    server.data.mkdir()
+    device = server.data / "device.img"
+    run("cp", "--sparse=always", closed.with_name(f"{which}.img"), device)
+    for _ in range(2):
+        before = check(device, data=True)
+        assert before["ok"]
+        if pages == "beside":
+            chosen = [(layout.TREE_REFS, 0), (layout.TREE_SLOTS, 0), (layout.TREE_PRINTS, 0)]
+        else:
+            chosen = [page for page in DERIVED if choose.random() < 0.4] if pages == "several" else pages
+        lose(device, choose, *chosen)
+        assert chosen == [] or not check(device)["ok"]
+        repaired = check(device, data=pages != "beside", repair=True)
+        if pages == "beside":
+            assert ["fingerprints" in one["text"] for one in repaired["findings"]] == [True]
+            return
+        assert repaired["ok"], repaired["findings"]
+        for key in ("stored_bytes", "referenced_bytes", "metadata_bytes", "volumes", "verified_bytes"):
+            assert repaired["totals"][key] == before["totals"][key]
+    if pages != "several":
+        return
+    server.start()
+    assert server.json("check", "--live")["ok"]
+    write(server, seed=2)
+    server.stop()
+    assert server.json("check", "--verify-data")["ok"]
+
+
+def test_counts_do_not_follow_from_a_map_with_gaps(closed: Path, tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    lose(device, random.Random(1), (layout.TREE_MAP, 0), (layout.TREE_REFS, 0))
+    before = device.read_bytes()
+    found = check(device, repair=True)
+    assert [one["repairable"] for one in found["findings"]] == [False, False] and found["repaired"] == 0
+    assert device.read_bytes() == before
 
 
 def test_a_server_runs_on_what_was_repaired(closed: Path, make_server: Callable[..., Server]) -> None:

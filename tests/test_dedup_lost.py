@@ -197,7 +197,7 @@ def test_who_waits_for_what_finds_no_place_is_answered() -> None:
 
 
 def test_a_candidate_whose_counts_are_lost_is_given_up() -> None:
-    """There is another one that the run threshold does not allow: the block is written, not looked at again for ever."""
+    """There is another one that the run threshold does not allow: the block is written, not looked at for ever."""
     with Stage() as stage:
         stage.open()
         volume = stage.create_volume("v", 1 << 30, threshold=8)

@@ -4,4 +4,5 @@
 - image.py    blocks of a file, a block device, or memory
 - reader.py   superblock, log replay, tree of pages, both copies of each
 - audit.py    everything that is said twice must agree; stored blocks against their fingerprints
+- repair.py   what follows from the rest is put right; rebuild.py: pages that are lost in both copies
 """

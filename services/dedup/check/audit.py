@@ -89,6 +89,8 @@ def audit(store: Store, report: Report, progress: Progress = silent, window: int
             found[named.astype(np.int64)] += times.astype(np.uint32)
         compare_counts(store, report, totals, first, end, found)
     compare_sums(store, report, totals)
+    derived = store.derived()
+    report.mend({text for (tree, _, _), text in store.lost.items() if tree in derived})
     return totals
 
 

@@ -11,7 +11,7 @@ power loss may leave one so: log blocks that were not durable yet, one copy of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,11 @@ class Report:
         self.beyond_repair += not repairable
         if len(self.findings) < FINDINGS_KEPT:
             self.findings.append(Finding(kind, text, repairable, fields))
+
+    def mend(self, texts: set[str]) -> None:
+        """What was reported so can be repaired after all."""
+        self.beyond_repair -= len(texts)
+        self.findings = [replace(one, repairable=True) if one.text in texts else one for one in self.findings]
 
 
 @dataclass
@@ -306,7 +311,8 @@ class Store:
         self.supers: dict[int, Super] = {}  # by place
         self.places = layout.Places(root.fields)
         self.trees: dict[tuple[int, int], Pages] = {}  # by tree and level
-        self.lost: set[tuple[int, int, int]] = set()  # tree, level, number of pages that are bad in both copies
+        # Pages that are bad in both copies: tree, level, number, and what was reported
+        self.lost: dict[tuple[int, int, int], str] = {}
         self.bad_copies: list[tuple[int, int]] = []  # (bad block, good block): repairable
         self._seen: set[tuple[int, int, int]] = set()  # pages whose damage was reported
 
@@ -372,12 +378,12 @@ class Store:
             self._seen.add((tree, level, number))
             places, name = [int(each[index]) for each in both], layout.page_name(tree, level, number)
             if not good[0] and not good[1]:
-                self.lost.add((tree, level, number))
                 slot = int(pointers["slot"][index])
                 where = f"slot {slot}, blocks {places[0]} and {places[1]}"
                 if places[0] >= layout.DEVICE_BLOCKS_MAX:
                     where = f"slot {slot}, which does not exist"
-                self.report.add("page", f"the {name} is lost ({where}): no copy is good", block=places[0])
+                text = self.lost[tree, level, number] = f"the {name} is lost ({where}): no copy is good"
+                self.report.add("page", text, block=places[0])
                 continue
             bad = 0 if good[1] else 1
             self.bad_copies.append((places[bad], places[1 - bad]))
@@ -390,6 +396,20 @@ class Store:
     def whole(self, *trees: int) -> bool:
         """No page of these trees is lost, as far as they have been read."""
         return not any(tree in trees for tree, _, _ in self.lost)
+
+    def derived(self) -> set[int]:
+        """Trees of which pages are lost that follow from others: the sums of groups from reference counts, these from
+        the map, and the slots in use from all directories. None, if places for them cannot be had."""
+        found, lost = set(), {tree for tree, _, _ in self.lost}
+        if layout.TREE_REFS in lost and layout.TREE_MAP not in lost:
+            found.add(layout.TREE_REFS)
+        if layout.TREE_GROUPS in lost and lost & {layout.TREE_REFS} <= found:
+            found.add(layout.TREE_GROUPS)
+        if layout.TREE_SLOTS in lost:
+            if any(level for tree, level, _ in self.lost if tree not in found | {layout.TREE_SLOTS}):
+                return set()  # what they led to has slots that nobody knows
+            found.add(layout.TREE_SLOTS)
+        return found
 
     def table(self, tree: int, per_page: int, dtype: Any, first: int, end: int) -> np.ndarray:
         """Entries [first, end) of a table of pages, of one dtype; of pages that are not there zeros."""

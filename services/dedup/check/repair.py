@@ -103,15 +103,27 @@ def append(image: FileImage, store: Store, changes: Sequence[Sequence[Record]], 
             image.write(first + sequence % store.root.log_blocks, data.tobytes())
         sequence += 1
     image.flush()
-    fields = store.root.fields.copy()
-    fields["generation"] += 1
+    fields = next_root(store)
     fields["flags"] &= ~np.uint32(layout.CLEAN if changes else 0)
     fields["log_durable"] = sequence
-    fields["written_s"] = int(time.time())
     for key, value in base.items():
         fields[key] = value
+    switch(image, fields)
+
+
+def next_root(store: Store) -> np.void:
+    """A superblock of the next generation, over the same log."""
+    fields: np.void = store.root.fields.copy()
+    fields["generation"] += 1
+    fields["log_durable"] = store.log.end
+    fields["written_s"] = int(time.time())
+    return fields
+
+
+def switch(image: FileImage, fields: np.void) -> None:
+    """Both copies of the superblock. What it names is on the device."""
     for place in (int(fields["generation"]) & 1, 2 + (int(fields["generation"]) & 1)):
-        image.write(layout.super_block(store.root.device_blocks, place), sealed(fields, place))
+        image.write(layout.super_block(int(fields["device_blocks"]), place), sealed(fields, place))
     image.flush()
 
 

@@ -17,6 +17,7 @@ from atoll.services.dedup.check.audit import Totals, audit, usage, verify_data
 from atoll.services.dedup.check.image import FileImage
 from atoll.services.dedup.check.layout import BLOCK_BYTES, DEVICE_BLOCKS_MAX, EXTENTS, GROUP_BLOCKS
 from atoll.services.dedup.check.reader import Progress, Report, Store, silent
+from atoll.services.dedup.check.rebuild import rebuild
 
 
 def run(
@@ -30,7 +31,13 @@ def run(
         report, store, totals = look(image, data, progress)
         repaired = 0
         if repair and store is not None and totals is not None and report.count:
-            repaired = repairing.repair(image, store, totals, report)
+            for _ in range(3):  # counts first: whether the groups' sums are there is seen then
+                if not (done := rebuild(image, store)):
+                    break
+                repaired += done
+                report, store, totals = look(image, False, progress)
+                assert store is not None and totals is not None
+            repaired += repairing.repair(image, store, totals, report)
             if repaired:
                 report, store, totals = look(image, data, progress)
         document: dict[str, Any] = {
