@@ -346,6 +346,30 @@ def test_poison_in_destage(hooked: ModuleType, written: bool) -> None:
         assert stage.free_pages == set(range(stage.nic_pages))
 
 
+def test_a_suspect_is_not_held_back_for_what_follows_it(hooked: ModuleType) -> None:
+    """It is stored alone: a run that would be long enough to be shared with the blocks behind it does not come."""
+    with Stage(extension=hooked, destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE, threshold=8)
+        stage.write(volume, 0, b"".join(block(seed) for seed in range(16)))
+        stage.flush(volume)
+        stage.run_until_idle()
+        stage.write(volume, 30 * BLOCK, block(3))
+        stage.run_until_idle()
+        flushes = [stage.flush(volume)]
+        assert stage.turns_in_child(poison_block=30, turns=9) == -signal.SIGSEGV
+        stage.write(volume, 31 * BLOCK, block(4))
+        stage.attach(crashed=True)
+        stage.run_until_idle()
+        flushes.append(stage.flush(volume))
+        stage.run_until_idle()
+        assert [flush.status for flush in flushes] == [OK, OK]
+        read = stage.read(volume, 30 * BLOCK, 2 * BLOCK)
+        stage.run_until_idle()
+        assert read.data == block(3) + block(4)
+        stage.check()
+
+
 def test_an_innocent_request_is_carried_out_at_the_second_try(hooked: ModuleType) -> None:
     with Stage(extension=hooked) as stage:
         stage.open()

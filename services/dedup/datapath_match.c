@@ -115,7 +115,7 @@ static uint32_t held_back(struct datapath *dp, const uint32_t *records, uint32_t
 {
     const struct dp_record *last = tail == 0 ? 0 : at(dp, records[count - 1]);
     struct log_cursor cursor = {0};
-    if (last == 0)
+    if (last == 0 || (last->flags & RECORD_SUSPECT)) /* a suspect stays alone, whatever follows it */
         return 0;
     if (log_find(dp, &cursor, last->volume, last->lba + 1) != DP_NONE)
         return tail; /* the run goes on in the log: with that the next batch takes them */
