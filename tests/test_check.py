@@ -355,6 +355,21 @@ def test_lost_pages_that_follow_from_others_are_written_anew(
     assert server.json("check", "--verify-data")["ok"]
 
 
+def test_slots_that_nobody_uses_are_free_again(closed: Path, tmp_path: Path) -> None:
+    """What a lost directory led to keeps its slots as long as another directory is lost."""
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    damage(device, layout.TREE_PRINTS, 4, (0, 1))
+    damage(device, layout.TREE_REFS, 3, (0, 1))
+    assert [one["repairable"] for one in check(device)["findings"]].count(True) == 1
+    assert check(device, repair=True)["count"] == 1
+    damage(device, layout.TREE_PRINTS, 4, (0, 1))  # undone: the device has come to itself
+    found = check(device)
+    assert found["count"] > 0 and all("its bit says" in one["text"] for one in found["findings"]), found["findings"]
+    assert all(one["repairable"] for one in found["findings"])
+    assert check(device, data=True, repair=True)["ok"]
+
+
 def test_counts_do_not_follow_from_a_map_with_gaps(closed: Path, tmp_path: Path) -> None:
     device = tmp_path / "device"
     run("cp", "--sparse=always", closed, device)

@@ -126,9 +126,11 @@ def check_slots(store: Store, report: Report, totals: Totals) -> None:
     bits = np.unpackbits(store.table(layout.TREE_SLOTS, BLOCK_BYTES, np.uint8, 0, -(-slots // 8)), bitorder="little")
     if any(level for _, level, _ in store.lost) or not store.whole(layout.TREE_SLOTS):
         return  # what they lead to, or say, is not known
+    repairable = not np.any(users > 1)
     for slot in np.flatnonzero(bits[:slots] != (users != 0)):
         text = "is free, and a page lies there" if users[slot] else "is in use, and no page lies there"
-        report.add("page", f"slot {slot}: its bit says that it {text}", slot=int(slot))
+        report.add("page", f"slot {slot}: its bit says that it {text}", repairable, slot=int(slot))
+        store.wrong_slots |= repairable
 
 
 def read_prints(store: Store, progress: Progress) -> None:

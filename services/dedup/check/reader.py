@@ -313,6 +313,7 @@ class Store:
         self.trees: dict[tuple[int, int], Pages] = {}  # by tree and level
         # Pages that are bad in both copies: tree, level, number, and what was reported
         self.lost: dict[tuple[int, int, int], str] = {}
+        self.wrong_slots = False  # the slot tree is not what the directories say
         self.bad_copies: list[tuple[int, int]] = []  # (bad block, good block): repairable
         self._seen: set[tuple[int, int, int]] = set()  # pages whose damage was reported
 
@@ -409,7 +410,7 @@ class Store:
             if any(level for tree, level, _ in self.lost if tree not in found | {layout.TREE_SLOTS}):
                 return set()  # what they led to has slots that nobody knows
             found.add(layout.TREE_SLOTS)
-        return found
+        return found | ({layout.TREE_SLOTS} if self.wrong_slots else set())
 
     def table(self, tree: int, per_page: int, dtype: Any, first: int, end: int) -> np.ndarray:
         """Entries [first, end) of a table of pages, of one dtype; of pages that are not there zeros."""

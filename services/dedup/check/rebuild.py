@@ -105,12 +105,10 @@ class Rebuild:
     # --- Where they go ----------------------------------------------------------------------------------------------
 
     def _used(self) -> np.ndarray:
-        """A flag per slot that holds a page: by the slot tree, or, where that is lost, by the directories."""
+        """A flag per slot that holds a page, by the slot tree or the directories."""
         slots = self.store.places.slots
-        if self.store.whole(layout.TREE_SLOTS):
-            table = self.store.table(layout.TREE_SLOTS, BLOCK_BYTES, np.uint8, 0, -(-slots // 8))
-            return np.unpackbits(table, bitorder="little")[:slots].astype(bool)
-        found = np.zeros(slots, bool)
+        table = self.store.table(layout.TREE_SLOTS, BLOCK_BYTES, np.uint8, 0, -(-slots // 8))  # of lost ones zeros
+        found: np.ndarray = np.unpackbits(table, bitorder="little")[:slots].astype(bool)
         for (tree, _, _), pointer in self.known.items():
             if tree != layout.TREE_SLOTS and int(pointer["slot"]) < slots:
                 found[int(pointer["slot"])] = True
