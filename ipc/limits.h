@@ -24,8 +24,10 @@
 /* Blocks that a part can touch: 64, and one more when it is not aligned. */
 #define ATOLL_PART_BLOCKS 65
 
-/* Largest READ or WRITE accepted; half of it is announced (NBD block size constraint "maximum payload"). Clients that have not
- * heard of constraints send longer ones than the 32 MiB that the specification bids them assume. */
+/* Largest READ or WRITE announced (NBD block size constraint "maximum payload"), and accepted of whoever was told. */
+#define ATOLL_PAYLOAD_BYTES 33554432
+/* The same of clients that came by EXPORT_NAME, which tells of no constraint: some send more than the 32 MiB that the specification
+ * bids them assume. */
 #define ATOLL_REQUEST_BYTES 67108864
 /* TRIM and WRITE_ZEROES travel in parts of this many bytes (no payload; bounds the time of one step). */
 #define ATOLL_RANGE_PART_BYTES 67108864

@@ -178,16 +178,6 @@ def test_errors_carry_the_protocols_codes(module_server: Server, volume: str) ->
         assert client.pread(4096, 0) == bytes(4096)
 
 
-def test_requests_longer_than_announced(module_server: Server, volume: str) -> None:
-    """nbd-tester-client of the NBD project, for one, sends 48 MiB at once and has not asked for the largest payload."""
-    contents = random.Random(1).randbytes(MIB) * 48
-    with Libnbd(module_server.uri(volume)) as client:
-        client.set_strict_mode(0)
-        client.pwrite(contents, 12345)
-        assert client.pread(len(contents), 12345) == contents
-        assert client.pread(64 * MIB, 0) == bytes(12345) + contents + bytes(16 * MIB - 12345)
-
-
 def test_a_read_only_volume(module_server: Server, tmp_path: Path) -> None:
     module_server.cli("volume", "create", "ro", "1MiB", "--read-only")
     try:

@@ -68,7 +68,7 @@ def only(answer: Answer, kind: int, *words: str) -> OptionReply:
 def test_constants_are_those_of_c() -> None:
     assert negotiation.PIECE_BYTES == lib.NBD_REPLY_BYTES
     assert negotiation.NAME_LIMIT_BYTES == lib.ATOLL_VOLUME_NAME_BYTES - 1
-    assert negotiation.MAXIMUM_PAYLOAD * 2 == lib.ATOLL_REQUEST_BYTES
+    assert negotiation.MAXIMUM_PAYLOAD == lib.ATOLL_PAYLOAD_BYTES
     for feature in Feature:
         assert feature == getattr(lib, f"NBD_FEATURE_{feature.name}")
     for phase in Phase:

@@ -16,14 +16,14 @@ MIB = 1 << 20
 BLOCK, PART, RANGE_PART = lib.ATOLL_BLOCK_BYTES, lib.ATOLL_PART_BYTES, lib.ATOLL_RANGE_PART_BYTES
 
 # Sizes at which something happens, and their neighbours.
-EDGES = [0, 1, 511, BLOCK, 65536, PART, RANGE_PART, 64 * MIB + 1, 2**32 - 1, 2**32, 2**40, 2**63, 2**64 - 1]
+EDGES = [0, 1, 511, BLOCK, 65536, PART, RANGE_PART, 32 * MIB, 64 * MIB, 2**32 - 1, 2**32, 2**40, 2**63, 2**64 - 1]
 NUMBERS = st.one_of(
     st.builds(lambda edge, shift: min(max(edge + shift, 0), 2**64 - 1), st.sampled_from(EDGES), st.integers(-2, 2)),
     st.integers(0, 2**64 - 1),
 )
 FLAGS = st.one_of(st.integers(0, 63), st.integers(0, 65535))
 TYPES = st.one_of(st.integers(0, 8), st.integers(0, 65535))
-FEATURES = st.integers(0, 31).map(Feature)
+FEATURES = st.integers(0, 63).map(Feature)
 
 
 def oracle(request: Request, features: Feature, size: int, read_only: bool) -> int:
@@ -54,7 +54,7 @@ def oracle(request: Request, features: Feature, size: int, read_only: bool) -> i
         return int(lib.ATOLL_EINVAL)
     if read_only and command in (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES):
         return int(lib.ATOLL_EPERM)
-    if command in (Command.READ, Command.WRITE) and request.length > 64 * MIB:
+    if command in (Command.READ, Command.WRITE) and request.length > (64 if Feature.UNTOLD in features else 32) * MIB:
         return int(lib.ATOLL_EOVERFLOW if chunks and command == Command.READ else lib.ATOLL_EINVAL)
     if request.offset + request.length > size:
         return int(lib.ATOLL_ENOSPC if command in (Command.WRITE, Command.WRITE_ZEROES) else lib.ATOLL_EINVAL)

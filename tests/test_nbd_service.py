@@ -225,7 +225,7 @@ def test_refusals(stage: Stage, wire: Wire) -> None:
     expect_error(wire, ErrorCode.ENOSPC, "past the end", command=Command.WRITE, offset=end - 3, payload=b"four")
     expect_error(wire, ErrorCode.ENOSPC, "past the end", command=Command.WRITE_ZEROES, offset=1, length=end)
     too_long = ErrorCode.EOVERFLOW if chunks else bad
-    expect_error(wire, too_long, "limit", "67108864", command=Command.READ, offset=0, length=64 * MIB + 1)
+    expect_error(wire, too_long, "limit", "33554432", command=Command.READ, offset=0, length=32 * MIB + 1)
     expect_error(wire, bad, "command 9", command=9, offset=0, length=1)
     expect_error(wire, bad, "command 65535", command=65535)
     expect_error(wire, bad, "0x0040", command=Command.READ, offset=0, length=1, flags=64)

@@ -308,6 +308,17 @@ def test_bad_requests(address: str | tuple[str, int], mode: str) -> None:
         connection.disconnect()
 
 
+def test_who_came_by_export_name_was_told_no_limit(address: str | tuple[str, int]) -> None:
+    """nbd-tester-client of the NBD project, for one, sends 48 MiB at once."""
+    contents = bytes(range(256)) * 4096 * 48
+    with connect(address, export_name=True) as connection:
+        connection.write(12345, contents)
+        assert connection.read(12345, len(contents)) == contents
+        connection.write_zeroes(0, 63 * MIB)
+        with pytest.raises(NbdError, match="limit" if connection.export.structured else None):
+            connection.read(0, 64 * MIB + 1)
+
+
 def test_payload_over_the_limit(address: str | tuple[str, int]) -> None:
     """With compact headers the payload is thrown away and the connection goes on; with extended ones it is closed."""
     with connect(address) as connection:

@@ -49,7 +49,7 @@ def oracle(framing: int, header: bytes) -> Frame:
         if header[:4] != bytes.fromhex("21e41c71"):
             return Frame(offset=offset, hold=True)
         length = int.from_bytes(header[24:32], "big") if header[5] & 32 else 0
-    too_long = length > 64 << 20
+    too_long = length > (64 << 20 if framing == REQUEST else 32 << 20)
     return Frame(length, offset, too_long, not too_long)
 
 
@@ -64,7 +64,9 @@ def headers(draw: st.DrawFn) -> tuple[int, bytes]:
             data[6:8] = struct.pack(">H", draw(st.integers(0, 3)))
     if draw(st.booleans()) and framing != FLAGS:
         at = {OPTION: 12, REQUEST: 24, EXTENDED: 28}[framing]
-        data[at : at + 4] = struct.pack(">I", draw(st.sampled_from([0, 1, 65536, 65537, 64 << 20, (64 << 20) + 1])))
+        limits = [65536, 32 << 20, 64 << 20]
+        length = draw(st.sampled_from([0, 1, *limits, *(limit + 1 for limit in limits)]))
+        data[at : at + 4] = struct.pack(">I", length)
         if framing == EXTENDED:
             data[24:28] = bytes(4)
     return framing, bytes(data)

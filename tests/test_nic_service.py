@@ -138,7 +138,7 @@ def test_payload_too_long_comes_without_it_and_is_thrown_away(uring_stage: Stage
 
     stage.on_request = refuse
     client = stage.connect("unix")
-    client.request(WRITE, 0, 40 * MIB)
+    client.request(WRITE, 0, 80 * MIB)
     client.request(WRITE, 0, 10)
     stage.settle()
     assert lengths == [0, 10] and client.results == 2

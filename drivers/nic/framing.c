@@ -73,7 +73,7 @@ void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *fr
             frame->reply_bytes = part_of(read32(bytes + 24));
         break;
     case ATOLL_FRAMING_EXTENDED:
-        longest = ATOLL_REQUEST_BYTES;
+        longest = ATOLL_PAYLOAD_BYTES;
         header = read32(bytes) == MAGIC_EXTENDED;
         frame->volume_offset = read64(bytes + 16);
         if (read16(bytes + 4) & FLAG_PAYLOAD_LEN)

@@ -52,7 +52,8 @@ enum nbd_feature {
     NBD_FEATURE_NO_ZEROES = 2,
     NBD_FEATURE_STRUCTURED = 4,
     NBD_FEATURE_EXTENDED = 8,        /* implies structured chunks */
-    NBD_FEATURE_ALLOCATION = 16      /* base:allocation is selected for the export in use */
+    NBD_FEATURE_ALLOCATION = 16,     /* base:allocation is selected for the export in use */
+    NBD_FEATURE_UNTOLD = 32          /* came by EXPORT_NAME: knows no block size constraints */
 };
 
 /* What of a negotiation outlives a process; negotiation.State in Python. */

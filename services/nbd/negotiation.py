@@ -29,7 +29,7 @@ STRING_LIMIT_BYTES = 4096  # section "String": names longer than this are not to
 NAME_LIMIT_BYTES = 255  # a volume's name: VOLUME_NAME_BYTES in kernel/config.py
 PIECE_BYTES = 6144  # NBD_REPLY_BYTES: of a reply that goes out in one piece
 
-MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD = 1, 4096, 32 << 20  # announced; twice as long a request is accepted
+MINIMUM_BLOCK, PREFERRED_BLOCK, MAXIMUM_PAYLOAD = 1, 4096, 32 << 20
 
 ALLOCATION = b"base:allocation"
 ALLOCATION_ID = 1  # the id under which replies to BLOCK_STATUS name it
@@ -53,6 +53,7 @@ class Feature(IntFlag):
     STRUCTURED = 4
     EXTENDED = 8
     ALLOCATION = 16
+    UNTOLD = 32
 
 
 NO_FEATURES = Feature(0)
@@ -287,7 +288,8 @@ def _export_name(state: State, data: bytes, volumes: Volumes) -> Answer:
         return _hang_up(state)  # "a client MUST NOT use NBD_OPT_EXPORT_NAME"
     volume = _find(data, volumes)
     reply = struct.pack(">QH", volume.size_bytes, transmission_flags(state, volume))
-    return _transmit(state, volume, reply + (b"" if state.features & Feature.NO_ZEROES else bytes(124)))
+    untold = replace(state, features=state.features | Feature.UNTOLD)  # of MAXIMUM_PAYLOAD
+    return _transmit(untold, volume, reply + (b"" if state.features & Feature.NO_ZEROES else bytes(124)))
 
 
 def _abort(state: State, _data: bytes, _volumes: Volumes) -> Answer:

@@ -86,10 +86,11 @@ int nbd_validate(const struct nbd_request *request, uint32_t features, uint64_t 
         REFUSE(ATOLL_EINVAL, "%s of length 0 at offset %" PRIu64, rule->name, request->offset);
     if (rule->modifies && read_only)
         REFUSE(ATOLL_EPERM, "%s at offset %" PRIu64 ": volume \"%s\" is read-only", rule->name, request->offset, volume_name);
-    if (rule->moves_data && request->length > ATOLL_REQUEST_BYTES)
+    uint32_t longest = features & NBD_FEATURE_UNTOLD ? ATOLL_REQUEST_BYTES : ATOLL_PAYLOAD_BYTES;
+    if (rule->moves_data && request->length > longest)
         REFUSE(request->type == NBD_CMD_READ && chunks ? ATOLL_EOVERFLOW : ATOLL_EINVAL,
-               "%s of %" PRIu64 " bytes is over the limit of %d bytes for one request", rule->name, request->length,
-               ATOLL_REQUEST_BYTES);
+               "%s of %" PRIu64 " bytes is over the limit of %u bytes for one request", rule->name, request->length,
+               longest);
     if (request->offset > size_bytes || request->length > size_bytes - request->offset)
         REFUSE(rule->past_end, "%s of %" PRIu64 " bytes at offset %" PRIu64 " goes past the end of volume \"%s\" (%" PRIu64 " bytes)",
                rule->name, request->length, request->offset, volume_name, size_bytes);

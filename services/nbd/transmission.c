@@ -32,7 +32,7 @@ static void refuse(struct nbd *nbd, struct nbd_slot *slot, int has_payload, uint
     nbd_count_error(nbd, status);
     nbd_reply_error(slot, reply_of(nbd, slot->identity), status, text, 0, 0, &reply);
     reply.flags = (uint8_t)(ATOLL_FLAG_LAST | (has_payload ? ATOLL_FLAG_DISCARD : 0));
-    if (has_payload && (slot->features & NBD_FEATURE_EXTENDED) && slot->length > ATOLL_REQUEST_BYTES) {
+    if (has_payload && (slot->features & NBD_FEATURE_EXTENDED) && slot->length > ATOLL_PAYLOAD_BYTES) {
         /* Section "Request message" of the extension: such a payload is not waited for. */
         reply.flags |= ATOLL_FLAG_CLOSE;
         nbd_set_state(nbd, connection, NBD_CONNECTION_CLOSING);
