@@ -6,10 +6,10 @@
 
 #include "services/dedup/datapath.h"
 
-/* Records that one piece looks at, or somewhat more: some 5 to 10 microseconds where requests come one by one, of which each would
+/* Records that one piece looks at, or somewhat more: some 10 to 20 microseconds where requests come one by one, of which each would
  * wait for a piece; some 30 otherwise, because a piece costs something by itself; and all of a batch where nobody waits for this
  * processor. */
-#define BATCH_PIECE_ALONE 16
+#define BATCH_PIECE_ALONE 32
 #define BATCH_PIECE 64
 /* Records whose cache lines are asked for together. */
 #define BATCH_AHEAD 32

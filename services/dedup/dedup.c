@@ -23,11 +23,11 @@
 
 /* Work after which others are let go first; and where requests come one by one, each of which would wait for all of it. */
 #define OFFER_NS 20000
-#define OFFER_ALONE_NS 4000
+#define OFFER_ALONE_NS 8000
 /* Requests taken in a turn where they come one by one: a few microseconds. */
-#define TAKE_ALONE 8
+#define TAKE_ALONE 16
 /* What is read and compared with its fingerprint in a turn there. */
-#define COMPLETE_ALONE_BYTES 65536
+#define COMPLETE_ALONE_BYTES 131072
 /* Whether they do is an average over so many of them, squared because each counts as many. */
 #define CROWD_WEIGHT 64
 #define CROWD_ALL (CROWD_WEIGHT * CROWD_WEIGHT)
