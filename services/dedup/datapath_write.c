@@ -195,19 +195,21 @@ static enum dp_outcome wait_for(struct datapath *dp, enum dp_resource resource)
     return OUTCOME_RETRY;
 }
 
-/* What is logged finds no place, and who waits for it to be destaged would wait until somebody gives up some blocks. */
-static bool is_stuck(const struct datapath *dp)
+/* What is logged finds no place, and who waits for it to be destaged would wait until somebody gives up some blocks: ENOSPC. */
+static bool waits_in_vain(const struct datapath *dp, struct dp_slot *slot)
 {
-    return dp->arena->failed_records != dp->arena->aside_records && store_exhausted(dp->dedup);
+    if (dp->arena->failed_records == dp->arena->aside_records || !store_exhausted(dp->dedup))
+        return false;
+    slot->status = ATOLL_ENOSPC;
+    return true;
 }
 
 /* As dp_want_outcome, of a page of the map that is to name logged blocks (STORE_LOG). */
 static enum dp_outcome leaf_outcome(struct datapath *dp, struct dp_slot *slot, enum store_want want)
 {
-    if (want != STORE_WAIT || !store_pressed(dp->dedup) || !is_stuck(dp))
-        return dp_want_outcome(dp, slot, want);
-    slot->status = ATOLL_ENOSPC;
-    return OUTCOME_DONE;
+    if (want == STORE_WAIT && store_pressed(dp->dedup) && waits_in_vain(dp, slot))
+        return OUTCOME_DONE;
+    return dp_want_outcome(dp, slot, want);
 }
 
 /* Does writing these blocks free as many as it takes? True of each that needs a reservation: what it names has no other reference,
@@ -316,12 +318,8 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
                                 .bytes = stop - start,
                                 .payload = (const uint8_t *)record_page(dp, pages[index]) + start};
     }
-    if (ragged_count > dp->merge_free_count || (ragged_count != 0 && (dp->blocked & RESOURCE_MERGE))) {
-        if (!is_stuck(dp))
-            return wait_for(dp, RESOURCE_MERGE);
-        slot->status = ATOLL_ENOSPC;
-        return refuse_write(dp, slot, pages, count);
-    }
+    if (ragged_count > dp->merge_free_count || (ragged_count != 0 && (dp->blocked & RESOURCE_MERGE)))
+        return waits_in_vain(dp, slot) ? refuse_write(dp, slot, pages, count) : wait_for(dp, RESOURCE_MERGE);
     if (zero_count != 0 && !store_has_room(dp->dedup, zero_count))
         return wait_for(dp, RESOURCE_LOG_ROOM);
     if (ragged_count != 0) {
@@ -441,12 +439,8 @@ static enum dp_outcome zero_ends(struct datapath *dp, struct dp_slot *slot, uint
     }
     if (count == 0)
         return OUTCOME_DONE;
-    if (count > dp->merge_free_count || (dp->blocked & RESOURCE_MERGE)) {
-        if (!is_stuck(dp))
-            return wait_for(dp, RESOURCE_MERGE);
-        slot->status = ATOLL_ENOSPC;
-        return OUTCOME_DONE;
-    }
+    if (count > dp->merge_free_count || (dp->blocked & RESOURCE_MERGE))
+        return waits_in_vain(dp, slot) ? OUTCOME_DONE : wait_for(dp, RESOURCE_MERGE);
     switch (prepare_ragged(dp, slot, ragged, count)) {
     case PREPARED_WAIT: return OUTCOME_RETRY;
     case PREPARED_FAILED: return OUTCOME_DONE;

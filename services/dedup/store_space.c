@@ -268,6 +268,14 @@ bool store_groups_agree(struct dedup *dedup)
 
 /* --- Allocation ------------------------------------------------------------------------------------------------------ */
 
+/* Blocks that nobody gets until what is told of them can be read; that is tried again from now on. */
+static void give_up(struct store *store, uint64_t count)
+{
+    STORE_ADD(store, quarantined_blocks, count);
+    STORE_ADD(store, given_up_blocks, count);
+    store->regain_ns = store->regain_pause_ns = 0;
+}
+
 /* The page of counts of a group cannot be read: its blocks are not handed out. What was promised of them, destage does not find. */
 static void give_group_up(struct store *store, uint64_t group)
 {
@@ -275,9 +283,7 @@ static void give_group_up(struct store *store, uint64_t group)
     uint32_t count = GROUP_FREE(*word);
     atoll_set64(store->journal, word, GROUP(0, GROUP_PENDING(*word), GROUP_STORED(*word), GROUP_EPOCH(*word)));
     STORE_ADD(store, free_blocks, -(uint64_t)count);
-    STORE_ADD(store, quarantined_blocks, count);
-    STORE_ADD(store, given_up_blocks, count);
-    store->regain_ns = store->regain_pause_ns = 0;
+    give_up(store, count);
 }
 
 /* The page of fingerprints `number` cannot be read: places that it is about are not handed out. Their page of counts is in memory. */
@@ -297,9 +303,7 @@ static void lay_aside_free(struct store *store, uint64_t number)
     store_change_live(store, frame, -pending_count);
     STORE_ADD(store, free_blocks, -(uint64_t)free_count);
     STORE_ADD(store, pending_blocks, -(uint64_t)pending_count);
-    STORE_ADD(store, quarantined_blocks, free_count + pending_count);
-    STORE_ADD(store, given_up_blocks, free_count + pending_count);
-    store->regain_ns = store->regain_pause_ns = 0;
+    give_up(store, (uint64_t)(free_count + pending_count));
 }
 
 /* The pages of fingerprints of a run of free places, which lies in one group. */
@@ -544,10 +548,8 @@ void store_lay_aside(struct dedup *dedup, uint64_t pba)
     store_change_live(store, frame, -1);
     STORE_ADD(store, stored_blocks, -1);
     STORE_ADD(store, in_flight_blocks, -1);
-    STORE_ADD(store, quarantined_blocks, 1);
-    STORE_ADD(store, given_up_blocks, 1);
     STORE_ADD(store, reserved_blocks, 1);
-    store->regain_ns = store->regain_pause_ns = 0;
+    give_up(store, 1);
 }
 
 bool store_pba_valid(struct dedup *dedup, uint64_t pba) { return store_usable(dedup->store, pba); }
