@@ -506,10 +506,10 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        return nobody_reads()
+        return say_no_more()
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError) or sys.stdout is not output:  # rich has caught it, or click
-            return nobody_reads()
+            return say_no_more()
         raise
     except OSError as error:
         if error.filename is not None and error.strerror is not None:
@@ -520,15 +520,12 @@ def run(arguments: list[str]) -> int:
         raise
 
 
-def nobody_reads() -> int:
-    """Whoever reads our output went away (head, less): no error."""
-    say_no_more()
+def say_no_more() -> int:
+    """Standard output takes nothing: whoever reads it has gone (head, less), which is no error, or its disk is full."""
+    from atoll.kernel.process import silence  # slow to import
+
+    silence(sys.stdout)
     return 0
-
-
-def say_no_more() -> None:
-    """What is left in the buffers is not tried again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(message: str, status: int) -> int:

@@ -60,9 +60,7 @@ def _say(line: str, stream: TextIO) -> None:
     try:
         print(line, file=stream, flush=True)
     except OSError:
-        gone = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(gone, stream.fileno())  # what is left goes there when it is flushed again
-        os.close(gone)
+        process.silence(stream)
 
 
 class Child:

@@ -5,6 +5,7 @@
 - `outlives(pid, signal)` whether a signal does nothing to it
 - `Process`               a pid that cannot be mistaken for another's: pid, start time, pidfd
 - `name_this`, `die_with_parent`, `adopt_orphans`, `be_protected`    settings of the calling process
+- `silence(stream)`       what is written to it goes nowhere
 - `come_first`, `be_ordinary`    how soon a process runs
 - `holders(path)`         processes that have a file open
 
@@ -21,6 +22,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -45,6 +47,13 @@ def _prctl(option: int, argument: int | bytes) -> None:
     if result != 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error), f"prctl({option})")
+
+
+def silence(stream: TextIO) -> None:
+    """What is written to it from now on goes nowhere, and so does what it still holds."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def name_this(name: str) -> None:
