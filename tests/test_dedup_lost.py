@@ -62,6 +62,18 @@ def turns_until(stage: Stage, reached: Callable[[], bool], seconds: float = 20) 
         stage.answers()
 
 
+def flush_until_it_succeeds(stage: Stage, volume: int, seconds: float = 20) -> None:
+    flush = stage.flush(volume)
+
+    def flushed() -> bool:
+        nonlocal flush
+        if flush.done and flush.status != OK:
+            flush = stage.flush(volume)
+        return flush.done and flush.status == OK
+
+    turns_until(stage, flushed, seconds)
+
+
 def test_a_lost_directory_is_passed_by() -> None:
     """By the live check, du and the scrub: what lies behind it is looked at, and it counts once."""
     device = bytearray(made(1 << 59, (0, 10), (FAR, 300)))
@@ -121,16 +133,8 @@ def test_a_flush_behind_a_posted_write_that_waits() -> None:
         flush = stage.flush(volume)
         turns_until(stage, lambda: flush.done)
         assert flush.status == lib.ATOLL_EUNFLUSHED
-        for number in lost:
-            stage.device[number * BLOCK + 77] ^= 1
-
-        def flushed() -> bool:
-            nonlocal flush
-            if flush.done and flush.status != OK:
-                flush = stage.flush(volume)
-            return flush.done and flush.status == OK
-
-        turns_until(stage, flushed)
+        flip(stage.device, lost)
+        flush_until_it_succeeds(stage, volume)
         assert all(request.done and request.status == OK for request in posted)
         stage.check()
 
@@ -153,14 +157,7 @@ def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
             assert flush.status == (OK if level == 0 else lib.ATOLL_EUNFLUSHED)
         assert stage.figures().quarantined_blocks != 0
         flip(stage.device, lost)
-
-        def flushed() -> bool:
-            nonlocal flush
-            if flush.done and flush.status != OK:
-                flush = stage.flush(0)
-            return flush.done and flush.status == OK
-
-        turns_until(stage, flushed, 60)
+        flush_until_it_succeeds(stage, 0, 60)
         turns_until(stage, lambda: stage.figures().quarantined_blocks == 0, 60)
         stage.drain()
         stage.check()

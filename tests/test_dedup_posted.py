@@ -35,6 +35,15 @@ def public_of(stage: Stage) -> Any:
     return ffi.cast("struct atoll_dedup_public *", ffi.cast("char *", arena) + arena.role_offset)
 
 
+def posting(stage: Stage, size: int) -> tuple[int, Any]:
+    """A new store in which as much may be posted as can be, a volume on it, and dedup's public part."""
+    stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+    stage.open()
+    volume = stage.create_volume("v", size)
+    stage.run_until_idle()
+    return volume, public_of(stage)
+
+
 def turns(stage: Stage, count: int = 20) -> None:
     for _ in range(count):
         stage.turn()
@@ -142,11 +151,7 @@ def test_space_of_those_that_come_when_it_has_just_grown_short() -> None:
     once more, if it still may. On a small device little else is kept."""
     most = int(lib.ATOLL_POSTED_BLOCKS)
     with Stage(device_blocks=2304, nic_pages=1024, destage_delay_ms=10_000_000) as stage:
-        stage.config.posted_blocks = most
-        stage.open()
-        volume = stage.create_volume("v", 8192 * BLOCK)
-        stage.run_until_idle()
-        public = public_of(stage)
+        volume, public = posting(stage, 8192 * BLOCK)
         used = 0
 
         def contents(count: int) -> bytes:
@@ -190,11 +195,7 @@ def test_they_end_before_the_map_has_no_more_room() -> None:
     """Each of these writes needs another page of the map. Whoever comes too late is refused, and nobody was told before
     that all is well."""
     with Stage(device_blocks=8192, nic_pages=1024) as stage:
-        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
-        stage.open()
-        volume = stage.create_volume("v", 1024 * LEAF)
-        stage.run_until_idle()
-        public = public_of(stage)
+        volume, public = posting(stage, 1024 * LEAF)
         posted = 0
         for number in range(1024):
             may = public.posted_blocks != 0
@@ -216,11 +217,7 @@ def test_they_end_before_the_log_is_full() -> None:
     """The device does nothing: nic stops posting while it has pages yet, and goes on when destage has come after it."""
     most = int(lib.ATOLL_POSTED_BLOCKS)
     with Stage(device_blocks=8192, nic_pages=2048, destage_delay_ms=10_000_000) as stage:
-        stage.config.posted_blocks = most
-        stage.open()
-        volume = stage.create_volume("v", 8192 * BLOCK)
-        stage.run_until_idle()
-        public = public_of(stage)
+        volume, public = posting(stage, 8192 * BLOCK)
         assert public.posted_blocks == most
         for number in range(0, 2048, PART):
             contents = b"".join(block(number + index) for index in range(PART))

@@ -255,6 +255,17 @@ def test_a_wrong_copy_is_not_believed(stage: Tiered) -> None:
     stage.settle()
 
 
+def comes_back(stage: Tiered, count: int) -> None:
+    """The device does again what it is asked for, and so many blocks (0, 2, 4, ...) are read from it."""
+    stage.io_rule = None
+    stage.until("taken back", lambda: stage.figures().tier_state == ONLINE)
+    stage.forget_cache()
+    stage.io_log.clear()
+    for index in range(count):
+        stage.get(2 * index)
+    assert stage.reads(LLRRM)
+
+
 def test_errors_send_readers_to_the_main_device(stage: Tiered) -> None:
     for index in range(20):
         stage.put(2 * index, block(700 + index))
@@ -270,13 +281,7 @@ def test_errors_send_readers_to_the_main_device(stage: Tiered) -> None:
     assert counted["tier_aways"] == 1
     assert counted["errors"] == 0
     assert stage.ffi.string(stage.lib.dedup_tier_reason(stage.state)) == b"its superblock or table cannot be read"
-    stage.io_rule = None
-    stage.until("taken back", lambda: stage.figures().tier_state == ONLINE)
-    stage.forget_cache()
-    stage.io_log.clear()
-    for index in range(20):
-        stage.get(2 * index)
-    assert stage.reads(LLRRM)
+    comes_back(stage, 20)
 
 
 def test_a_device_that_became_smaller_is_away_until_it_is_whole_again(stage: Tiered) -> None:
@@ -295,13 +300,7 @@ def test_a_device_that_became_smaller_is_away_until_it_is_whole_again(stage: Tie
     stage.until("asked again", lambda: stage.counters()["tier_aways"] >= 2)
     assert not [io for io in stage.io_log if (io.role, io.opcode, io.offset) == (LLRRM, WRITE, 0)], "left as it is"
     assert stage.counters()["errors"] == 0
-    stage.io_rule = None
-    stage.until("taken back", lambda: stage.figures().tier_state == ONLINE)
-    stage.forget_cache()
-    stage.io_log.clear()
-    for index in range(20):
-        stage.get(2 * index)
-    assert stage.reads(LLRRM)
+    comes_back(stage, 20)
 
 
 def test_a_silent_driver_holds_up_nobody(stage: Tiered) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from nicstage import DEDUP, DISCARD, LAST, NBD, NIC, PART, READ, REPLY_MAGIC, REQUEST_MAGIC, WRITE, Stage, Use
+from nicstage import DEDUP, DISCARD, LAST, NBD, NIC, PART, READ, REPLY_MAGIC, REQUEST_MAGIC, WRITE, Client, Stage, Use
 
 from atoll.ipc._ipc import ffi, lib
 
@@ -257,16 +257,22 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
         stage.check()
 
 
+def takes_all_pages(stage: Stage) -> Client:
+    """Starts nic. What this client writes stays in the log, and there is no page for anybody else."""
+    stage.take_share = 1.0
+    stage._give_back = lambda share: None  # type: ignore[method-assign]
+    stage.start()
+    writer = stage.connect()
+    for _ in range(16):
+        writer.request(WRITE, 0, MIB)
+    stage.until(lambda: not writer.expected, "all pages are taken")
+    return writer
+
+
 def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
     """Where free pages lie apart (log pages that stay) there is no run for a long while, but pages for all others."""
     with Stage(handshake_timeout_s=600) as stage:
-        stage.take_share = 1.0
-        stage._give_back = lambda share: None  # type: ignore[method-assign]
-        stage.start()
-        writer = stage.connect()
-        for _ in range(16):
-            writer.request(WRITE, 0, MIB)
-        stage.until(lambda: not writer.expected, "all pages are taken")
+        writer = takes_all_pages(stage)
         apart = [page for page in stage.taken_pages if page % 16]
         for first in range(0, len(apart), 8):
             give_back(stage, apart[first : first + 8])
@@ -296,13 +302,7 @@ def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
 def test_who_negotiates_while_all_pages_are_taken_is_not_dropped() -> None:
     """A device that is slow or full keeps the log's pages. Who connects then waits, as those do who write."""
     with Stage(handshake_timeout_s=1.0) as stage:
-        stage.take_share = 1.0
-        stage._give_back = lambda share: None  # type: ignore[method-assign]
-        stage.start()
-        writer = stage.connect()
-        for _ in range(16):
-            writer.request(WRITE, 0, MIB)
-        stage.until(lambda: not writer.expected, "all pages are taken")
+        takes_all_pages(stage)
         stage.on_option = lambda message, data: {"framing": lib.ATOLL_FRAMING_OPTION}
         stage.framing = lib.ATOLL_FRAMING_OPTION
         client = stage.connect()
