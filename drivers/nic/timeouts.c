@@ -10,8 +10,8 @@
  * dropped.
  *
  * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late. Nor for
- * the time that others take: while nbd has the word (it may be dead), or no page is free for
- * an option's data (the device may be slow, or full), negotiation does not take the client's time.
+ * the time that others take: while nbd has the word (it may be dead), or no page is free for an option's data (the device may be
+ * slow, or full), negotiation does not take the client's time.
  *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
  */
