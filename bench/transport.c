@@ -36,7 +36,7 @@ static void sample(struct bench_result *result, uint64_t ns)
 
 /* --- Atoll's ring ------------------------------------------------------------------------------------------------- */
 
-static void put(struct atoll_domain *domain, uint32_t to, uint64_t number, int wait)
+static inline __attribute__((always_inline)) void put(struct atoll_domain *domain, uint32_t to, uint64_t number, int wait)
 {
     struct atoll_descriptor message = {.opcode = ATOLL_OP_REQUEST, .identity = number};
     while (!atoll_domain_put(domain, to, &message)) {

@@ -162,7 +162,8 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
     return true;
 }
 
-static inline bool atoll_domain_put(struct atoll_domain *domain, uint32_t role, const struct atoll_descriptor *message)
+static inline __attribute__((always_inline)) bool atoll_domain_put(struct atoll_domain *domain, uint32_t role,
+                                                                   const struct atoll_descriptor *message)
 {
     struct atoll_tx_ring *ring = &domain->rings->tx[role];
     struct atoll_descriptor *entry = atoll_ring_reserve(ring);

@@ -83,16 +83,25 @@ static inline struct atoll_descriptor *atoll_ring_reserve(struct atoll_tx_ring *
 
 typedef uint64_t atoll_pair __attribute__((vector_size(16)));
 
+/* Keeps the compiler from putting the load of `value` together with the next one. */
+static inline __attribute__((always_inline)) uint64_t atoll_apart(uint64_t value)
+{
+    if (!__builtin_constant_p(value))
+        __asm__("" : "+r"(value));
+    return value;
+}
+
 /* Copies a message into a reserved entry.
  *
- * It is read member by member, as it was written: a wider load of what was just stored in parts waits until those stores
- * have left the processor, behind stores to earlier entries whose lines the consumer's core still has, so that the lines
- * would cross one at a time. (volatile: the compiler would put the loads together.) It is written in pairs of words, so
- * that few stores stand in line. And the line of an entry to come, which the consumer has long read, is asked for. */
-static inline void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atoll_descriptor *entry,
-                                   const struct atoll_descriptor *message)
+ * A store waits in line until the line it goes to has come over from the consumer's core, and all later ones wait behind it:
+ * the fewer stores a message takes, the more of those lines are on their way at once. So a message that its maker writes on the
+ * spot never is in memory but there (which is why this is inlined, into atoll_domain_put, too), and it is written in pairs of words.
+ * One that does lie in memory is read member by member, as it was written: a wider load of what was just stored in parts waits
+ * until those stores have left the processor, behind those to earlier entries, so that the lines would cross one at a time. And
+ * the line of an entry to come, which the consumer has long read, is asked for. */
+static inline __attribute__((always_inline)) void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atoll_descriptor *entry,
+                                                                  const struct atoll_descriptor *message)
 {
-    const volatile struct atoll_descriptor *from = message;
     atoll_pair *pairs = (atoll_pair *)entry;
     struct atoll_descriptor *ahead = &ring->entries[(ring->tail + ATOLL_RING_AHEAD) & ring->mask];
 #ifdef __x86_64__
@@ -100,13 +109,13 @@ static inline void atoll_ring_fill(const struct atoll_tx_ring *ring, struct atol
 #else
     __builtin_prefetch(ahead, 1);
 #endif
-    uint64_t first = from->opcode | (uint64_t)from->flags << 8 | (uint64_t)from->segment_count << 16 |
-                     (uint64_t)ring->tail << 32; /* `ready`: not yet */
-    uint64_t fourth = from->length | (uint64_t)from->status << 32 | (uint64_t)from->part << 48;
-    pairs[0] = (atoll_pair){first, from->identity};
-    pairs[1] = (atoll_pair){from->address, fourth};
-    pairs[2] = (atoll_pair){from->words[0], from->words[1]};
-    pairs[3] = (atoll_pair){from->words[2], from->words[3]};
+    uint64_t first = atoll_apart(message->opcode) | atoll_apart(message->flags) << 8 |
+                     atoll_apart(message->segment_count) << 16 | (uint64_t)ring->tail << 32; /* `ready`: not yet */
+    uint64_t fourth = atoll_apart(message->length) | atoll_apart(message->status) << 32 | atoll_apart(message->part) << 48;
+    pairs[0] = (atoll_pair){first, atoll_apart(message->identity)};
+    pairs[1] = (atoll_pair){atoll_apart(message->address), fourth};
+    pairs[2] = (atoll_pair){atoll_apart(message->words[0]), atoll_apart(message->words[1])};
+    pairs[3] = (atoll_pair){atoll_apart(message->words[2]), atoll_apart(message->words[3])};
 }
 
 static inline void atoll_ring_push(struct atoll_tx_ring *ring) { ring->tail++; }
