@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damagekit import flip, places
 from nbdclient import Connection, NbdError
 from powerlosskit import block_digests
 from serverkit import Server, wait_for, write_device
@@ -78,8 +79,8 @@ def used_slots(store: Store) -> dict[int, str]:
     """Block → which copy of which metadata page."""
     found = {}
     for (tree, level), pages in store.trees.items():
-        for copy, places in enumerate(store.places.of_slots(pages.pointers["slot"])):
-            for place, number in zip(places, pages.numbers, strict=True):
+        for copy, blocks in enumerate(store.places.of_slots(pages.pointers["slot"])):
+            for place, number in zip(blocks, pages.numbers, strict=True):
                 found[int(place)] = f"copy {copy} of the {layout.page_name(tree, level, int(number))}"
     return found
 
@@ -297,14 +298,10 @@ def written_and_kept(server: Server, lost: int) -> None:
 def test_a_page_lost_in_both_copies(make_server: Callable[..., Server], devices: Devices) -> None:
     """What it held cannot be read, and says so; everything else can."""
     device = devices.closed.copy()
-    _, store = look(device, LogReader())
-    assert store is not None
-    pages = store.trees[layout.TREE_MAP, 0]
-    number = pages.numbers[0]
-    assert int(number) >> 39 == 0
-    first = (int(number) & (1 << 39) - 1) * 512
-    for places in store.places.of_slots(pages.pointers["slot"][:1]):
-        device[int(places[0]) * BLOCK + 77] ^= 1
+    number, blocks = next(iter(places(MemoryImage(device), layout.TREE_MAP, 0).items()))
+    assert number >> 39 == 0
+    first = (number & (1 << 39) - 1) * 512
+    flip(MemoryImage(device), blocks)
     report, _ = look(device, LogReader())
     assert "is lost" in report.findings[0].text and not report.findings[0].repairable
     server = start(make_server, device)
@@ -326,14 +323,8 @@ def test_counts_of_a_large_device_lost_for_a_while(make_server: Callable[..., Se
     server.stop()
     device = server.data / "device.img"
     image = FileImage(device, writable=True)
-    store = Store.read(image, Report())
-    assert store is not None
-    pages = store.trees[layout.TREE_REFS, 2]
-    places = [int(copy[0]) for copy in store.places.of_slots(pages.pointers["slot"])]
-    good = image.read(places[0], 1)
-    assert len(pages.numbers) == 1 and good is not None
-    for place in places:
-        image.write(place, good[:77] + bytes([good[77] ^ 1]) + good[78:])
+    (lost,) = places(image, layout.TREE_REFS, 2).values()
+    flip(image, lost)
     image.flush()
     server.start()
     with Connection.open(str(server.socket), timeout_s=60) as connection:
@@ -342,8 +333,7 @@ def test_counts_of_a_large_device_lost_for_a_while(make_server: Callable[..., Se
         with pytest.raises(NbdError):
             connection.flush()
         wait_for("its space is given to nobody", lambda: server.json("status")["space"]["free_bytes"] == 0)
-        for place in places:
-            image.write(place, good)
+        flip(image, lost)
         image.flush()
         image.close()
         wait_for("it comes back", lambda: server.json("status")["space"]["quarantined_bytes"] == 0, 60)
@@ -390,13 +380,10 @@ def test_a_deletion_that_cannot_be_ended_holds_up_no_other(
     """The volume with a lost leaf or directory stays in deletion with what that leads to; the other one's space comes
     back."""
     device = devices.closed.copy()
-    _, store = look(device, LogReader())
-    assert store is not None
-    pages = store.trees[layout.TREE_MAP, level]
-    assert int(pages.numbers[0]) >> (39 - 8 * level) == 0, "of the first volume"
+    number, blocks = next(iter(places(MemoryImage(device), layout.TREE_MAP, level).items()))
+    assert number >> (39 - 8 * level) == 0, "of the first volume"
     kept = BLOCKS if level else 512
-    for places in store.places.of_slots(pages.pointers["slot"][:1]):
-        device[int(places[0]) * BLOCK + 77] ^= 1
+    flip(MemoryImage(device), blocks)
     server = start(make_server, device)
     for volume in ("disk", "two"):
         server.cli("volume", "delete", volume)

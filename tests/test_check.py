@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damagekit import flip, places
 from nbdclient import Connection
 from serverkit import ATOLL, Server, run
 
@@ -239,16 +240,10 @@ def test_each_inconsistency_is_found_and_what_can_be_is_repaired(closed: Path, t
 def damage(device: Path, tree: int, level: int, copies: tuple[int, ...], at: int = 0) -> int:
     """Copies of the page at that place among those of its tree and level are damaged. Returns its number."""
     image = FileImage(device, writable=True)
-    store = Store.read(image, Report())
-    assert store is not None
-    pages = store.trees[tree, level]
-    for copy in copies:
-        block = int(store.places.of_slots(pages.pointers["slot"])[copy][at])
-        data = image.read(block, 1)
-        assert data is not None
-        image.write(block, bytes([data[0] ^ 1]) + data[1:])
+    number, blocks = list(places(image, tree, level).items())[at]
+    flip(image, [blocks[copy] for copy in copies])
     image.close()
-    return int(pages.numbers[at])
+    return number
 
 
 def test_pages_of_fingerprints_are_read(closed: Path, tmp_path: Path) -> None:
@@ -303,13 +298,11 @@ def test_repair_where_the_log_has_no_room(closed: Path, tmp_path: Path, left: in
 
 def lose(device: Path, choose: random.Random, *pages: tuple[int, int]) -> None:
     """Both copies of one page of each tree and level."""
-    image = FileImage(device)
-    store = Store.read(image, Report())
+    image = FileImage(device, writable=True)
+    found = {page: list(places(image, *page).values()) for page in pages}
+    for blocks in found.values():
+        flip(image, choose.choice(blocks))
     image.close()
-    assert store is not None
-    places = {(tree, level): choose.randrange(len(store.trees[tree, level].numbers)) for tree, level in pages}
-    for (tree, level), at in sorted(places.items()):  # from below
-        damage(device, tree, level, (0, 1), at)
 
 
 DERIVED = [(layout.TREE_REFS, level) for level in range(5)]

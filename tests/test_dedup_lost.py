@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import pytest
+from damagekit import flip, in_memory, places
 from dedupkit import BLOCK, OK, Stage
 
 from atoll.ipc._ipc import lib
 from atoll.services.dedup.check import layout
-from atoll.services.dedup.check.image import MemoryImage
-from atoll.services.dedup.check.reader import Report, Store
 
 FAR = 262144  # blocks: behind what the first directory of level 1 of a map is about
 
@@ -23,22 +21,9 @@ def block(seed: int) -> bytes:
     return random.Random(seed).randbytes(BLOCK)
 
 
-def places(device: Any, tree: int, level: int, numbers: Iterable[int] | None = None) -> list[int]:
-    """Blocks of both copies of some pages of a tree, all of that level if none are named."""
-    store = Store.read(MemoryImage(np.frombuffer(device, np.uint8)), Report())
-    assert store is not None
-    pages = store.trees[tree, level]
-    found = []
-    for number, slot in zip(pages.numbers.tolist(), pages.pointers["slot"], strict=True):
-        if numbers is None or number in numbers:
-            found += [int(copy[0]) for copy in store.places.of_slots(np.array([slot]))]
-    assert found
-    return found
-
-
-def flip(device: Any, blocks: Iterable[int]) -> None:
-    for number in blocks:
-        device[number * BLOCK + 77] ^= 1
+def blocks_of(device: Any, tree: int, level: int, numbers: Collection[int] | None = None) -> list[int]:
+    """Of both copies of some pages of a tree, all of that level if none are named."""
+    return [block for both in places(in_memory(device), tree, level, numbers).values() for block in both]
 
 
 def made(size: int, *writes: tuple[int, int], **settings: Any) -> bytes:
@@ -77,11 +62,11 @@ def flush_until_it_succeeds(stage: Stage, volume: int, seconds: float = 20) -> N
 def test_a_lost_directory_is_passed_by() -> None:
     """By the live check, du and the scrub: what lies behind it is looked at, and it counts once."""
     device = bytearray(made(1 << 59, (0, 10), (FAR, 300)))
-    lost = places(device, layout.TREE_MAP, 1, [0])
-    flip(device, lost)
+    lost = blocks_of(device, layout.TREE_MAP, 1, [0])
+    flip(in_memory(device), lost)
     rotten = device.find(block(FAR + 7))
     device[rotten] ^= 1
-    flip(device, places(device, layout.TREE_MAP, 0, [FAR // 512])[1:])  # one copy of a leaf
+    flip(in_memory(device), blocks_of(device, layout.TREE_MAP, 0, [FAR // 512])[1:])  # one copy of a leaf
     with Stage() as stage:
         stage.device[:] = bytes(device)
         stage.open()
@@ -121,8 +106,8 @@ def test_a_flush_behind_a_posted_write_that_waits() -> None:
     """No place can be used, and so much is logged that one more page of the map finds no room: the write waits, the
     flush fails. When the device comes to itself both succeed."""
     device = bytearray(made(1 << 40, (0, 64)))
-    lost = places(device, layout.TREE_PRINTS, 4)
-    flip(device, lost)
+    lost = blocks_of(device, layout.TREE_PRINTS, 4)
+    flip(in_memory(device), lost)
     with Stage(frames=128) as stage:
         stage.device[:] = bytes(device)
         stage.open()
@@ -133,7 +118,7 @@ def test_a_flush_behind_a_posted_write_that_waits() -> None:
         flush = stage.flush(volume)
         turns_until(stage, lambda: flush.done)
         assert flush.status == lib.ATOLL_EUNFLUSHED
-        flip(stage.device, lost)
+        flip(in_memory(stage.device), lost)
         flush_until_it_succeeds(stage, volume)
         assert all(request.done and request.status == OK for request in posted)
         stage.check()
@@ -143,8 +128,8 @@ def test_a_flush_behind_a_posted_write_that_waits() -> None:
 def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
     """One page of them: others are taken. All: flushes fail, however often they are asked for, and cost no place."""
     device = bytearray(made(1 << 30, (0, 64)))
-    lost = places(device, layout.TREE_PRINTS, level)
-    flip(device, lost)
+    lost = blocks_of(device, layout.TREE_PRINTS, level)
+    flip(in_memory(device), lost)
     with Stage() as stage:
         stage.device[:] = bytes(device)
         stage.open()
@@ -156,7 +141,7 @@ def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
             turns_until(stage, lambda: flush.done)  # noqa: B023
             assert flush.status == (OK if level == 0 else lib.ATOLL_EUNFLUSHED)
         assert stage.figures().quarantined_blocks != 0
-        flip(stage.device, lost)
+        flip(in_memory(stage.device), lost)
         flush_until_it_succeeds(stage, 0, 60)
         turns_until(stage, lambda: stage.figures().quarantined_blocks == 0, 60)
         stage.drain()
@@ -170,7 +155,7 @@ def test_places_whose_fingerprints_are_lost_come_back(level: int) -> None:
 def test_who_waits_for_what_finds_no_place_is_answered() -> None:
     """For its page of the map, or for a page to merge a block in."""
     device = bytearray(made(1 << 40, (0, 64)))
-    flip(device, places(device, layout.TREE_PRINTS, 1))
+    flip(in_memory(device), blocks_of(device, layout.TREE_PRINTS, 1))
     with Stage(frames=128, merge_pages=8) as stage:
         stage.device[:] = bytes(device)
         stage.open()
@@ -206,7 +191,7 @@ def test_a_candidate_whose_counts_are_lost_is_given_up() -> None:
         device = bytearray(stage.close_store())
     first, second = device.find(block(5)), device.rfind(block(5))
     assert first // BLOCK // 1024 != second // BLOCK // 1024
-    flip(device, places(device, layout.TREE_REFS, 0, [first // BLOCK // 1024]))
+    flip(in_memory(device), blocks_of(device, layout.TREE_REFS, 0, [first // BLOCK // 1024]))
     with Stage() as stage:
         stage.device[:] = bytes(device)
         stage.open()

@@ -44,6 +44,10 @@ class MemoryImage:
         good = places < self.blocks
         return self.array[np.where(good, places, 0).astype(np.int64)], good
 
+    def write(self, first: int, data: bytes) -> None:
+        blocks = np.frombuffer(data, np.uint8).reshape(-1, BLOCK_BYTES)
+        self.array[first : first + len(blocks)] = blocks
+
 
 class FileImage:
     """Raises OSError if it cannot be opened, ValueError if it is neither a file nor a block device."""
