@@ -691,11 +691,16 @@ class Torture:
                 break
             if found == 3:
                 stage.lib.dedup_format(stage.state, 1, 2)
-            assert found != 4, stage.ffi.string(stage.lib.dedup_store_reason(stage.state))
+            if found == 4:
+                self.refused(stage.ffi.string(stage.lib.dedup_store_reason(stage.state)).decode())
+                break
             self.turn(die=self.chance.random() < 0.02 and self.weather.deaths > 0)
         else:
             raise AssertionError("the store is not loaded")
         self.calm = calm
+
+    def refused(self, reason: str) -> None:
+        raise AssertionError(f"the store is refused: {reason}")
 
     def region_of(self, pba: int) -> str:
         if self.regions is None:
@@ -1082,18 +1087,7 @@ class Torture:
         self.note("answered", op.kind, volume.name, request.offset / BLOCK, request.length / BLOCK, status)
         if status != OK:
             self.counts[f"{op.kind} status {status}"] += 1
-            legal = op.kind not in ("post", "cache") and status in FAULTS and self.faulty
-            legal = legal or (status == ENOSPC and op.kind in ("write", "ragged", "fua", "zero", "promise"))
-            legal = legal or (status == EPOISON and op.kind != "post" and self.crashed)
-            legal = legal or (status in FAULTS and self.far)
-            legal = legal or (
-                status == ENOSPC and (self.rude or self.far)
-            )  # of what was posted there, and finds no place in the map
-            # or on the device: it is unplaced, and a flush does not wait for somebody to give up some blocks
-            legal = legal or (
-                op.kind == "flush" and status in FAULTS and self.rude and self.stage.figures().failed_records != 0
-            )
-            assert legal, f"{op}: status {status}, {request.failed}"
+            assert self.legal(op, status), f"{op}: status {status}, {request.failed}"
         if op.bits and op.kind != "post":
             applied = (
                 True
@@ -1113,6 +1107,19 @@ class Torture:
             self.judge_extents(op, request)
         if op.kind == "flush" and status == OK:
             self.flushed(volume, op.sent)
+
+    def legal(self, op: Op, status: int) -> bool:
+        """It may fail so."""
+        if status in FAULTS and self.faulty and op.kind not in ("post", "cache"):
+            return True
+        if status == ENOSPC and op.kind in ("write", "ragged", "fua", "zero", "promise"):
+            return True
+        if status == EPOISON and op.kind != "post" and self.crashed:
+            return True
+        if (status in FAULTS and self.far) or (status == ENOSPC and (self.rude or self.far)):
+            return True  # of what was posted there, and finds no place in the map
+        # or on the device: it is unplaced, and a flush does not wait for somebody to give up some blocks
+        return op.kind == "flush" and status in FAULTS and self.rude and self.stage.figures().failed_records != 0
 
     def flushed(self, volume: Volume, sent: int) -> None:
         volume.durable = max(volume.durable, sent)
@@ -1359,8 +1366,7 @@ class Torture:
                 if op.request.status == OK:
                     break
                 self.clock += 300 * MS
-                if (self.crashed or self.rude or self.far) and attempt % 20 == 19:
-                    self.trim_all(self.chance.choice(self.volumes))
+                self.relieve(attempt)
             else:
                 raise AssertionError(f"flushes do not succeed any more: {op}, {self.state()}")
         stage = self.stage
@@ -1372,6 +1378,11 @@ class Torture:
         if verify:
             self.verify()
         self.calm = False
+
+    def relieve(self, attempt: int) -> None:
+        """So many flushes in a row have failed."""
+        if (self.crashed or self.rude or self.far) and attempt % 20 == 19:
+            self.trim_all(self.chance.choice(self.volumes))
 
     def until(self, reached: Callable[[], bool], what: str) -> None:
         for turn in range(PATIENCE):
