@@ -378,7 +378,7 @@ def test_a_deletion_that_cannot_be_ended_holds_up_no_other(
     make_server: Callable[..., Server], devices: Devices, level: int
 ) -> None:
     """The volume with a lost leaf or directory stays in deletion with what that leads to; the other one's space comes
-    back."""
+    back. `--repair` gives the page up, and the deletion ends."""
     device = devices.closed.copy()
     number, blocks = next(iter(places(MemoryImage(device), layout.TREE_MAP, level).items()))
     assert number >> (39 - 8 * level) == 0, "of the first volume"
@@ -388,6 +388,15 @@ def test_a_deletion_that_cannot_be_ended_holds_up_no_other(
     for volume in ("disk", "two"):
         server.cli("volume", "delete", volume)
     wait_for("no more is kept", lambda: server.json("status")["dedup"]["stored_bytes"] <= kept * BLOCK)
+    server.stop()
+    (found,) = server.json("check", status=1)["findings"]
+    assert "is lost" in found["text"] and found["repairable"]
+    repaired = server.json("check", "--repair")
+    assert repaired["ok"] and repaired["totals"]["referenced_bytes"] == 0
+    server.start()  # which makes them anew, as its configuration says
+    server.stop()
+    found = server.json("check")
+    assert found["ok"] and len(found["totals"]["volumes"]) == 2
 
 
 def test_data_is_never_served_wrong(make_server: Callable[..., Server], devices: Devices) -> None:

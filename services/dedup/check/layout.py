@@ -117,6 +117,11 @@ def page_name(tree: int, level: int, number: int) -> str:
     return f"page of {what} of blocks {number * each} to {(number + 1) * each - 1}"
 
 
+def volumes_of(level: int, number: int) -> range:
+    """Those that a page of the map is about."""
+    return range(number << 8 * level >> 39, ((number + 1 << 8 * level) - 1 >> 39) + 1)
+
+
 def leaf_keys(numbers: np.ndarray) -> np.ndarray:
     """Map key of the first entry of each leaf of the map, by the leaf's number in its tree."""
     found: np.ndarray = (numbers >> np.uint64(39)) << np.uint64(52) | (numbers & np.uint64((1 << 39) - 1)) * np.uint64(

@@ -316,6 +316,7 @@ class Store:
         self.wrong_slots = False  # the slot tree is not what the directories say
         self.bad_copies: list[tuple[int, int]] = []  # (bad block, good block): repairable
         self._seen: set[tuple[int, int, int]] = set()  # pages whose damage was reported
+        self._volumes: dict[int, Volume] | None = None
 
     @classmethod
     def read(
@@ -400,9 +401,12 @@ class Store:
 
     def derived(self) -> set[int]:
         """Trees of which pages are lost that follow from others: the sums of groups from reference counts, these from
-        the map, and the slots in use from all directories. None, if places for them cannot be had."""
+        the map, and the slots in use from all directories. Of the map those of volumes that are being deleted: nobody
+        will read them. None, if places for them cannot be had."""
         found, lost = set(), {tree for tree, _, _ in self.lost}
-        if layout.TREE_REFS in lost and layout.TREE_MAP not in lost:
+        if layout.TREE_MAP in lost and self._map_is_of_deleted():
+            found.add(layout.TREE_MAP)
+        if layout.TREE_REFS in lost and lost & {layout.TREE_MAP} <= found:
             found.add(layout.TREE_REFS)
         if layout.TREE_GROUPS in lost and lost & {layout.TREE_REFS} <= found:
             found.add(layout.TREE_GROUPS)
@@ -411,6 +415,13 @@ class Store:
                 return set()  # what they led to has slots that nobody knows
             found.add(layout.TREE_SLOTS)
         return found | ({layout.TREE_SLOTS} if self.wrong_slots else set())
+
+    def _map_is_of_deleted(self) -> bool:
+        """Its lost pages are all about volumes that are being deleted."""
+        pages = [(level, number) for tree, level, number in self.lost if tree == layout.TREE_MAP]
+        volumes = self.volumes()
+        wanted = {number for number, one in volumes.items() if one.state != layout.VOLUME_DELETING}
+        return self.whole(layout.TREE_VOLUMES) and all(wanted.isdisjoint(layout.volumes_of(*page)) for page in pages)
 
     def table(self, tree: int, per_page: int, dtype: Any, first: int, end: int) -> np.ndarray:
         """Entries [first, end) of a table of pages, of one dtype; of pages that are not there zeros."""
@@ -442,6 +453,8 @@ class Store:
 
     def volumes(self) -> dict[int, Volume]:
         """Those that are not free."""
+        if self._volumes is not None:
+            return self._volumes
         entries = layout.VOLUME_PAGES * layout.VOLUMES_PER_PAGE
         table = self.table(layout.TREE_VOLUMES, layout.VOLUMES_PER_PAGE, layout.VOLUME, 0, entries).copy()
         for number, image in self.log.volumes.items():
@@ -460,6 +473,7 @@ class Store:
                 int(entry["size_bytes"]), int(entry["created_s"]),
                 int(entry["mapped_blocks"]) + self.log.mapped.get(number, 0),
             )  # fmt: skip
+        self._volumes = found
         return found
 
     def leaves(self, at_once: int = PAGES_AT_ONCE) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,5 +1,5 @@
 """Pages that are lost in both copies and follow from what is not: reference counts from the map, the groups' sums from
-the counts, the slots in use from the directories.
+the counts, the slots in use from the directories. Those of the map that volumes in deletion had are given up.
 
 - `rebuild(image, store)` -> how many pages were written
 
@@ -50,6 +50,9 @@ class Rebuild:
 
     def run(self) -> int:
         blocks = self.store.root.device_blocks
+        if layout.TREE_MAP in self.trees:
+            self._give_up(layout.TREE_MAP)
+            self.fields["map_pages"] = sum(tree == layout.TREE_MAP for tree, _, _ in self.known)
         if layout.TREE_REFS in self.trees:
             self._tree(layout.TREE_REFS, self._counts(self._lost(layout.TREE_REFS, -(-blocks // GROUP_BLOCKS))))
         if layout.TREE_GROUPS in self.trees:
@@ -160,6 +163,17 @@ class Rebuild:
             for number in sorted(changed):
                 self._put((tree, level, number), self._directory((tree, level, number)))
             changed = {number // POINTERS for number in changed}
+        top = self.known.get((tree, TOP_LEVEL[tree], 0))
+        self.fields["roots"][tree] = top if top is not None else np.zeros(1, layout.POINTER)[0]
+
+    def _give_up(self, tree: int) -> None:
+        """Its lost pages, and what they led to: as if they were zeros."""
+        lost = [(level, number) for other, level, number in self.store.lost if other == tree]
+        for level, number in lost:
+            self._put((tree, level, number), np.zeros(0, np.uint8))
+        for level in range(1, TOP_LEVEL[tree] + 1):
+            for number in sorted({number >> 8 * (level - below) for below, number in lost if below < level}):
+                self._put((tree, level, number), self._directory((tree, level, number)))
         top = self.known.get((tree, TOP_LEVEL[tree], 0))
         self.fields["roots"][tree] = top if top is not None else np.zeros(1, layout.POINTER)[0]
 

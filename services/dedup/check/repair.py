@@ -20,11 +20,11 @@ import numpy as np
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.audit import Totals, can_be_recounted
 from atoll.services.dedup.check.image import FileImage
-from atoll.services.dedup.check.layout import BLOCK_BYTES, KIND_PBA
+from atoll.services.dedup.check.layout import BLOCK_BYTES, HOLES_MAX, KIND_PBA, LEAF_ENTRIES
 from atoll.services.dedup.check.reader import Report, Store
 
 RECORDS_PER_BLOCK = 100  # of the log: at least so many fit
-MAPPED_MAX = 10000  # blocks by which a volume's sum may be wrong and is still put right
+MAPPED_MAX = 10000  # blocks by which a volume's sum may be too low and is still put right
 Record = tuple[int, ...]  # its words
 
 
@@ -68,15 +68,16 @@ def record(kind: int, rest: int, *more: int) -> Record:
 
 
 def mapped_records(store: Store, volume: int, lacks: int) -> list[Record]:
-    """Records that change nothing but what is counted as mapped: an entry's kind before them is said to be another."""
-    if abs(lacks) > MAPPED_MAX:
-        return []
-    for keys, values in store.leaves():
+    """Records that change nothing but what is counted as mapped: entries' kinds before them are said to be others."""
+    if lacks < 0:  # of a leaf that is not there, and of which the log says nothing
+        there = {key for keys, _ in store.leaves() for key in keys.tolist() if key >> 52 == volume}
+        key = next(key for key in range(volume << 52, volume + 1 << 52, LEAF_ENTRIES) if key not in there)
+        parts = [min(HOLES_MAX, -lacks - at) for at in range(0, -lacks, HOLES_MAX)]
+        return [record(4, key, HOLES_MAX | named << 16) for named in parts]
+    for keys, values in store.leaves() if lacks <= MAPPED_MAX else ():
         mine = keys >> np.uint64(52) == np.uint64(volume)
-        wanted = (layout.kinds(values) == KIND_PBA) if lacks > 0 else (values == 0)
-        for row, column in np.argwhere(wanted & mine[:, None]):
-            key, value = int(keys[row]) + int(column), int(values[row, column])
-            return [record(1, key | (0 if lacks > 0 else KIND_PBA) << 50, value)] * abs(lacks)
+        for row, column in np.argwhere((layout.kinds(values) == KIND_PBA) & mine[:, None]):
+            return [record(1, int(keys[row]) + int(column), int(values[row, column]))] * lacks
     return []
 
 
