@@ -296,6 +296,25 @@ def test_repair_where_the_log_has_no_room(closed: Path, tmp_path: Path, left: in
     assert again["totals"]["referenced_bytes"] == found["totals"]["referenced_bytes"] - repaired["repaired"] * BLOCK
 
 
+def test_repair_after_a_log_block_of_which_one_copy_landed(closed: Path, tmp_path: Path) -> None:
+    """Power failed before the other one did. It is replayed, so both are there before a root says that it is
+    durable."""
+    device = tmp_path / "device"
+    run("cp", "--sparse=always", closed, device)
+    forge = Forge(device)
+    root, image = forge.store.root, FileImage(device, writable=True)
+    supers = [layout.super_block(root.device_blocks, place) for place in range(4)]
+    before = [image.read(block, 1) for block in supers]
+    forge.write(record(2, forge.stored, forge.count + 3))
+    for block, data in zip(supers, before, strict=True):
+        assert data is not None
+        image.write(block, data)
+    image.write(forge.store.places.log[1] + forge.store.log.end % root.log_blocks, bytes(BLOCK))
+    image.close()
+    assert [one["kind"] for one in check(device)["findings"]] == ["count"]
+    assert check(device, repair=True)["ok"]
+
+
 def lose(device: Path, choose: random.Random, *pages: tuple[int, int]) -> None:
     """Both copies of one page of each tree and level."""
     image = FileImage(device, writable=True)

@@ -172,6 +172,7 @@ class Log:
     chain: int = 0  # checksum of the block before
     blocks: int = 0
     bad_copies: list[tuple[int, int]] = field(default_factory=list)  # (bad block, good block)
+    torn: list[tuple[int, int]] = field(default_factory=list)  # the same, of what was not durable yet: no damage
     map: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     counts: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.uint64))
     prints: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.uint64))
@@ -249,9 +250,11 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
         if chosen is None:
             break
         for copy in (0, 1):
+            block = bases[copy] + sequence % count
+            if copies[copy] is None:
+                both = log.bad_copies if sequence < durable else log.torn
+                both.append((block, bases[1 - copy] + sequence % count))
             if copies[copy] is None and sequence < durable:
-                block = bases[copy] + sequence % count
-                log.bad_copies.append((block, bases[1 - copy] + sequence % count))
                 report.add("log", f"log block {sequence}, copy {copy} (block {block}) is damaged", True, block=block)
         try:
             records = reader.records(*chosen)

@@ -39,7 +39,7 @@ def rebuild(image: FileImage, store: Store) -> int:
 class Rebuild:
     def __init__(self, image: FileImage, store: Store, trees: set[int]) -> None:
         self.image, self.store, self.trees = image, store, trees
-        self.fields = next_root(store)
+        self.fields = next_root(image, store)
         self.known: dict[Page, np.void] = {}  # pointers of the pages that there are
         for (tree, level), pages in store.trees.items():
             for number, pointer in zip(pages.numbers.tolist(), pages.pointers, strict=True):

@@ -29,12 +29,7 @@ Record = tuple[int, ...]  # its words
 
 
 def repair(image: FileImage, store: Store, totals: Totals, report: Report) -> int:
-    done = 0
-    for bad, good in [*store.bad_copies, *store.log.bad_copies]:
-        data = image.read(good, 1)
-        if data is not None:
-            image.write(bad, data)
-            done += 1
+    done = copy_blocks(image, [*store.bad_copies, *store.log.bad_copies])
     image.flush()
     for place in range(4):
         pair = store.supers.get(place ^ 2)
@@ -60,6 +55,17 @@ def repair(image: FileImage, store: Store, totals: Totals, report: Report) -> in
         changes = changes[:room]  # the rest when the store has written a checkpoint
         append(image, store, changes, base)
         done += len(changes) + sum(int(store.root.fields[key]) != value for key, value in base.items())
+    return done
+
+
+def copy_blocks(image: FileImage, copies: Sequence[tuple[int, int]]) -> int:
+    """(bad block, good block) each."""
+    done = 0
+    for bad, good in copies:
+        data = image.read(good, 1)
+        if data is not None:
+            image.write(bad, data)
+            done += 1
     return done
 
 
@@ -91,6 +97,7 @@ def append(image: FileImage, store: Store, changes: Sequence[Sequence[Record]], 
             blocks.append([])
         blocks[-1] += words
     sequence, chain = store.log.end, store.log.chain
+    fields = next_root(image, store)
     for words in blocks if changes else ():
         data = np.zeros(BLOCK_BYTES, np.uint8)
         header = data[: layout.LOG_HEADER.itemsize].view(layout.LOG_HEADER)[0]
@@ -104,7 +111,6 @@ def append(image: FileImage, store: Store, changes: Sequence[Sequence[Record]], 
             image.write(first + sequence % store.root.log_blocks, data.tobytes())
         sequence += 1
     image.flush()
-    fields = next_root(store)
     fields["flags"] &= ~np.uint32(layout.CLEAN if changes else 0)
     fields["log_durable"] = sequence
     for key, value in base.items():
@@ -112,8 +118,9 @@ def append(image: FileImage, store: Store, changes: Sequence[Sequence[Record]], 
     switch(image, fields)
 
 
-def next_root(store: Store) -> np.void:
-    """A superblock of the next generation, over the same log."""
+def next_root(image: FileImage, store: Store) -> np.void:
+    """A superblock of the next generation, over the same log, of which both copies are there now, not durable yet."""
+    copy_blocks(image, [*store.log.bad_copies, *store.log.torn])
     fields: np.void = store.root.fields.copy()
     fields["generation"] += 1
     fields["log_durable"] = store.log.end
