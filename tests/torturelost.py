@@ -82,6 +82,7 @@ class TortureLost(Torture):
         self.catastrophes = self.chance.choice([1 / 400, 1 / 100])
         self.damages: list[Damage] = []
         self.kept: dict[str, dict[int, int]] = {}  # by volume and LBA: when it was posted where the map may be lost
+        self.started = 0
         self.ends = False
 
     # --- Damage -------------------------------------------------------------------------------------------------------
@@ -212,6 +213,7 @@ class TortureLost(Torture):
                 for _ in range(self.chance.choice([1, 1, 2, 5])):
                     self.hurt()
         super().start()
+        self.started = self.time
 
     def refused(self, reason: str) -> None:
         """The start needs a lost page. If it follows from others it is repaired; else the device comes to itself."""
@@ -262,7 +264,7 @@ class TortureLost(Torture):
         if reason == stage.lib.DEDUP_REASON_REACHED:
             return True
         waits = self.kept or self.far or self.rude  # posted writes do
-        assert self.lacks_places(0) or (waits and reason == stage.lib.DEDUP_REASON_UNFLUSHED), self.state()
+        assert self.lacks_places() or (waits and reason == stage.lib.DEDUP_REASON_UNFLUSHED), self.state()
         return False
 
     def relieve(self, attempt: int) -> None:
@@ -305,9 +307,12 @@ class TortureLost(Torture):
         if left:
             self.kept[volume.name] = left
 
-    def lacks_places(self, since: int) -> bool:
-        missed = any(damage.page[0] in PLACES for damage in self.missed(since))
-        return missed and self.stage.figures().failed_records != 0
+    def lacks_places(self) -> bool:
+        """Since the start there may have been too few, and somebody waits for one: a logged block, or a request, as a
+        posted write that dedup keeps is one."""
+        figures = self.stage.figures()
+        waits = figures.failed_records != 0 or figures.accepted != 0
+        return waits and any(damage.page[0] in PLACES for damage in self.damages if damage.until > self.started)
 
     def legal(self, op: Op, status: int) -> bool:
         if super().legal(op, status):
@@ -316,8 +321,8 @@ class TortureLost(Torture):
         assert request is not None
         kept = self.kept.get(op.volume.name, {})
         if status == EUNFLUSHED:
-            return (op.kind == "flush" and bool(kept)) or (op.kind in ("flush", "fua") and self.lacks_places(0))
-        if status == ENOSPC and op.kind != "post" and self.lacks_places(0):
+            return (op.kind == "flush" and bool(kept)) or (op.kind in ("flush", "fua") and self.lacks_places())
+        if status == ENOSPC and op.kind != "post" and self.lacks_places():
             return True  # it comes after a posted write that waits in vain
         if status != ECORRUPT or op.kind in ("post", "flush"):
             return False
