@@ -95,7 +95,8 @@ class TortureLost(Torture):
         rest = {page: both for page, both in found.items() if page not in on and not self.device.volatile.keys() & both}
         if not rest:
             return
-        tree = chance.choice([layout.TREE_MAP, layout.TREE_MAP, *sorted({page[0] for page in rest})])
+        often = [layout.TREE_MAP, layout.TREE_MAP, layout.TREE_MAP, layout.TREE_REFS, layout.TREE_PRINTS]
+        tree = chance.choice([*often, *range(len(NAMES))])
         level = 0 if chance.random() < 0.7 else chance.randrange(1, layout.TOP_LEVEL[tree] + 1)
         some = [page for page in rest if page[:2] == (tree, level)]
         if not some:
