@@ -264,7 +264,7 @@ class TortureLost(Torture):
         self.calm = False
         if reason == stage.lib.DEDUP_REASON_REACHED:
             return True
-        waits = self.kept or self.far or self.rude  # posted writes do
+        waits = self.kept or self.far or self.rude or self.crashed  # posted writes, or a block that is set aside
         assert self.lacks_places() or (waits and reason == stage.lib.DEDUP_REASON_UNFLUSHED), self.state()
         return False
 
