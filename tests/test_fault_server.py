@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from nbdclient import Command, Connection, NbdError
@@ -23,9 +24,13 @@ def start(make_server, **config) -> Server:
                                "testing": testing, **config}).start()  # fmt: skip
 
 
-def fault(server: Server, call: str, **fields) -> dict:
+def call(server: Server, role: str, name: str, **fields) -> dict:
     with Client(server.data, timeout_s=30) as client:
-        return client.call("call", role="disk", message={"call": call, **fields})["answer"]
+        return client.call("call", role=role, message={"call": name, **fields})["answer"]
+
+
+def fault(server: Server, name: str, **fields) -> dict:
+    return call(server, "disk", name, **fields)
 
 
 def connect(server: Server) -> Connection:
@@ -179,6 +184,35 @@ def test_a_request_that_hangs_holds_up_nobody_else(make_server):
         wait_for("the flush hangs", lambda: fault(server, "fault-status")["rules"][0]["applied"] == 1)
         assert fault(server, "fault-release")["released"] == 1
         connection.wait(cookie).check()
+
+
+def test_who_connects_while_a_device_keeps_all_pages_can_read(make_server):
+    """A device that is dead or full keeps what was written in nic's pages. Negotiation and reads need none."""
+    server = start(make_server, nic={"buffer_bytes": "4MiB"})
+    with connect(server) as connection, ThreadPoolExecutor(1) as pool:
+        connection.write(0, data_of(1))
+        connection.flush()
+        fault(server, "fault-set", rules=[{"action": "hang", "kinds": ["write"]}])
+
+        def write() -> None:
+            cookies = [
+                connection.submit(Command.WRITE, number << 18, payload=data_of(number, 64)) for number in range(8, 40)
+            ]
+            for cookie in cookies:
+                connection.wait(cookie).check()
+
+        try:
+            writes = pool.submit(write)
+            wait_for("all pages are taken", lambda: call(server, "nic", "status")["waiting_for_pages"] == 1)
+            with connect(server) as other:
+                assert other.read(0, BLOCK) == data_of(1)
+                assert other.read(8 << 18, BLOCK) == data_of(8, 64)[:BLOCK], "what is only in memory"
+        finally:
+            fault(server, "fault-set", rules=[])
+            fault(server, "fault-release")
+        writes.result(timeout=60)
+        connection.flush()
+        assert connection.read(39 << 18, 64 * BLOCK) == data_of(39, 64)
 
 
 @pytest.mark.parametrize("action", [{"action": "forget"}, {"action": "tear", "bytes": 512}])

@@ -300,13 +300,13 @@ def test_options_that_want_a_run_of_pages_hold_up_nobody() -> None:
 
 
 def test_who_negotiates_while_all_pages_are_taken_is_not_dropped() -> None:
-    """A device that is slow or full keeps the log's pages. Who connects then waits, as those do who write."""
+    """A slow or full device keeps the log's pages. Who sends a long option then waits, as those do who write."""
     with Stage(handshake_timeout_s=1.0) as stage:
         takes_all_pages(stage)
         stage.on_option = lambda message, data: {"framing": lib.ATOLL_FRAMING_OPTION}
         stage.framing = lib.ATOLL_FRAMING_OPTION
         client = stage.connect()
-        client.out += b"IHAVEOPT" + struct.pack(">II", 7, 10) + bytes(9)  # the last byte comes later
+        client.out += b"IHAVEOPT" + struct.pack(">II", 7, 513) + bytes(512)  # the last byte comes later
         stage.until(lambda: stage.counters()["page_waits"] == 1, "it waits")
         time.sleep(1.5)  # it is the clock that must have passed
         assert not client.closed and stage.counters()["handshake_timeouts"] == 0
@@ -318,4 +318,28 @@ def test_who_negotiates_while_all_pages_are_taken_is_not_dropped() -> None:
         stage.until(lambda: len(stage.log) == 1, "it is heard")
         stage.until(lambda: client.closed, "who says no more is dropped")
         assert stage.counters()["handshake_timeouts"] == 1
+        stage.check()
+
+
+def test_who_only_negotiates_and_reads_needs_no_page() -> None:
+    """A dead or full device may keep all pages for as long as it is so: reads would do, and clients get that far."""
+    with Stage() as stage:
+        takes_all_pages(stage)
+        framings = iter([lib.ATOLL_FRAMING_OPTION] * 2 + [lib.ATOLL_FRAMING_REQUEST])
+        stage.on_option = lambda message, data: {"framing": next(framings)}
+        stage.framing = lib.ATOLL_FRAMING_OPTION
+        client = stage.connect()
+        options = [stage.random.randbytes(length) for length in (512, 1, 300)]
+        client.out += b"".join(b"IHAVEOPT" + struct.pack(">II", 10, len(data)) + data for data in options[:2])
+        stage.until(lambda: len(stage.log) == 2, "two options are heard")
+        client.out += b"IHAVEOPT" + struct.pack(">II", 7, 300) + options[2][:150]
+        stage.until(lambda: not client.out, "half of an option is sent")
+        stage.check()
+        stage.kill()
+        stage.start(previous_signal=9)
+        client.out += options[2][150:]
+        client.request(READ, 4096, MIB)
+        stage.until(lambda: client.results == 1, "it reads")
+        assert [data for _, data in stage.log] == options
+        assert stage.counters()["page_waits"] == 0
         stage.check()

@@ -16,7 +16,7 @@ static void refuse(struct nic *nic) { atoll_count(nic->domain, NIC_BAD_MESSAGE, 
 static void part_returned(struct nic *nic, struct nic_slot *slot, bool taken)
 {
     uint32_t bank = slot->lent_part % NIC_PART_LISTS;
-    nic_pages_change(nic, nic_segments(nic, slot, slot->lent_part), slot->segments[bank], taken ? NIC_PAGE_TAKEN : NIC_PAGE_FREE);
+    nic_pages_change(nic, slot, slot->lent_part, taken ? NIC_PAGE_TAKEN : NIC_PAGE_FREE);
     nic_set32(nic, &slot->segments[bank], 0);
     nic_set32(nic, &slot->flags, slot->flags & ~(uint32_t)NIC_SLOT_LENT);
 }

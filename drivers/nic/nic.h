@@ -48,6 +48,8 @@
 #define NIC_KEPT_SLOTS 256
 /* Longest option data that is delivered; a chunk. Longer options are delivered without data. */
 #define NIC_OPTION_BYTES 65536
+/* Data of an option so short (a volume's name and a query of metadata contexts are 300) have a place of their connection's, and need no page. */
+#define NIC_SHORT_OPTION_BYTES 512
 /* Listeners at most. */
 #define NIC_LISTENER_COUNT 16
 /* Segments of a part at most: one per page. */
@@ -220,6 +222,7 @@ struct nic_area {
     struct nic_slot slots[2048];
     uint8_t own[524288];      /* NIC_OWN_BYTES per connection */
     uint8_t answers[65536];   /* NIC_ANSWER_BYTES per slot: of posted writes */
+    uint8_t options[1048576]; /* NIC_SHORT_OPTION_BYTES per connection */
 };
 
 enum nic_engine_kind { NIC_ENGINE_URING = 1, NIC_ENGINE_SOCKETS = 2 };
@@ -289,6 +292,7 @@ _Static_assert(sizeof(struct nic_connection) == 256, "connection");
 _Static_assert(sizeof(struct nic_slot) == 128, "slot");
 _Static_assert(NIC_OWN_BYTES * ATOLL_CONNECTION_COUNT == 524288, "own buffers");
 _Static_assert(NIC_ANSWER_BYTES * ATOLL_SLOT_COUNT == 65536, "answers");
+_Static_assert(NIC_SHORT_OPTION_BYTES * ATOLL_CONNECTION_COUNT == 1048576, "short options");
 _Static_assert(NIC_OPTION_BYTES == NIC_CHUNK_PAGES * ATOLL_BLOCK_BYTES, "option data is one run");
 _Static_assert(NIC_KEPT_SLOTS < ATOLL_SLOT_COUNT / 2, "more for use than kept");
 _Static_assert(NIC_PART_SEGMENTS >= ATOLL_PART_BLOCKS, "a segment per page of a part");
@@ -509,6 +513,11 @@ static inline struct atoll_segment *nic_segments(const struct nic *nic, const st
 {
     return nic->segments + ((uint64_t)(slot - nic->area->slots) * NIC_PART_LISTS + part % NIC_PART_LISTS) * NIC_PART_SEGMENTS;
 }
+/* Its data do not lie in pages. */
+static inline bool nic_is_short_option(const struct nic_slot *slot)
+{
+    return slot->state == NIC_SLOT_OPTION && slot->payload_bytes <= NIC_SHORT_OPTION_BYTES;
+}
 static inline void nic_schedule(struct nic *nic, uint32_t connection) { nic_queue_add(&nic->work, connection); }
 static inline void nic_deadline(struct nic *nic, uint64_t at_ns)
 {
@@ -528,8 +537,8 @@ uint64_t nic_pages_available(const struct nic *nic);
 /* `count` pages as runs; returns the number of segments (lengths in whole pages), 0 if there are not enough. */
 uint32_t nic_pages_take(struct nic *nic, uint32_t count, bool contiguous, struct atoll_segment *segments);
 enum nic_page_change { NIC_PAGE_FREE, NIC_PAGE_LEND, NIC_PAGE_TAKEN };
-/* All pages of the runs. NIC_PAGE_TAKEN frees those that were given back early. */
-void nic_pages_change(struct nic *nic, const struct atoll_segment *segments, uint32_t count, enum nic_page_change change);
+/* All pages of the slot's part. NIC_PAGE_TAKEN frees those that were given back early. */
+void nic_pages_change(struct nic *nic, const struct nic_slot *slot, uint32_t part, enum nic_page_change change);
 void nic_page_give_back(struct nic *nic, uint32_t page);
 void nic_pages_committed(struct nic *nic);
 void nic_pages_adopt(struct nic *nic, const uint8_t *held, uint64_t held_count);

@@ -199,8 +199,12 @@ static void change_chunk(struct nic *nic, uint32_t chunk, uint64_t mask, enum ni
         freed(nic, chunk, (uint32_t)to_free);
 }
 
-void nic_pages_change(struct nic *nic, const struct atoll_segment *segments, uint32_t count, enum nic_page_change change)
+void nic_pages_change(struct nic *nic, const struct nic_slot *slot, uint32_t part, enum nic_page_change change)
 {
+    if (nic_is_short_option(slot))
+        return;
+    const struct atoll_segment *segments = nic_segments(nic, slot, part);
+    uint32_t count = slot->segments[part % NIC_PART_LISTS];
     for (uint32_t index = 0; index < count; index++) {
         uint64_t begin = (segments[index].address - (uint64_t)(uintptr_t)nic->buffers) / ATOLL_BLOCK_BYTES;
         uint64_t end = (segments[index].address + segments[index].length - 1 - (uint64_t)(uintptr_t)nic->buffers) / ATOLL_BLOCK_BYTES + 1;

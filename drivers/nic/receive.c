@@ -5,8 +5,9 @@
  * small buffer (what is left of a header while nothing comes; and when all stream buffers are in use, so that slow
  * clients hold up nobody). Payload bytes that came together with their header are copied into the pages (counted); the
  * rest is received straight into them. A part's payload gets all its pages at once or waits for them, first come first
- * served: who holds pages never waits for more of them, so there is always progress. (But for the data of an option, of more than
- * a page, which want a run: they go last while there is none.)
+ * served: who holds pages never waits for more of them, so there is always progress. (But for the data of a long option, which want
+ * a run: they go last while there is none.) The data of a short one, as clients send them, have a place of their connection's: who
+ * connects while a device that is full or slow keeps all pages can negotiate, and read.
  *
  * After a crash: window, state and what each part has received are in the arena. A receive that was intended has its outcome in
  * the completion queue or did not happen; the plan of where its bytes landed follows from the state, which does not
@@ -117,7 +118,7 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
     if (slot->segments[bank] != 0) {
         struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
-        nic_pages_change(nic, segments, slot->segments[bank], NIC_PAGE_LEND);
+        nic_pages_change(nic, slot, slot->part, NIC_PAGE_LEND);
         message.length = slot->part_bytes[bank];
         if (slot->segments[bank] == 1) {
             message.address = segments[0].address;
@@ -175,7 +176,7 @@ static void leave_page_queue(struct nic *nic, uint32_t connection)
         nic_schedule(nic, nic_queue_first(waiters));
 }
 
-/* The data of an option, which lie in one run. */
+/* The data of a long option, which lie in one run. */
 static bool waits_for_run(const struct nic *nic, uint32_t connection)
 {
     uint32_t slot = nic->area->connections[connection].receive_slot;
@@ -192,7 +193,7 @@ static void let_others_go_first(struct nic *nic)
         nic_schedule(nic, nic_queue_first(waiters));
 }
 
-/* Pages for the slot's part; false: it waits. */
+/* A place for the slot's part, pages but for a short option; false: it waits. */
 static bool take_pages(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
 {
     uint32_t index = nic_index(nic, connection);
@@ -202,6 +203,13 @@ static bool take_pages(struct nic *nic, struct nic_connection *connection, struc
     uint32_t pages = (in_page + bytes + ATOLL_BLOCK_BYTES - 1) / ATOLL_BLOCK_BYTES;
     struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
 
+    if (nic_is_short_option(slot)) {
+        uint64_t address = (uint64_t)(uintptr_t)nic->area->options + (uint64_t)index * NIC_SHORT_OPTION_BYTES;
+        segments[0] = (struct atoll_segment){.address = address, .length = bytes};
+        nic_set32(nic, &slot->segments[bank], 1);
+        nic_set32(nic, &slot->part_bytes[bank], bytes);
+        return true;
+    }
     uint32_t count = 0;
     bool run = slot->state == NIC_SLOT_OPTION;
     if (nic_queue_empty(waiters) || nic_queue_first(waiters) == index || (!run && waits_for_run(nic, nic_queue_first(waiters))))
@@ -267,7 +275,7 @@ static void drop_part(struct nic *nic, struct nic_slot *slot)
     uint32_t bank = slot->part % NIC_PART_LISTS;
     if (slot->segments[bank] == 0 || ((slot->flags & NIC_SLOT_LENT) && slot->lent_part == slot->part))
         return;
-    nic_pages_change(nic, nic_segments(nic, slot, slot->part), slot->segments[bank], NIC_PAGE_FREE);
+    nic_pages_change(nic, slot, slot->part, NIC_PAGE_FREE);
     nic_set32(nic, &slot->segments[bank], 0);
 }
 

@@ -10,7 +10,7 @@
  * dropped.
  *
  * Nobody is dropped for what nic has not seen: bytes that wait in a socket, or room in it, after nic was stopped, or late. Nor for
- * the time that others take: while nbd has the word (it may be dead), or no page is free for an option's data (the device may be
+ * the time that others take: while nbd has the word (it may be dead), or no page is free for a long option's data (the device may be
  * slow, or full), negotiation does not take the client's time.
  *
  * After a crash: the clocks are in the arena, so a successor does not give a slow client its time anew.
@@ -56,7 +56,8 @@ static bool crawls_in(const struct nic *nic, const struct nic_connection *connec
     if (connection->phase != NIC_OPEN || connection->receive_state != NIC_RX_PAYLOAD)
         return false;
     const struct nic_slot *slot = &nic->area->slots[connection->receive_slot - 1];
-    return crawls(nic, connection->part_ns, slot->payload_received - slot->part_begin, connection->received_ns);
+    return !nic_is_short_option(slot) &&
+           crawls(nic, connection->part_ns, slot->payload_received - slot->part_begin, connection->received_ns);
 }
 
 static bool crawls_out(const struct nic *nic, const struct nic_connection *connection)

@@ -57,6 +57,8 @@ bool nic_get_connection(const struct nic *nic, uint32_t index, struct nic_connec
 static int mark(const struct nic *nic, uint32_t index, uint32_t bank, bool lent, uint8_t *owned, char *error)
 {
     const struct nic_slot *slot = &nic->area->slots[index];
+    if (nic_is_short_option(slot))
+        return 0;
     const struct atoll_segment *segments = nic->segments + ((uint64_t)index * NIC_PART_LISTS + bank) * NIC_PART_SEGMENTS;
     for (uint32_t segment = 0; segment < slot->segments[bank]; segment++) {
         uint64_t base = (uint64_t)(uintptr_t)nic->buffers;
