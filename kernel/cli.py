@@ -21,6 +21,7 @@ import click
 from atoll.kernel import cli_bench_dedup, cli_chaos, cli_store
 from atoll.kernel import config as configuration
 from atoll.kernel.cli_options import (
+    EXIT_INTERRUPTED,
     EXIT_NEGATIVE,
     EXIT_NO_ANSWER,
     EXIT_REFUSED,
@@ -453,8 +454,11 @@ bench.add_command(cli_bench_dedup.dedup)
 def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None) -> None:
     """Throughput and round trips of a ring beside other ways between two processes."""
     ring = importlib.import_module("atoll.bench.ring")  # a floor of its own, known by name
-
-    result = ring.run(seconds, plot)
+    end_children_in_order()
+    try:
+        result = ring.run(seconds, plot)
+    except ring.BenchError as error:
+        raise click.ClickException(str(error)) from None
     if as_json:
         emit(result)
         return
@@ -463,11 +467,27 @@ def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None
     show.console().print(ring.render(result))
 
 
+def end_children_in_order() -> None:
+    """Processes that this one forks end by Ctrl-C without a word, and with this one, wherever that was interrupted."""
+    from atoll.kernel.process import die_with_parent  # slow to import
+
+    own = os.getpid()
+
+    def interrupted(*_: object) -> None:
+        if os.getpid() != own:
+            os._exit(EXIT_INTERRUPTED)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)
+    os.register_at_fork(after_in_child=lambda: die_with_parent(own))
+
+
 # --- Errors ---------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """The command, once all is imported (entry.py)."""
     fill_standard_descriptors()
     sys.exit(run(sys.argv[1:]))
 
@@ -483,8 +503,10 @@ def fill_standard_descriptors() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit status; what is wrong is one line on standard error."""
-    output = sys.stdout
+    output, at_interrupt = sys.stdout, signal.getsignal(signal.SIGINT)
     try:
+        if at_interrupt == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         result = cli.main(arguments, prog_name="atoll", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
@@ -504,7 +526,7 @@ def run(arguments: list[str]) -> int:
     except (ControlError, click.ClickException) as error:
         return complain(str(error), EXIT_NEGATIVE)
     except (click.Abort, KeyboardInterrupt):
-        return 130
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         return say_no_more()
     except SystemExit as end:
@@ -518,6 +540,9 @@ def run(arguments: list[str]) -> int:
             say_no_more()
             return complain(f"cannot write: {error.strerror}", EXIT_NEGATIVE)
         raise
+    finally:
+        if at_interrupt == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def say_no_more() -> int:

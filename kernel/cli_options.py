@@ -19,6 +19,7 @@ EXIT_USAGE = 2
 EXIT_SERVER = 3
 EXIT_REFUSED = 4
 EXIT_NO_ANSWER = 5
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell says it
 
 PICTURES = (".png", ".svg", ".pdf")
 

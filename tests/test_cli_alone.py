@@ -1,15 +1,18 @@
 """The command line where no server runs: usage, exit status, one-line errors."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
-from serverkit import ATOLL
+from serverkit import ATOLL, wait_for
 
 from atoll.kernel import cli, cli_options
 
@@ -168,6 +171,57 @@ def test_an_output_that_takes_nothing(tmp_path: Path, command: str, output: str,
         capture_output=True, text=True, timeout=60, cwd=tmp_path,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (status, says)
+
+
+# Imported by Python at its start: as if Ctrl-C came at an exact place.
+INTERRUPTED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+if os.environ["AT"] == "fork":
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGINT))
+"""
+
+
+def interrupted(folder: Path, at: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "sitecustomize.py").write_text(INTERRUPTED)
+    return atoll(*arguments, PYTHONPATH=str(folder), AT=at)
+
+
+@pytest.mark.parametrize(
+    ("at", "status"),
+    [("atoll.kernel.cli", -signal.SIGINT), ("click", -signal.SIGINT), ("atoll.kernel.client", -signal.SIGINT),
+     ("atoll.bench.ring", 130)],
+)  # fmt: skip
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path: Path, at: str, status: int) -> None:
+    done = interrupted(tmp_path, at, "bench", "ring")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (status, "", "")
+
+
+def test_ctrl_c_in_a_process_of_a_measurement_shows_no_traceback(tmp_path: Path) -> None:
+    line = one_line(interrupted(tmp_path, "fork", "bench", "ring", "--seconds", "0.01"), 1)
+    assert "a process ended with 130" in line
+
+
+def forks_of(process: psutil.Process) -> list[psutil.Process]:
+    """Not the programs that it runs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [each for each in process.children() if each.cmdline() == process.cmdline()]
+    return []
+
+
+def test_processes_of_a_measurement_end_with_it() -> None:
+    with subprocess.Popen([str(ATOLL), "bench", "ring", "--seconds", "86400"]) as bench:
+        try:
+            process = psutil.Process(bench.pid)
+            children = wait_for("it measures", lambda: forks_of(process))
+        finally:
+            bench.kill()
+        wait_for("they are gone", lambda: not any(each.is_running() for each in children))
 
 
 def test_asking_imports_nothing_heavy() -> None:

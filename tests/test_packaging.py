@@ -86,4 +86,4 @@ def test_the_wheel_from_it_can_be_imported(unpacked: Path, tmp_path: Path) -> No
         check=True,
     )
     entry_points = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    assert "atoll = atoll.kernel.cli:main" in entry_points.read_text()
+    assert "atoll = atoll.kernel.entry:main" in entry_points.read_text()
