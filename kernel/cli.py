@@ -27,6 +27,7 @@ from atoll.kernel.cli_options import (
     EXIT_REFUSED,
     EXIT_SERVER,
     EXIT_USAGE,
+    PATH,
     SIGNAL,
     SIZE,
     THRESHOLD,
@@ -109,7 +110,9 @@ def serve_options(command: F) -> F:
             click.option(
                 "--sparse", is_flag=True, default=None, help="Do not preallocate the device file; for trials."
             ),
-            click.option("--config", "file", metavar="FILE", help="TOML file that says all of this and more."),
+            click.option(
+                "--config", "file", metavar="FILE", type=PATH, help="TOML file that says all of this and more."
+            ),
         )
     ):
         command = option(command)

@@ -5,6 +5,7 @@ A value that a configuration file may hold too is checked by the same function a
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,20 @@ class Checked(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return self.check(value)
         except configuration.ConfigError as error:
             self.fail(str(error), param, ctx)
+
+
+class FilePath(click.Path):
+    """A path, which "" is none of: it would be the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if not os.fspath(value):
+            self.fail(f"expected a path, got {value!r}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Number(click.FloatRange):
@@ -80,6 +95,7 @@ def check_picture(text: str) -> str:
     return text
 
 
+PATH = FilePath()
 SIZE = Checked("size", configuration.parse_size)
 VOLUME = Checked("volume", configuration.parse_volume)
 VOLUME_NAME = Checked("name", configuration.check_volume_name)
@@ -98,7 +114,7 @@ def data_option(command: F) -> F:
         default=f"./{configuration.DEFAULT_DATA}",
         show_default=True,
         show_envvar=True,
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="Data directory of the server.",
     )(command)
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from atoll.kernel import config as configuration
-from atoll.kernel.cli_options import EXIT_NEGATIVE, EXIT_SERVER, EXIT_USAGE, SIZE, emit, json_option, seconds
+from atoll.kernel.cli_options import EXIT_NEGATIVE, EXIT_SERVER, EXIT_USAGE, PATH, SIZE, emit, json_option, seconds
 from atoll.kernel.client import Client, NoAnswer, NoServer
 
 CHECKER = "atoll.services.dedup.check.run"
@@ -22,11 +22,11 @@ POLL_S = 0.2
 LINES_SHOWN = 100
 
 data_option = click.option(
-    "--data", metavar="DIR", envvar="ATOLL_DATA", type=click.Path(path_type=Path),
+    "--data", metavar="DIR", envvar="ATOLL_DATA", type=PATH,
     help=f"Data directory of the server.  [env var: ATOLL_DATA; default: ./{configuration.DEFAULT_DATA}]",
 )  # fmt: skip
 device_option = click.option(
-    "--device", metavar="PATH", type=click.Path(path_type=Path),
+    "--device", metavar="PATH", type=PATH,
     help="The device, where the data directory does not tell; without a data directory it is looked at by itself.",
 )  # fmt: skip
 
@@ -79,7 +79,7 @@ def progress_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @click.command()
-@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.argument("folder", metavar="[DIR]", required=False, type=PATH)
 @data_option
 @json_option
 @device_option

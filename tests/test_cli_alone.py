@@ -73,6 +73,11 @@ WRONG_VALUES = [
     (("bench", "ring", "--seconds", "inf"), "inf is not in the range"),
     (("bench", "dedup", "--lone", "nan"), "'nan' is no number"),
     (("chaos", "--plot", "/nonexistent/picture.png"), "'/nonexistent/picture.png' cannot be written"),
+    (("status", "--data", ""), "'--data' (env var: 'ATOLL_DATA'): expected a path, got ''"),
+    (("serve", "--config", ""), "'--config': expected a path, got ''"),
+    (("check", ""), "'[DIR]': expected a path, got ''"),
+    (("du", "--data", ""), "'--data': expected a path, got ''"),
+    (("device", "grow", "1G", "--device", ""), "'--device': expected a path, got ''"),
     (("bench", "ring", "--plot", "/"), "'/' cannot be written"),
     (("bench", "dedup", "--plot", "picture.txt"), "not as 'picture.txt' does"),
 ]
