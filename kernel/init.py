@@ -47,7 +47,7 @@ def run(config: dict[str, Any]) -> int:
     try:
         directory = Directory.open(config["data"])
         made = world.build(config, directory)
-    except (BootError, ImportError) as error:
+    except (BootError, ImportError, objects.ObjectError) as error:
         _say(f"atoll: {error}", sys.stderr)
         return error.status if isinstance(error, BootError) else EXIT_FAILED
     for line in warnings():

@@ -164,22 +164,30 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         record.write(directory.path)  # before the first object exists: the next start finds all of them by it
     except OSError as error:
         world.close(keep=table.KEPT)
-        raise BootError(f"{directory.path}: {error.strerror}") from None
+        raise BootError(f"{directory.path / 'instance.json'} cannot be written: {error.strerror}") from None
     try:
         _make_descriptors(world)
         _make_objects(world)
         _register_sources(world)
     except (objects.ObjectError, OSError) as error:
         if not adoptable:
-            world.close()
-            record.clean = True
-            record.write(directory.path)
+            _give_up(world)
         raise BootError(str(error)) from None
     if adoptable:
         log.info(
             "the last run ended without a stop: its write log and tables are taken over, nothing acknowledged is lost"
         )
     return world
+
+
+def _give_up(world: World) -> None:
+    """Removes what was made. What cannot be done of that must not hide why: the next start finds it by the record."""
+    try:
+        world.close()
+        world.record.clean = True
+        world.record.write(world.directory.path)
+    except (objects.ObjectError, OSError) as error:
+        log.error("%s: what was made is not wholly removed: %s", world.directory.path, error)
 
 
 def _fast_device(

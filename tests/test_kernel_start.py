@@ -293,6 +293,16 @@ def test_bad_data_directories(service: Service, tmp_path: Path) -> None:
     assert status == 2 and "not writable" in last_line(said)
 
 
+def fails_changed(service: Service, change: str) -> tuple[int, str]:
+    """As `fails`, of a program that is changed first."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", change + RUNNER, json.dumps(service.config)],
+        capture_output=True, text=True, timeout=60, env=environment,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
 def put_in_the_way(obstacle: Path) -> None:
     """A directory of that name, which init, while it writes its record, uses for a moment as a file."""
 
@@ -320,6 +330,46 @@ def test_a_record_that_cannot_be_written(service: Service) -> None:
     assert "taken over" in service.log_text()
     assert service.stop() == 0
     assert [objects.list_objects(instance) for instance in service.instances] == [[]]
+
+
+DISK_FULL_AT_THE_END = """
+import errno
+from atoll.kernel.instance import Record
+write = Record.write
+def write_unless_clean(self, folder):
+    if self.clean:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    write(self, folder)
+Record.write = write_unless_clean
+"""
+
+
+def test_a_record_that_cannot_be_written_does_not_hide_why_there_is_no_start(tmp_path: Path) -> None:
+    service = Service(tmp_path, buffer_bytes=1 << 60)
+    try:
+        status, said = fails_changed(service, DISK_FULL_AT_THE_END)
+        assert status == 1 and "Traceback" not in said
+        assert last_line(said).startswith(f"atoll: {objects.FOLDER} is too small: "), said
+        assert "not wholly removed: [Errno 28] No space left on device" in said
+    finally:
+        assert not service.end()
+    service.config["testing"]["fault"] = {}
+    service.start()
+    assert "are lost" not in service.log_text()
+    assert service.stop() == 0
+    assert not service.end()
+
+
+def test_shared_memory_that_cannot_be_listed_is_said(service: Service) -> None:
+    service.start()
+    service.die()
+    elsewhere = "from pathlib import Path; from atoll.ipc import objects; objects.FOLDER = Path('/nonexistent')\n"
+    status, said = fails_changed(service, elsewhere)
+    assert status == 1 and "Traceback" not in said
+    assert last_line(said) == "atoll: cannot list /nonexistent: No such file or directory"
+    service.start()
+    assert service.ask("dedup", "report")["adopted"] is True
+    assert service.stop() == 0
 
 
 def test_a_record_that_cannot_be_written_when_all_serve(tmp_path: Path) -> None:
