@@ -340,6 +340,7 @@ struct atoll_nic_public {
     uint32_t reserved_a;
     uint64_t reserved[6];
     struct atoll_posted posted[2048]; /* per slot */
+    uint32_t ending[2048];    /* per connection, published after the commit: 1: nothing more is received from it */
 };
 
 /* Start of nbd's role area. Not transactional but for `volume`: a use that was published and not made use of holds its pages

@@ -192,6 +192,33 @@ def test_long_ranges_travel_in_parts() -> None:
         stage.check_quiet()
 
 
+def test_a_long_trim_of_who_has_left_ends_soon() -> None:
+    """It is a hint. What says that it is kept, or that zeros are there, goes on to its end."""
+    with Stage([VolumeData(0, b"disk", bytearray(0))]) as stage:
+        stage.volumes[0].data = SizedOnly(1 << 40)  # type: ignore[assignment]
+        stage.publish()
+        stage.start()
+        wire = stage.connect().negotiate(extended=True)
+        ending = stage.nic_public().ending
+        count = 0
+
+        def rule(work: object) -> int:
+            nonlocal count
+            count += 1
+            ending[wire.number] = count == 3
+            return int(lib.ATOLL_OK)
+
+        stage.rule = rule
+        stage._apply = lambda *_: {}  # type: ignore[method-assign]
+        wire.call(Command.TRIM, 0, 1 << 40).check()
+        assert count == 3
+        for command, flags in ((Command.TRIM, CommandFlag.FUA), (Command.WRITE_ZEROES, 0)):
+            count = 2
+            wire.call(command, 0, 10 * RANGE_PART, flags).check()
+            assert count == 12
+        stage.check_quiet()
+
+
 class SizedOnly:
     """Stands for a volume too large to be there."""
 

@@ -183,9 +183,17 @@ def test_peer_that_only_ends_its_half_gets_its_answers(stage: Stage) -> None:
     for i in range(20):
         client.request(READ, i * 100, 100_000)
     stage.until(lambda: not client.out)
+    (number,) = stage.connections
+    ending = stage.nic_public().ending
+    assert ending[number] == 0
     client.socket.shutdown(socket.SHUT_WR)
     stage.until(lambda: client.closed)
     assert client.results == 20 and not client.expected
+    assert ending[number] == 1, "nbd can know it"
+    again = stage.connect("tcp")
+    again.request(READ, 0, 100)
+    stage.settle()
+    assert stage.connections == {number} and ending[number] == 0
     stage.check()
 
 

@@ -86,6 +86,7 @@ void nic_accepted(struct nic *nic, struct nic_connection *connection)
 {
     struct nic_hint *hint = &nic->hints[nic_index(nic, connection)];
     nic_set32(nic, &connection->phase, NIC_OPEN);
+    atoll_store_relaxed(&nic->public->ending[nic_index(nic, connection)], 0); /* nobody knows the connection yet */
     nic_set32(nic, &connection->socket_open, 1);
     nic_set32(nic, &connection->receive_state, NIC_RX_HOLD);
     nic_set32(nic, &connection->framing, ATOLL_FRAMING_KEEP);
@@ -189,10 +190,17 @@ void nic_connection_life(struct nic *nic, struct nic_connection *connection)
     }
 }
 
+static void note_end(struct nic *nic, const struct nic_connection *connection)
+{
+    if (connection->phase == NIC_OPEN)
+        nic->ended[nic->ended_count++] = (uint16_t)nic_index(nic, connection);
+}
+
 void nic_end(struct nic *nic, struct nic_connection *connection)
 {
     if (connection->phase != NIC_OPEN)
         return;
+    note_end(nic, connection);
     nic_set32(nic, &connection->phase, NIC_ENDING);
     nic_receive_abort(nic, connection);
     nic_schedule(nic, nic_index(nic, connection));
@@ -215,6 +223,7 @@ void nic_gone(struct nic *nic, struct nic_connection *connection)
 {
     if (connection->phase < NIC_OPEN || connection->phase >= NIC_GONE)
         return;
+    note_end(nic, connection);
     nic_set32(nic, &connection->phase, NIC_GONE);
     atoll_count(nic->domain, NIC_CLOSED, 1);
     nic_receive_abort(nic, connection);

@@ -46,6 +46,9 @@ void nic_commit(struct nic *nic)
         nic->free_slots[nic->free_slot_count++] = (uint16_t)slot;
     }
     ATOLL_CRASH_POINT(nic->domain, "nic.done.after");
+    for (uint32_t index = 0; index < nic->ended_count; index++)
+        atoll_store_release(&nic->public->ending[nic->ended[index]], 1);
+    nic->ended_count = 0;
     for (uint32_t index = 0; index < nic->freed_connection_count; index++)
         nic->free_connections[nic->free_connection_count++] = nic->freed_connections[index];
     for (uint32_t index = 0; index < nic->freed_stream_count; index++)

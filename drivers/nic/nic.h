@@ -461,10 +461,11 @@ struct nic {
     uint16_t free_connections[ATOLL_CONNECTION_COUNT];
     uint16_t free_streams[NIC_STREAM_COUNT];
     /* Freed in this step. */
-    uint32_t freed_slot_count, freed_connection_count, freed_stream_count;
+    uint32_t freed_slot_count, freed_connection_count, freed_stream_count, ended_count;
     uint16_t freed_slots[ATOLL_SLOT_COUNT];
     uint16_t freed_connections[ATOLL_CONNECTION_COUNT];
     uint16_t freed_streams[NIC_STREAM_COUNT];
+    uint16_t ended[ATOLL_CONNECTION_COUNT]; /* no longer OPEN; each once at most */
 
     bool recovering;           /* outcomes applied are the predecessor's */
     bool listener_ready[NIC_LISTENER_COUNT];

@@ -250,7 +250,9 @@ static void look_at_all(struct nic *nic)
         struct nic_hint *hint = &nic->hints[index];
         hint->readable = hint->writable = hint->speculate = true;
         hint->asked = hint->asked_send = 0;
-        if (nic->area->connections[index].phase != NIC_FREE)
+        uint32_t phase = nic->area->connections[index].phase;
+        atoll_store_release(&nic->public->ending[index], phase >= NIC_ENDING);
+        if (phase != NIC_FREE)
             nic_schedule(nic, index);
     }
     for (uint32_t listener = 0; listener < nic->options.listener_count; listener++) {

@@ -429,6 +429,23 @@ static void finish_extents(struct nbd *nbd, struct nbd_slot *slot, const struct 
     nbd_send_reply(nbd, slot, &reply);
 }
 
+/* nic receives nothing more of the connection: its client has left, or the server stops. */
+static bool is_ending(struct nbd *nbd, uint32_t connection)
+{
+    const struct atoll_arena_header *nic = nbd->domain->peers[ATOLL_ROLE_NIC];
+    uint64_t address = nic == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset;
+    if (address % 8 != 0 || !atoll_reference_in(nbd->domain, ATOLL_ROLE_NIC, address, sizeof(struct atoll_nic_public)))
+        return false;
+    return atoll_load_acquire(&((const struct atoll_nic_public *)(uintptr_t)address)->ending[connection]) != 0;
+}
+
+/* A TRIM is a hint: who has sent one of many GiB and has left holds up nothing, neither the server's stop nor the volume's deletion. With FUA
+ * it says that what was done is kept, which the last part alone sees to. */
+static bool is_enough(struct nbd *nbd, const struct nbd_slot *slot)
+{
+    return slot->type == NBD_CMD_TRIM && !(slot->flags & NBD_CMD_FLAG_FUA) && is_ending(nbd, atoll_identity_connection(slot->identity));
+}
+
 void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
 {
     if (message->opcode != ATOLL_OP_DONE || atoll_identity_connection(message->identity) >= ATOLL_CONNECTION_COUNT ||
@@ -457,7 +474,7 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
     case NBD_CMD_WRITE: finish_write_part(nbd, slot); break;
     case NBD_CMD_BLOCK_STATUS: finish_extents(nbd, slot, message); break;
     default:
-        if (nbd_has_parts(slot->type) && slot->done_bytes + slot->part_bytes < slot->work_bytes)
+        if (nbd_has_parts(slot->type) && slot->done_bytes + slot->part_bytes < slot->work_bytes && !is_enough(nbd, slot))
             nbd_next_part(nbd, slot, slot->done_bytes + slot->part_bytes, 0);
         else
             nbd_finish_success(nbd, slot);
