@@ -406,6 +406,8 @@ struct nic_coalesce {
     uint64_t replies;          /* NIC_REPLIES as it was at since_ns */
     uint64_t received_bytes;   /* at the last look */
     uint64_t since_ns;
+    struct atoll_luck luck;
+    bool paused;               /* at the last look: what has come by now tells whether that was worth it */
 };
 
 /* See latency.c. */

@@ -59,33 +59,42 @@ int main(void)
     nic->now_ns = 1000000;
     more_there = true;
 
-    CHECK(!pauses_after(8, 28, 16000)); /* idle processors may sleep */
+    CHECK(!pauses_after(16, 28, 80000)); /* idle processors may sleep */
     nic->latency.held = true;
-    CHECK(!pauses_after(8, 28, 16000)); /* what came before may have taken any time */
-    CHECK(pauses_after(8, 28, 16000));
-    CHECK(pauses_after(4, 28, 4 * PACE_NS) && paused_ns == 4 * REPLY_NS);
-    CHECK(pauses_after(8, 28, 8 * PACE_NS) && paused_ns == PAUSE_MOST_NS); /* bounded */
+    CHECK(!pauses_after(16, 28, UINT32_MAX)); /* what came before may have taken any time */
+    CHECK(pauses_after(16, 28, 80000) && paused_ns == PAUSE_NS);
+    CHECK(pauses_after(16, 28, 16 * PACE_MOST_NS) && pauses_after(16, 28, 16 * PACE_LEAST_NS));
 
-    CHECK(!pauses_after(3, 28, 1000) && pauses_after(1, 28, 1000)); /* few replies are added to the next ones */
-    CHECK(!pauses_after(4, 28, 4 * PACE_NS + 1));                   /* a client that waits for its replies is slower */
-    CHECK(!pauses_after(8, 28 + 4096, 16000));                      /* writes */
-    CHECK(pauses_after(8, 28, 16000));
+    CHECK(!pauses_after(3, 28, 10000) && pauses_after(6, 28, 35000)); /* few replies are added to the next ones */
+    CHECK(!pauses_after(16, 28, 16 * PACE_MOST_NS + 1));              /* a client that waits for its replies is slower */
+    CHECK(!pauses_after(16, 28, 16 * PACE_LEAST_NS - 1));             /* one that is faster than nic sends many at a time */
+    CHECK(!pauses_after(16, 28 + 4096, 80000));                       /* writes */
+    CHECK(pauses_after(16, 28, 80000));
     more_there = false; /* it has had no chance to send, or waits for its replies */
-    CHECK(!pauses_after(8, 28, 16000));
+    CHECK(!pauses_after(16, 28, 80000));
     more_there = true;
+    CHECK(pauses_after(16, 28, 80000));
+
+    /* Of a client with eight requests a pause never brings nine together: more and more occasions are let pass. */
+    for (uint32_t rest = 1; rest <= ATOLL_SPIN_REST; rest = 2 * rest + 1) {
+        for (uint32_t passed = 0; passed < rest; passed++)
+            CHECK(!pauses_after(8, 28, 40000));
+        CHECK(pauses_after(8, 28, 40000));
+    }
+    CHECK(pauses_after(16, 28, 80000) && pauses_after(16, 28, 80000)); /* but when many come they are */
 
     nic->free_connection_count = ATOLL_CONNECTION_COUNT - 4; /* four share what there is */
-    CHECK(!pauses_after(12, 28, 1000) && pauses_after(4, 28, 1000));
+    CHECK(!pauses_after(12, 28, 60000) && pauses_after(28, 28, 60000));
     nic->free_connection_count = ATOLL_CONNECTION_COUNT; /* the last one has just gone */
-    CHECK(!pauses_after(8, 28, 1000));
+    CHECK(!pauses_after(16, 28, 80000));
     nic->free_connection_count = ATOLL_CONNECTION_COUNT - 1;
-    CHECK(pauses_after(8, 28, 1000));
+    CHECK(pauses_after(16, 28, 80000));
 
     struct atoll_descriptor message = {.opcode = ATOLL_OP_REPLY}; /* nbd has an answer: it goes first */
     CHECK(atoll_domain_put(&peer, ATOLL_ROLE_NIC, &message));
     atoll_domain_commit(&peer);
-    CHECK(!pauses_after(8, 28, 1000));
-    CHECK(domain.counters[NIC_PAUSES] == pauses && pauses == 7);
+    CHECK(!pauses_after(16, 28, 80000));
+    CHECK(domain.counters[NIC_PAUSES] == pauses && pauses > 10);
     free(nic);
     puts("coalesce: ok");
     return 0;
