@@ -36,6 +36,7 @@ from atoll.bench import compiled
 from atoll.bench._bench import ffi, lib
 from atoll.ipc import physmap
 from atoll.ipc.roles import Role
+from atoll.kernel.process import die_with_parent
 
 BATCHES = (1, 8, 32, 256)
 ENTRIES = 4096
@@ -350,7 +351,8 @@ def measure(
         try:
             for index, function in enumerate(functions):
                 cpu = cpus[0] if case.placement == SAME or index == 0 else cpus[1]
-                pids.append(child(function, shared, cpu, len(functions)))
+                with uninterrupted():  # or a child that nobody knows of would go on
+                    pids.append(child(function, shared, cpu, len(functions)))
             wait_for(pids, case, duration_s * 20 + 30)
         finally:
             for pid in pids:
@@ -371,12 +373,27 @@ def measure(
     }
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C comes at the end of the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def child(function: Callable[[], None], shared: Shared, cpu: int, ends: int = 2) -> int:
+    """The caller has SIGINT blocked: it ends the child without a word, and the parent in its own way."""
+    parent = os.getpid()
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
+        die_with_parent(parent)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.sched_setaffinity(0, {cpu})
         lib.bench_meet(shared.arrived, ends)
         function()

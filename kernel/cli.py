@@ -457,7 +457,6 @@ bench.add_command(cli_bench_dedup.dedup)
 def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None) -> None:
     """Throughput and round trips of a ring beside other ways between two processes."""
     ring = importlib.import_module("atoll.bench.ring")  # a floor of its own, known by name
-    end_children_in_order()
     try:
         result = ring.run(seconds, plot)
     except ring.BenchError as error:
@@ -468,22 +467,6 @@ def bench_ring(as_json: bool, plot: str | None, seconds: float, data: str | None
     from atoll.kernel import show
 
     show.console().print(ring.render(result))
-
-
-def end_children_in_order() -> None:
-    """Processes that this one forks end by Ctrl-C without a word, and with this one, wherever that was interrupted."""
-    from atoll.kernel.process import die_with_parent  # slow to import
-
-    own = os.getpid()
-
-    def interrupted(*_: object) -> None:
-        if os.getpid() != own:
-            os._exit(EXIT_INTERRUPTED)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)
-    os.register_at_fork(after_in_child=lambda: die_with_parent(own))
 
 
 # --- Errors ---------------------------------------------------------------------------------------------------------
