@@ -156,6 +156,7 @@ static inline bool atoll_domain_take(struct atoll_domain *domain, uint32_t role,
     if (atoll_ring_available(ring) == 0)
         return false;
     *message = *atoll_ring_entry(ring, 0);
+    atoll_compiler_barrier(); /* read once (I8): not later, nor again */
     atoll_ring_pop(ring, 1);
     if (atoll_trace_armed(domain))
         atoll_trace_hop(domain, role, 0, message);

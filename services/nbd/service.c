@@ -135,6 +135,7 @@ static bool peek(struct nbd *nbd, uint32_t role, struct atoll_descriptor *messag
     if (atoll_domain_pending(nbd->domain, role) == 0)
         return false;
     *message = *atoll_ring_entry(&nbd->domain->rings->rx[role], 0);
+    atoll_compiler_barrier(); /* as atoll_domain_take */
     if (atoll_trace_armed(nbd->domain)) /* before what it causes, so that the hops stand in their order */
         atoll_trace_hop(nbd->domain, role, 0, message);
     return true;
