@@ -182,7 +182,7 @@ def test_peer_that_only_ends_its_half_gets_its_answers(stage: Stage) -> None:
     client = stage.connect("tcp")
     for i in range(20):
         client.request(READ, i * 100, 100_000)
-    stage.until(lambda: not client.out)
+    stage.until(lambda: not client.out and bool(stage.connections), "it is accepted")
     (number,) = stage.connections
     ending = stage.nic_public().ending
     assert ending[number] == 0

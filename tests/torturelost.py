@@ -61,9 +61,8 @@ class Damage:
 
     def follows(self, ready: set[int]) -> bool:
         """What the page held is known without it, or is of no volume that anybody will ask for."""
-        tree, level, number = self.page
-        volumes = range(number << 8 * level >> 39, ((number + 1 << 8 * level) - 1 >> 39) + 1)
-        return tree in DERIVED or (tree == layout.TREE_MAP and ready.isdisjoint(volumes))
+        tree, *place = self.page
+        return tree in DERIVED or (tree == layout.TREE_MAP and ready.isdisjoint(layout.volumes_of(*place)))
 
     def covers(self, volume: int, first: int, last: int) -> bool:
         """Of these blocks of a volume it is a page of the map."""
