@@ -114,15 +114,29 @@ static inline bool atoll_reference_in(const struct atoll_domain *domain, uint32_
     return address >= base && length <= domain->peer_bytes[role] && address - base <= domain->peer_bytes[role] - length;
 }
 
-/* What dedup publishes; NULL if there is no such place in its arena. */
+/* What a role publishes, `bytes` at the start of its role area; NULL if there is no such place in its arena. */
+static inline const void *atoll_public(const struct atoll_domain *domain, uint32_t role, uint64_t bytes)
+{
+    const struct atoll_arena_header *peer = domain->peers[role];
+    uint64_t arena_bytes = domain->peer_bytes[role], offset = peer == 0 ? 0 : peer->role_offset;
+    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || arena_bytes < bytes || offset > arena_bytes - bytes)
+        return 0;
+    return (const char *)peer + offset;
+}
+
 static inline const struct atoll_dedup_public *atoll_dedup_public(const struct atoll_domain *domain)
 {
-    const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP];
-    uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP], offset = dedup == 0 ? 0 : dedup->role_offset;
-    if (offset == 0 || offset % ATOLL_PAGE_BYTES != 0 || bytes < sizeof(struct atoll_dedup_public) ||
-        offset > bytes - sizeof(struct atoll_dedup_public))
-        return 0;
-    return (const void *)((const char *)dedup + offset);
+    return (const struct atoll_dedup_public *)atoll_public(domain, ATOLL_ROLE_DEDUP, sizeof(struct atoll_dedup_public));
+}
+
+static inline const struct atoll_nbd_public *atoll_nbd_public(const struct atoll_domain *domain)
+{
+    return (const struct atoll_nbd_public *)atoll_public(domain, ATOLL_ROLE_NBD, sizeof(struct atoll_nbd_public));
+}
+
+static inline const struct atoll_nic_public *atoll_nic_public(const struct atoll_domain *domain)
+{
+    return (const struct atoll_nic_public *)atoll_public(domain, ATOLL_ROLE_NIC, sizeof(struct atoll_nic_public));
 }
 
 /* The role in whose arena [address, address + length) lies, or 0 if it lies in none. */

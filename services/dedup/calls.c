@@ -59,13 +59,10 @@ const struct atoll_volume *dedup_volume(struct dedup *dedup, uint32_t volume)
 
 uint32_t dedup_volume_users(struct dedup *dedup, uint32_t volume)
 {
-    const struct atoll_arena_header *nbd = dedup->domain->peers[ATOLL_ROLE_NBD];
-    uint64_t address = nbd == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NBD) + nbd->role_offset;
+    const struct atoll_nbd_public *public = atoll_nbd_public(dedup->domain);
     uint32_t users = 0;
-    if (nbd == 0 || address % 4 != 0 ||
-        !atoll_reference_in(dedup->domain, ATOLL_ROLE_NBD, address, sizeof(struct atoll_nbd_public)))
+    if (public == 0)
         return 0;
-    const struct atoll_nbd_public *public = (const void *)(uintptr_t)address;
     for (uint32_t connection = 0; connection < ATOLL_CONNECTION_COUNT; connection++)
         users += atoll_load_relaxed(&public->volume[connection]) == volume + 1;
     return users;

@@ -177,16 +177,13 @@ struct datapath *datapath_attach(struct dedup *dedup, void *memory, const struct
     cache_pages -= STORE_BOUNCE_PAGES + DP_SCRUB_PAGES;
     dp->pools[POOL_DISK].count = (uint32_t)(cache_pages < arena->cache_pages ? cache_pages : arena->cache_pages);
     dp->scrub_buffer = dp->pools[POOL_DISK].buffer + cache_pages * DP_BLOCK;
-    const struct atoll_arena_header *nic = domain->peers[ATOLL_ROLE_NIC];
-    if (error[0] == 0 && (nic->role_offset % 8 != 0 ||
-                          !atoll_reference_in(domain, ATOLL_ROLE_NIC, atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset,
-                                              sizeof(struct atoll_nic_public))))
+    dp->nic_public = atoll_nic_public(domain);
+    if (error[0] == 0 && dp->nic_public == 0)
         snprintf(error, 256, "arena of nic has no public part");
     if (error[0] != 0) {
         free(dp);
         return 0;
     }
-    dp->nic_public = (const void *)(uintptr_t)(atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset);
     dp->now_ms = atoll_now_ns() / 1000000;
     dedup->datapath = dp;
     attach_tier(dp, (char *)memory + parts.tier, fresh);

@@ -34,17 +34,6 @@ uint64_t lookup_arena_bytes(uint64_t page_count)
     return (bytes + ATOLL_PAGE_BYTES - 1) & ~(uint64_t)(ATOLL_PAGE_BYTES - 1);
 }
 
-/* Where nbd says what it uses, or NULL: there is no nbd. */
-static const struct atoll_nbd_public *find_uses(const struct atoll_domain *domain)
-{
-    const struct atoll_arena_header *nbd = domain->peers[ATOLL_ROLE_NBD];
-    uint64_t address = nbd == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NBD) + nbd->role_offset;
-    if (address == 0 || address % 8 != 0 ||
-        !atoll_reference_in(domain, ATOLL_ROLE_NBD, address, sizeof(struct atoll_nbd_public)))
-        return 0;
-    return (const void *)(uintptr_t)address;
-}
-
 bool lookup_attach(struct datapath *dp, void *memory)
 {
     struct dp_lookup *lookup = &dp->lookup;
@@ -54,7 +43,7 @@ bool lookup_attach(struct datapath *dp, void *memory)
     lookup->set_count = sets_of(page_count);
     lookup->generations = (void *)(lookup->entries + lookup->set_count * ATOLL_LOOKUP_WAYS);
     lookup->page_count = page_count;
-    lookup->uses = find_uses(dp->domain);
+    lookup->uses = atoll_nbd_public(dp->domain);
     lookup->in_use = calloc((page_count + 63) / 64, sizeof *lookup->in_use);
     lookup->marked = calloc(page_count, sizeof *lookup->marked);
     if (lookup->in_use == 0 || lookup->marked == 0)

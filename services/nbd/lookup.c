@@ -19,13 +19,14 @@ void nbd_lookup_attach(struct nbd *nbd)
 {
     struct nbd_lookup *lookup = &nbd->lookup;
     const struct atoll_domain *domain = nbd->domain;
-    const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP], *nic = domain->peers[ATOLL_ROLE_NIC];
-    const struct atoll_dedup_public *published = atoll_dedup_public(nbd->domain);
+    const struct atoll_arena_header *dedup = domain->peers[ATOLL_ROLE_DEDUP];
+    const struct atoll_dedup_public *published = atoll_dedup_public(domain);
+    const struct atoll_nic_public *nic = atoll_nic_public(domain);
     uint64_t bytes = domain->peer_bytes[ATOLL_ROLE_DEDUP];
 
     lookup->entries = 0;
     lookup->incarnation = dedup == 0 ? 0 : atoll_load_acquire(&dedup->incarnation);
-    if (published == 0)
+    if (published == 0 || nic == 0)
         return;
     const struct atoll_lookup *public = &published->lookup;
     uint64_t entries = atoll_load_acquire(&public->entries_address);
@@ -33,17 +34,15 @@ void nbd_lookup_attach(struct nbd *nbd)
     lookup->table.entries_address = entries;
     const struct atoll_lookup *table = &lookup->table;
     uint64_t set_bytes = ATOLL_LOOKUP_WAYS * sizeof(struct atoll_lookup_entry);
-    uint64_t done = nic == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset;
     if (entries == 0 || entries % sizeof(struct atoll_lookup_entry) != 0 || table->set_count == 0 ||
         table->set_count > bytes / set_bytes || table->page_count > bytes / sizeof(uint32_t) ||
-        table->generations_address % sizeof(uint32_t) != 0 || done % 8 != 0 || table->zeros_bytes < ATOLL_BLOCK_BYTES ||
+        table->generations_address % sizeof(uint32_t) != 0 || table->zeros_bytes < ATOLL_BLOCK_BYTES ||
         !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, entries, table->set_count * set_bytes) ||
         !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, table->generations_address, table->page_count * sizeof(uint32_t)) ||
-        !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, table->zeros_address, table->zeros_bytes) ||
-        !atoll_reference_in(domain, ATOLL_ROLE_NIC, done, sizeof(struct atoll_nic_public)))
+        !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, table->zeros_address, table->zeros_bytes))
         return;
     lookup->generations = (const uint32_t *)(uintptr_t)table->generations_address;
-    lookup->done = ((const struct atoll_nic_public *)(uintptr_t)done)->done;
+    lookup->done = nic->done;
     lookup->entries = (const struct atoll_lookup_entry *)(uintptr_t)entries;
 }
 

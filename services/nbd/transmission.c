@@ -432,11 +432,8 @@ static void finish_extents(struct nbd *nbd, struct nbd_slot *slot, const struct 
 /* nic receives nothing more of the connection: its client has left, or the server stops. */
 static bool is_ending(struct nbd *nbd, uint32_t connection)
 {
-    const struct atoll_arena_header *nic = nbd->domain->peers[ATOLL_ROLE_NIC];
-    uint64_t address = nic == 0 ? 0 : atoll_arena_address(ATOLL_ROLE_NIC) + nic->role_offset;
-    if (address % 8 != 0 || !atoll_reference_in(nbd->domain, ATOLL_ROLE_NIC, address, sizeof(struct atoll_nic_public)))
-        return false;
-    return atoll_load_acquire(&((const struct atoll_nic_public *)(uintptr_t)address)->ending[connection]) != 0;
+    const struct atoll_nic_public *nic = atoll_nic_public(nbd->domain);
+    return nic != 0 && atoll_load_acquire(&nic->ending[connection]) != 0;
 }
 
 /* A TRIM is a hint: who has sent one of many GiB and has left holds up nothing, neither the server's stop nor the volume's deletion. With FUA
