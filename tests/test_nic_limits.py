@@ -69,13 +69,18 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
         assert stage.counters()["bad_message"] == 0
 
 
+def keeps_pages(stage: Stage) -> None:
+    """Starts nic. What clients write stays in the log, and its pages are not given back."""
+    stage.take_share = 1.0
+    stage._give_back = lambda share: None  # type: ignore[method-assign]
+    stage.start()
+
+
 @pytest.mark.parametrize("end", ["timeout", "stop"])
 def test_all_connections_end_at_once(end: str) -> None:
     """Each has a part of 64 pages that lie apart: together they are more words than a step may change."""
     with Stage(payload_timeout_s=4.0, buffer_bytes=384 * MIB) as stage:
-        stage.take_share = 1.0
-        stage._give_back = lambda share: None  # type: ignore[method-assign]
-        stage.start()
+        keeps_pages(stage)
         filler = stage.connect()
         for _ in range(384):
             filler.request(WRITE, 0, MIB)
@@ -259,9 +264,7 @@ def test_who_was_in_time_is_not_dropped_by_a_nic_that_was_stopped(kind: str, sto
 
 def takes_all_pages(stage: Stage) -> Client:
     """Starts nic. What this client writes stays in the log, and there is no page for anybody else."""
-    stage.take_share = 1.0
-    stage._give_back = lambda share: None  # type: ignore[method-assign]
-    stage.start()
+    keeps_pages(stage)
     writer = stage.connect()
     for _ in range(16):
         writer.request(WRITE, 0, MIB)
