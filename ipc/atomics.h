@@ -8,7 +8,7 @@
  *             waker:   store_release(tail), full_fence, look at sleeping
  *             (store-load on both sides: only a full fence keeps both from seeing the old value)
  *   SP-DONE   nic: send complete, then store_release(done)  dedup: load_acquire(done), then reuse the page
- *   SP-USE    nbd:   use = pages, full_fence, look at the pages' generations    dedup: generation + 1, full_fence, look at uses
+ *   SP-USE    nic, nbd: use = pages, full_fence, look at the pages' generations    dedup: generation + 1, full_fence, look at uses
  *             (as SP-SLEEP: one of the two sees the other)
  *   SP-POST   nic:   posting = 1, full_fence, look at posted_blocks again, then post    dedup: posted_blocks = 0, full_fence,
  *             look at posting (likewise)

@@ -49,7 +49,7 @@ COMPILE_ARGS = (
 )
 
 # What each extension of a domain is linked with.
-DOMAIN_SOURCES = ("ipc/domain.c", "ipc/spin.c", "ipc/place.c")
+DOMAIN_SOURCES = ("ipc/domain.c", "ipc/lookup.c", "ipc/spin.c", "ipc/place.c")
 
 # The code that cffi generates is not ours to tidy: behind the last of our headers these warnings are off.
 GENERATED_CODE_IGNORES = ("-Wunused-parameter", "-Wsign-compare", "-Wtype-limits", "-Wmissing-field-initializers")

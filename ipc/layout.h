@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 14
+#define ATOLL_LAYOUT_VERSION 15
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -332,6 +332,15 @@ struct atoll_posted {
     uint64_t reserved_b[2];
 };
 
+/* Pages that requests use which their owner has answered from memory (lookup.h). Not transactional: a use that was published and not
+ * made use of holds its pages until nic is done with the slot, no more. */
+struct atoll_uses {
+    uint64_t used[32];        /* a bit per slot: only these need be looked at */
+    uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force until nic's done[slot] has reached its sequence (SP-USE) */
+    uint8_t touched[65536];   /* by number of the driver's page, modulo: changes from time to time while the page is read */
+    uint32_t pages[135168];   /* ATOLL_USE_PAGES per slot: those that `use` counts */
+};
+
 /* Start of nic's role area. */
 struct atoll_nic_public {
     uint32_t done[2048];      /* per slot: sequence of its last request that is finished for good (SP-DONE) */
@@ -341,17 +350,14 @@ struct atoll_nic_public {
     uint64_t reserved[6];
     struct atoll_posted posted[2048]; /* per slot */
     uint32_t ending[2048];    /* per connection, published after the commit: 1: nothing more is received from it */
+    struct atoll_uses uses;
 };
 
-/* Start of nbd's role area. Not transactional but for `volume`: a use that was published and not made use of holds its pages
- * until nic is done with the slot, no more. */
+/* Start of nbd's role area. */
 struct atoll_nbd_public {
-    uint32_t volume[2048];    /* per connection: id + 1 of the volume it uses, 0 none */
+    uint32_t volume[2048];    /* per connection: id + 1 of the volume it uses, 0 none. Transactional */
     uint32_t reserved[16];
-    uint64_t used[32];        /* a bit per slot: only these need be looked at */
-    uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force until nic's done[slot] has reached its sequence (SP-USE) */
-    uint8_t touched[65536];   /* by number of the driver's page, modulo: changes from time to time while the page is read */
-    uint32_t pages[135168];   /* ATOLL_USE_PAGES per slot: those that `use` counts */
+    struct atoll_uses uses;
 };
 /* cffi:end */
 
@@ -371,7 +377,7 @@ _Static_assert(sizeof(struct atoll_volume) == 512, "volume");
 _Static_assert(ATOLL_ROLE_COUNT == 16 && ATOLL_SLOT_COUNT == 2048 && ATOLL_CONNECTION_COUNT == 2048 &&
                ATOLL_VOLUME_NAME_BYTES == 256, "literals in the structures above");
 _Static_assert(ATOLL_LOOKUP_WAYS * sizeof(struct atoll_lookup_entry) == 64, "a set is one cache line");
-_Static_assert(sizeof(((struct atoll_nbd_public *)0)->pages) == ATOLL_SLOT_COUNT * ATOLL_USE_PAGES * sizeof(uint32_t) &&
+_Static_assert(sizeof(((struct atoll_uses *)0)->pages) == ATOLL_SLOT_COUNT * ATOLL_USE_PAGES * sizeof(uint32_t) &&
                ATOLL_USE_PAGES >= ATOLL_PART_BLOCKS, "a part's pages");
 _Static_assert(ATOLL_COUNTER_COUNT * 8 <= 4096 && ATOLL_SUSPECT_COUNT * 16 <= 4096, "counters and suspects fit their page");
 

@@ -1,11 +1,12 @@
 /*
- * Reads that nbd answers by itself (services/nbd/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that the
- * look-up table names; it is overwritten, and its page given back and filled anew; nbd and dedup are killed at any point. Can a
+ * Reads that nbd answers by itself (ipc/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that the look-up table
+ * names; it is overwritten, and its page given back and filled anew; nbd and dedup are killed at any point. Can a
  * client be sent another content than it asked for, or one older than it has been told of?
  *
  * Version v of the block lies in page v % 2, so each page is used again. Spin is sequentially consistent, processors are not:
  * dedup and nbd have a store buffer each, a FIFO that drains into memory whenever it likes (total store order, as x86-64). A full
- * fence waits until the own buffer is empty. What the transaction changes is changed here at its commit.
+ * fence waits until the own buffer is empty. What the transaction changes is changed here at its commit. nic, which does the same for
+ * small reads, is an nbd whose message to nic takes no time.
  *
  *   spin -a lookup.pml && cc -o pan pan.c && ./pan
  *

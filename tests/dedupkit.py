@@ -305,7 +305,7 @@ class Stage:
         self.sequences = [0] * lib.ATOLL_SLOT_COUNT
         self.free_slots = list(range(lib.ATOLL_SLOT_COUNT - 1, -1, -1))
         for slot in range(lib.ATOLL_SLOT_COUNT):
-            self.nic_public.done[slot] = 0
+            self.nic_public.done[slot] = self.nic_public.uses.use[slot] = 0  # as nic when it starts
 
     def nic_starts_anew(self) -> None:
         """After everybody_dies: nic takes from dedup which of its pages are lent."""

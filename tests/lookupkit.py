@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dedupkit import BLOCK, DEDUP, NBD, Stage
+from dedupkit import BLOCK, DEDUP, NBD, NIC, Stage
 
 from atoll.ipc import physmap
 from atoll.ipc._ipc import ffi, lib
@@ -39,9 +39,13 @@ class Reader:
         role_area = physmap.address(DEDUP) + int(physmap.header(DEDUP).role_offset)
         return ffi.addressof(ffi.cast("struct atoll_dedup_public *", role_area), "lookup")
 
-    @property
-    def uses(self) -> Any:
-        return ffi.cast("struct atoll_nbd_public *", physmap.address(NBD) + int(physmap.header(NBD).role_offset))
+    def uses(self, slot: int) -> Any:
+        """Of nbd for the one half of the slots, of nic for the other."""
+        role, name = (NBD, "nbd") if slot % 2 == 0 else (NIC, "nic")
+        public = ffi.cast(
+            f"struct atoll_{name}_public *", physmap.address(role) + int(physmap.header(role).role_offset)
+        )
+        return public.uses
 
     def _values(self) -> dict[int, int]:
         lookup = self.lookup
@@ -92,7 +96,7 @@ class Reader:
             return False
         slot, page = self.stage.free_slots.pop(), value >> 32 & 0x3FFFFFFF
         self.stage.sequences[slot] += 1
-        uses, use = self.uses, self.stage.sequences[slot] << 32 | 1
+        uses, use = self.uses(slot), self.stage.sequences[slot] << 32 | 1
         uses.pages[slot * lib.ATOLL_USE_PAGES] = page
         uses.used[slot // 64] |= 1 << slot % 64
         uses.use[slot] = use

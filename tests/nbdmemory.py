@@ -1,4 +1,4 @@
-"""The look-up table of nbdstage's dedup: blocks that nbd may read without asking (ipc/layout.h)."""
+"""The look-up table of nbdstage's and nicstage's dedup: blocks that may be read without asking it (ipc/layout.h)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASK = (1 << 64) - 1
 
 class Memory:
     def __init__(self, public: Any, table: int, pages: int, zeros: int, uses: Any, done: Any) -> None:
-        """`uses`: what nbd publishes; `done`: nic's sequences. Addresses are of dedup's arena."""
+        """`uses`: what the reader publishes; `done`: nic's sequences. Addresses are of dedup's arena."""
         self._pages, self._uses, self._done = pages, uses, done
         self._entries = ffi.cast("struct atoll_lookup_entry *", table)
         self._generations = ffi.cast("uint32_t *", table + SETS * WAYS * 16)
@@ -34,7 +34,7 @@ class Memory:
     def _set(self, key: int) -> int:
         return ((key * 0x9E3779B97F4A7C15 & MASK) * SETS >> 64) * WAYS
 
-    def _in_use(self, page: int) -> bool:
+    def in_use(self, page: int) -> bool:
         for slot in range(lib.ATOLL_SLOT_COUNT):
             if not self._uses.used[slot // 64] >> slot % 64 & 1:
                 continue
@@ -46,6 +46,9 @@ class Memory:
                 return True
         return False
 
+    def retire(self, page: int) -> None:
+        self._generations[page] += 1  # whoever looks it up from now on does not get it
+
     def put(self, volume: int, generation: int, lba: int, content: bytes) -> None:
         self.forget(volume, generation, lba, lba + 1)
         key = self.key(volume, generation, lba)
@@ -56,11 +59,18 @@ class Memory:
             return
         page = self._next % TABLE_PAGES
         self._next += 1
-        self._generations[page] += 1  # whoever looks it up from now on does not get it
-        if self._in_use(page):
+        self.retire(page)
+        if self.in_use(page):
             return
         ffi.memmove(ffi.cast("char *", self._pages + page * BLOCK), content, BLOCK)
         entry.value = lib.ATOLL_LOOKUP_PAGE << 62 | page << 32 | int(self._generations[page])
+
+    def forge(self, volume: int, generation: int, lba: int, value: int) -> None:
+        """An entry, whatever it says."""
+        self.forget(volume, generation, lba, lba + 1)
+        key = self.key(volume, generation, lba)
+        entry = self._entries[self._set(key) + lba % WAYS]
+        entry.value, entry.key = value, key
 
     def forget(self, volume: int, generation: int, first: int, end: int) -> None:
         for lba in range(first, end):

@@ -151,7 +151,9 @@ class Stage:
             table=self.peers[DEDUP].role_area + PUBLIC_BYTES + SLOTS * LIST_BYTES,
             pages=self.zeros() + ZEROS * BLOCK,
             zeros=self.zeros(),
-            uses=ffi.cast("struct atoll_nbd_public *", physmap.address(NBD) + int(physmap.header(NBD).role_offset)),
+            uses=ffi.cast(
+                "struct atoll_nbd_public *", physmap.address(NBD) + int(physmap.header(NBD).role_offset)
+            ).uses,
             done=self.nic_public().done,
         )
         self.publish()

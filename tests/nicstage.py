@@ -8,7 +8,9 @@ with Stage() as stage:
 The stand-in for nbd is strict: identities must be new, parts must come in order and hold the pattern's bytes, no slot
 may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % period]. Pages are
 taken over by dedup at random and given back later, sometimes before the reply. Some writes nic posts (answers by
-itself, as dedup lets it at random, see `posts`): their END comes later. Single-threaded; sockets do not block.
+itself, as dedup lets it at random, see `posts`): their END comes later. Blocks that were read are put into its table by
+chance (see `remember`; nbdmemory.py), so that nic answers by itself when they are read again. Single-threaded;
+sockets do not block.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from nbdmemory import TABLE_BYTES, TABLE_PAGES, Memory
 
 from atoll.drivers import nic
 from atoll.ipc import objects, physmap, uring
@@ -59,6 +63,7 @@ _PERIOD = 65521
 _ONCE = random.Random(20).randbytes(_PERIOD)
 PATTERN = _ONCE * 18  # a part from any offset within a period
 SLOT_BYTES = 4096  # of the stand-in's area: header and segment list of one reply
+TABLE_AT = 1 << 18  # of dedup's look-up table in its role area
 GREETING = b"NBDMAGIC-this-is-a-stand-in"
 CONFIG: dict[str, Any] = {
     "max_connections": 1500,
@@ -185,7 +190,7 @@ class Stage:
             KERNEL: (4096, 0),
             NIC: nic.plan(self.config),
             NBD: (16384 + lib.ATOLL_SLOT_COUNT * SLOT_BYTES, len(PATTERN)),
-            DEDUP: (1 << 18, 0),
+            DEDUP: (TABLE_AT + TABLE_BYTES, (TABLE_PAGES + 1) * BLOCK),
         }
         for role, (role_bytes, buffer_bytes) in shapes.items():
             self._make(role, role_bytes, buffer_bytes)
@@ -195,6 +200,15 @@ class Stage:
         self.pattern_area = self.peers[NBD].buffer_area
         ffi.memmove(ffi.cast("char *", self.pattern_area), PATTERN, len(PATTERN))
         self.dedup_public = ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area)
+        pages = self.peers[DEDUP].buffer_area
+        self.memory = Memory(
+            self.dedup_public,
+            table=self.peers[DEDUP].role_area + TABLE_AT,
+            pages=pages,
+            zeros=pages + TABLE_PAGES * BLOCK,
+            uses=self.nic_public().uses,
+            done=self.nic_public().done,
+        )
         physmap.header(DEDUP).serving_ns = 1
         self.publish()
         self.message = ffi.new("struct atoll_descriptor *")
@@ -205,6 +219,7 @@ class Stage:
         self.taken_pages: list[int] = []
         self.hold = False  # nbd answers nothing
         self.take_share = 0.5
+        self.remember = 0.0  # share of reads whose blocks lie in memory afterwards
         self.posts: int | None = None  # blocks of posted writes that may be on their way; None: MOST or 0, by chance
         self.mixes = False  # the framing's replies may be mixed
         self.hold_ends = False
@@ -442,8 +457,9 @@ class Stage:
 
     def settle(self) -> None:
         self.until(
-            lambda: not self.ends
-            and not any(client.expected or client.out for client in self.clients if not client.closed),
+            lambda: (
+                not self.ends and not any(client.expected or client.out for client in self.clients if not client.closed)
+            ),
             "settle",
         )
 
@@ -597,7 +613,13 @@ class Stage:
         header = b"" if use.done else struct.pack(">II", REPLY_MAGIC, 0) + use.cookie
         begin, use.done = use.offset + use.done, use.done + length
         last = LAST if use.done == use.length else 0
+        if self.remember and last and use.length <= 16 * BLOCK and self.random.random() < self.remember:
+            self.put_in_memory(use.offset, use.length)
         self.reply(use, header, last, data=(begin, length))
+
+    def put_in_memory(self, offset: int, length: int) -> None:
+        for lba in range(offset // BLOCK, -(-(offset + length) // BLOCK)):
+            self.memory.put(VOLUME, GENERATION, lba, pattern(lba * BLOCK, BLOCK))
 
     def reply(
         self, use: Use, header: bytes = b"", flags: int = LAST, framing: int = 0, data: tuple[int, int] = (0, 0)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 from nbdclient import Command, CommandFlag
-from nbdmemory import SETS, WAYS
 from nbdstage import BLOCK, PART, Stage, VolumeData, Wire
 
 from atoll.ipc._ipc import lib
@@ -59,11 +58,11 @@ def test_a_page_that_is_something_else_now_is_not_used(stage: Stage, wire: Wire)
     for _ in range(2):
         wire.call(Command.READ, 0, BLOCK)
     page = (stage.memory._next - 1) % 256
-    stage.memory._generations[page] += 1
+    stage.memory.retire(page)
     before = len(stage.log)
     wire.call(Command.READ, 0, BLOCK).check()
     assert len(stage.log) == before + 1
-    assert not any(stage.area().public.use[slot] >> 31 & 1 and slot in stage.uses for slot in range(48))
+    assert not any(stage.area().public.uses.use[slot] >> 31 & 1 and slot in stage.uses for slot in range(48))
 
 
 def test_parts_of_a_long_simple_reply_are_not_torn_apart(stage: Stage) -> None:
@@ -97,12 +96,11 @@ def test_nonsense_in_the_table_hurts_nobody(stage: Stage, seed: int) -> None:
     stage.changes = 1 << 60  # the stage cannot know what nonsense reads as
     wire = stage.connect().negotiate()
     for _ in range(100):
-        for index in range(SETS * WAYS):
-            entry = stage.memory._entries[index]
-            entry.key = stage.memory.key(0, 1, chance.randrange(256))
-            entry.value = chance.choice(
+        for lba in range(256):
+            value = chance.choice(
                 [chance.getrandbits(64), lib.ATOLL_LOOKUP_PAGE << 62 | chance.randrange(300) << 32, 2 << 62, 3 << 62]
             )
+            stage.memory.forge(0, 1, lba, value)
         stage.changes += 1
         cookie = wire.submit(Command.READ, chance.randrange(200) * BLOCK, chance.randrange(1, 8) * BLOCK)
         stage.changes += 1

@@ -52,6 +52,8 @@ COUNTERS = (
     "held",
     "guessed",
     "posted",
+    "reads_from_memory",
+    "bytes_from_memory",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

@@ -1,4 +1,5 @@
-/* See framing.h. Layouts: NBD protocol, "Newstyle negotiation", "Transmission" ("Simple reply message", "Extended reply chunk message"). */
+/* See framing.h. Layouts: NBD protocol, "Newstyle negotiation", "Transmission" ("Simple reply message", "Structured reply chunk message",
+ * "Extended reply chunk message"). */
 #include "drivers/nic/nic.h"
 
 #include <endian.h>
@@ -14,6 +15,9 @@
 #define MAGIC_EXTENDED_REPLY 0x6e8a278cu
 #define REPLY_FLAG_DONE 1
 #define REPLY_TYPE_NONE 0
+#define REPLY_TYPE_OFFSET_DATA 1
+#define FLAG_DF 4
+#define MAGIC_STRUCTURED_REPLY 0x668e33efu
 
 static uint16_t read16(const uint8_t *bytes)
 {
@@ -114,4 +118,32 @@ uint32_t nic_frame_done(uint32_t framing, const uint8_t *bytes, uint8_t *answer)
     memcpy(at + 8, bytes + 16, 8); /* offset */
     memset(at + 16, 0, 8); /* length of the chunk's payload */
     return 32;
+}
+
+uint64_t nic_frame_plain_read(uint32_t framing, bool chunks, const uint8_t *bytes)
+{
+    bool extended = framing == ATOLL_FRAMING_EXTENDED;
+    if ((!extended && framing != ATOLL_FRAMING_REQUEST) || read32(bytes) != (extended ? MAGIC_EXTENDED : MAGIC_REQUEST) ||
+        read16(bytes + 6) != TYPE_READ || (read16(bytes + 4) & ~(extended || chunks ? FLAG_DF : 0)) != 0)
+        return 0;
+    return extended ? read64(bytes + 24) : read32(bytes + 24);
+}
+
+uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint8_t *answer)
+{
+    bool extended = framing == ATOLL_FRAMING_EXTENDED;
+    uint64_t length = nic_frame_plain_read(framing, chunks, bytes) + 8; /* the offset, and data */
+    uint8_t *at = put32(answer, extended ? MAGIC_EXTENDED_REPLY : chunks ? MAGIC_STRUCTURED_REPLY : MAGIC_SIMPLE_REPLY);
+    at = put32(at, extended || chunks ? (uint32_t)REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA : 0); /* simple: no error */
+    memcpy(at, bytes + 8, 8); /* cookie */
+    at += 8;
+    if (!extended && !chunks)
+        return 16;
+    if (extended) {
+        memcpy(at, bytes + 16, 8); /* offset */
+        at = put32(at + 8, (uint32_t)(length >> 32));
+    }
+    at = put32(at, (uint32_t)length);
+    memcpy(at, bytes + 16, 8); /* offset */
+    return (uint32_t)(at + 8 - answer);
 }

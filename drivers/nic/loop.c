@@ -58,6 +58,7 @@ void nic_commit(struct nic *nic)
     nic->freed_slot_count = nic->freed_connection_count = nic->freed_stream_count = 0;
     nic_pages_committed(nic);
     nic_posted_committed(nic);
+    atoll_lookup_tidy(&nic->looker);
     if (!nic_queue_empty(&nic->page_waiters))
         nic_schedule(nic, nic_queue_first(&nic->page_waiters));
 }

@@ -32,6 +32,7 @@
 #include "drivers/nic/framing.h"
 #include "ipc/crashpoint.h"
 #include "ipc/domain.h"
+#include "ipc/lookup.h"
 #include "ipc/uring.h"
 
 /* cffi:begin */
@@ -43,7 +44,7 @@
 /* Two halves of 128 bytes: a partial header (32 at most) and room to receive. */
 #define NIC_OWN_BYTES 256
 /* A reply that says "done" and no more, at most. */
-#define NIC_ANSWER_BYTES 32
+#define NIC_ANSWER_BYTES 64
 /* Slots kept for connections that have none. */
 #define NIC_KEPT_SLOTS 256
 /* Longest option data that is delivered; a chunk. Longer options are delivered without data. */
@@ -93,7 +94,9 @@ enum nic_counter {
     NIC_HELD = 30,             /* times that a client sent while nic held the processor: ipc/spin.h */
     NIC_GUESSED = 31,          /* receives without asking epoll that brought something: guess.c */
     NIC_POSTED = 32,           /* writes answered before dedup has applied them: posted.c */
-    NIC_COUNTER_COUNT = 33
+    NIC_READS_FROM_MEMORY = 33, /* READs answered out of dedup's table: answer.c */
+    NIC_BYTES_FROM_MEMORY = 34, /* of these */
+    NIC_COUNTER_COUNT = 35
 };
 
 enum nic_phase {
@@ -221,7 +224,7 @@ struct nic_area {
     struct nic_connection connections[2048];
     struct nic_slot slots[2048];
     uint8_t own[524288];      /* NIC_OWN_BYTES per connection */
-    uint8_t answers[65536];   /* NIC_ANSWER_BYTES per slot: of posted writes */
+    uint8_t answers[131072];  /* NIC_ANSWER_BYTES per slot: of posted writes, and headers of READs answered from memory */
     uint8_t options[1048576]; /* NIC_SHORT_OPTION_BYTES per connection */
 };
 
@@ -291,7 +294,7 @@ int nic_check(const struct nic *nic, char *error);
 _Static_assert(sizeof(struct nic_connection) == 256, "connection");
 _Static_assert(sizeof(struct nic_slot) == 128, "slot");
 _Static_assert(NIC_OWN_BYTES * ATOLL_CONNECTION_COUNT == 524288, "own buffers");
-_Static_assert(NIC_ANSWER_BYTES * ATOLL_SLOT_COUNT == 65536, "answers");
+_Static_assert(NIC_ANSWER_BYTES * ATOLL_SLOT_COUNT == 131072, "answers");
 _Static_assert(NIC_SHORT_OPTION_BYTES * ATOLL_CONNECTION_COUNT == 1048576, "short options");
 _Static_assert(NIC_OPTION_BYTES == NIC_CHUNK_PAGES * ATOLL_BLOCK_BYTES, "option data is one run");
 _Static_assert(NIC_KEPT_SLOTS < ATOLL_SLOT_COUNT / 2, "more for use than kept");
@@ -454,7 +457,8 @@ struct nic {
 
     uint64_t reply_pages;      /* of all slots */
     uint32_t posted;           /* slots that are answered, and whose END is to come */
-    uint32_t posted_blocks;    /* of these */
+    struct atoll_posted_set posted_set; /* of these */
+    struct atoll_looker looker;
     uint32_t posted_most;      /* that there may be of them, as looked up since the last commit */
     bool posted_looked;
     uint32_t posted_in_step;   /* slots that were posted since then */
@@ -594,6 +598,13 @@ void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slo
 void nic_posted_end(struct nic *nic, struct nic_slot *slot);
 /* One more of them (1), or one less (-1). */
 void nic_posted_count(struct nic *nic, const struct nic_slot *slot, int change);
+/* The connection's volume is the one that nbd named, and [offset, offset + length) of it may be read (`change` false) or written. */
+bool nic_volume_allows(const struct atoll_dedup_public *dedup, const struct nic_connection *connection, uint64_t offset, uint64_t length,
+                       bool change);
+
+/* --- answer.c --- */
+/* Answers the request in `slot`, which nobody else has seen, if it is a READ of what lies in memory. */
+bool nic_answer(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
 
 /* messages.c: takes at most `limit` messages from nbd and dedup; returns how many. */
 uint32_t nic_messages(struct nic *nic, uint32_t limit);

@@ -27,13 +27,13 @@ static void publish(struct nic *nic, uint32_t posting)
         atoll_store_release(word, posting);
 }
 
-void nic_posted_open(struct nic *nic) { publish(nic, nic->posted_blocks != 0); }
+void nic_posted_open(struct nic *nic) { publish(nic, nic->posted_set.blocks != 0); }
 
 void nic_posted_committed(struct nic *nic)
 {
     nic->posted_looked = false;
     nic->posted_in_step = 0;
-    if (nic->posted_blocks == 0)
+    if (nic->posted_set.blocks == 0)
         publish(nic, 0);
 }
 
@@ -49,8 +49,8 @@ static uint32_t allowed(struct nic *nic, const struct atoll_dedup_public *dedup)
     return blocks < ATOLL_POSTED_BLOCKS ? (uint32_t)blocks : ATOLL_POSTED_BLOCKS;
 }
 
-/* The volume is the one that nbd named, and [offset, offset + length) of it may be written. */
-static bool is_writable(const struct atoll_dedup_public *dedup, const struct nic_connection *connection, uint64_t offset, uint64_t length)
+bool nic_volume_allows(const struct atoll_dedup_public *dedup, const struct nic_connection *connection, uint64_t offset, uint64_t length,
+                       bool change)
 {
     const struct atoll_volume *volume = &dedup->volumes[connection->volume - 1];
     uint32_t version = atoll_load_acquire(&volume->version);
@@ -59,7 +59,7 @@ static bool is_writable(const struct atoll_dedup_public *dedup, const struct nic
     uint64_t size = atoll_load_relaxed(&volume->size_bytes);
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
     return (version & 1) == 0 && atoll_load_relaxed(&volume->version) == version && state == ATOLL_VOLUME_READY &&
-           generation == connection->generation && !(flags & ATOLL_VOLUME_READONLY) && offset <= size && length <= size - offset;
+           generation == connection->generation && !(change && flags & ATOLL_VOLUME_READONLY) && offset <= size && length <= size - offset;
 }
 
 bool nic_may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
@@ -77,7 +77,8 @@ bool nic_may_post(struct nic *nic, const struct nic_connection *connection, cons
         nic->posted_most = allowed(nic, dedup);
         nic->posted_looked = true;
     }
-    return nic->posted_blocks + blocks <= nic->posted_most && is_writable(dedup, connection, slot->volume_offset, slot->payload_bytes);
+    return nic->posted_set.blocks + blocks <= nic->posted_most &&
+           nic_volume_allows(dedup, connection, slot->volume_offset, slot->payload_bytes, true);
 }
 
 void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, struct atoll_descriptor *message, bool alone)
@@ -117,5 +118,6 @@ void nic_posted_count(struct nic *nic, const struct nic_slot *slot, int change)
 {
     nic->hints[slot->connection].posted += (uint32_t)change;
     nic->posted += (uint32_t)change;
-    nic->posted_blocks += (uint32_t)change * (slot->payload_bytes / ATOLL_BLOCK_BYTES);
+    atoll_posted_change(&nic->posted_set, nic->public->posted[slot - nic->area->slots].volume, slot->volume_offset / ATOLL_BLOCK_BYTES,
+                        slot->payload_bytes / ATOLL_BLOCK_BYTES, change);
 }

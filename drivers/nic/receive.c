@@ -116,6 +116,8 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
     struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
     uint32_t bank = slot->part % NIC_PART_LISTS;
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
+    if (nic_answer(nic, connection, slot))
+        return;
     if (slot->segments[bank] != 0) {
         struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
         nic_pages_change(nic, slot, slot->part, NIC_PAGE_LEND);

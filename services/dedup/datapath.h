@@ -267,11 +267,12 @@ struct dp_note {
 };
 
 /* Private to the process: the look-up table's places, and what datapath_lookup.c remembers within a step. */
+#define DP_USERS 2
 struct dp_lookup {
     struct atoll_lookup_entry *entries;  /* arena */
     uint32_t *generations;               /* arena */
     uint64_t set_count, page_count;
-    const struct atoll_nbd_public *uses; /* nbd's arena; NULL: nobody looks anything up */
+    const struct atoll_uses *uses[DP_USERS]; /* nbd's and nic's; NULL: nobody looks anything up */
     uint64_t *in_use;                    /* bit per page, as lookup_uses found it */
     uint32_t *marked, marked_count;      /* those set */
     uint32_t next_way;
@@ -586,7 +587,7 @@ static inline bool lookup_in_use(const struct datapath *dp, uint32_t page)
 /* True if nbd has read the cache page since this was last asked (or may have). */
 bool lookup_was_touched(struct datapath *dp, uint32_t cache_page);
 /* The next use in force that is confirmed, from (*slot, *index) on, which it advances; false: no more. For the checker. */
-bool lookup_find_use(const struct datapath *dp, uint32_t *slot, uint32_t *index, uint32_t *page);
+bool lookup_find_use(const struct datapath *dp, uint32_t user, uint32_t *slot, uint32_t *index, uint32_t *page);
 
 /* --- datapath_read.c, datapath_write.c: executing requests ------------------------------------------------------------ */
 enum dp_outcome exec_read(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);

@@ -251,12 +251,25 @@ static void check_pins(struct datapath *dp, struct findings *findings)
     free(pages);
 }
 
-/* What nbd has given to readers by itself is not used for anything else; what was let go is not lost. */
+static void check_use(struct datapath *dp, const char *user, uint32_t slot, uint32_t page, const uint8_t *limbo, struct findings *findings)
+{
+    if (page < dp->record_count) {
+        if (dp->records[page].state == RECORD_FREE || dp->records[page].state == RECORD_RETURNING)
+            found(findings, "slot %u: %s uses log record %u, whose state is %u", slot, user, page, dp->records[page].state);
+    } else if (page < dp->lookup.page_count) {
+        uint32_t state = dp->pages[page - dp->record_count].state;
+        if (state == PAGE_LOADING || state == PAGE_ABANDONED || (state == PAGE_FREE && !limbo[page]))
+            found(findings, "slot %u: %s uses cache page %llu, whose state is %u", slot, user, U(page - dp->record_count), state);
+    } else {
+        found(findings, "slot %u: %s uses page %u, there is none", slot, user, page);
+    }
+}
+
+/* What nbd and nic have given to readers by themselves is not used for anything else; what was let go is not lost. */
 static void check_uses(struct datapath *dp, struct findings *findings)
 {
     uint8_t *limbo = calloc(dp->lookup.page_count, 1);
     uint64_t without_pins = 0;
-    uint32_t slot = 0, index = 0, page;
     if (limbo == 0) {
         found(findings, "out of memory");
         return;
@@ -275,17 +288,10 @@ static void check_uses(struct datapath *dp, struct findings *findings)
     }
     if (without_pins != dp->log_limbo_count)
         found(findings, "%llu records are let go, %u are in limbo", U(without_pins), dp->log_limbo_count);
-    while (lookup_find_use(dp, &slot, &index, &page)) {
-        if (page < dp->record_count) {
-            if (dp->records[page].state == RECORD_FREE || dp->records[page].state == RECORD_RETURNING)
-                found(findings, "slot %u: nbd uses log record %u, whose state is %u", slot, page, dp->records[page].state);
-        } else if (page < dp->lookup.page_count) {
-            uint32_t state = dp->pages[page - dp->record_count].state;
-            if (state == PAGE_LOADING || state == PAGE_ABANDONED || (state == PAGE_FREE && !limbo[page]))
-                found(findings, "slot %u: nbd uses cache page %llu, whose state is %u", slot, U(page - dp->record_count), state);
-        } else {
-            found(findings, "slot %u: nbd uses page %u, there is none", slot, page);
-        }
+    for (uint32_t user = 0; user < DP_USERS; user++) {
+        uint32_t slot = 0, index = 0, page;
+        while (lookup_find_use(dp, user, &slot, &index, &page))
+            check_use(dp, user == 0 ? "nbd" : "nic", slot, page, limbo, findings);
     }
     free(limbo);
 }

@@ -43,13 +43,15 @@ bool lookup_attach(struct datapath *dp, void *memory)
     lookup->set_count = sets_of(page_count);
     lookup->generations = (void *)(lookup->entries + lookup->set_count * ATOLL_LOOKUP_WAYS);
     lookup->page_count = page_count;
-    lookup->uses = atoll_nbd_public(dp->domain);
     lookup->in_use = calloc((page_count + 63) / 64, sizeof *lookup->in_use);
     lookup->marked = calloc(page_count, sizeof *lookup->marked);
     if (lookup->in_use == 0 || lookup->marked == 0)
         abort(); /* half a MiB at the start of a process */
-    if (lookup->uses == 0) /* nobody would say what it uses, so nobody may look anything up */
+    const struct atoll_nbd_public *nbd = atoll_nbd_public(dp->domain);
+    if (nbd == 0) /* nobody would say what it uses, so nobody may look anything up */
         return dp->domain->peers[ATOLL_ROLE_NBD] == 0;
+    lookup->uses[0] = &nbd->uses;
+    lookup->uses[1] = &dp->nic_public->uses;
     /* The same each time, but after the death of all. */
     public->set_count = lookup->set_count;
     public->generations_address = (uint64_t)(uintptr_t)lookup->generations;
@@ -143,7 +145,7 @@ static struct atoll_lookup_entry *place_for(struct datapath *dp, uint64_t key)
 static void note(struct datapath *dp, uint32_t volume, uint64_t lba, uint64_t value)
 {
     struct dp_lookup *lookup = &dp->lookup;
-    uint64_t key = lookup->uses == 0 ? 0 : key_of(dp, volume, lba);
+    uint64_t key = lookup->uses[0] == 0 ? 0 : key_of(dp, volume, lba);
     if (key == 0)
         return;
     struct atoll_lookup_entry *entry = place_for(dp, key);
@@ -201,26 +203,19 @@ static bool in_force(const struct datapath *dp, uint32_t slot, uint64_t use)
     return (int32_t)(done - atoll_use_sequence(use)) < 0;
 }
 
-void lookup_uses(struct datapath *dp)
+static void mark_uses(struct datapath *dp, const struct atoll_uses *uses)
 {
     struct dp_lookup *lookup = &dp->lookup;
-    while (lookup->marked_count != 0) {
-        uint32_t page = lookup->marked[--lookup->marked_count];
-        lookup->in_use[page / 64] &= ~((uint64_t)1 << page % 64);
-    }
-    if (lookup->uses == 0)
-        return;
-    atoll_full_fence(); /* SP-USE */
     for (uint32_t word = 0; word < ATOLL_SLOT_COUNT / 64; word++) {
-        uint64_t bits = atoll_load_acquire(&lookup->uses->used[word]);
+        uint64_t bits = atoll_load_acquire(&uses->used[word]);
         for (; bits != 0; bits &= bits - 1) {
             uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
-            uint64_t use = atoll_load_acquire(&lookup->uses->use[slot]);
+            uint64_t use = atoll_load_acquire(&uses->use[slot]);
             uint32_t count = atoll_use_count(use);
             if (!in_force(dp, slot, use))
                 continue;
             for (uint32_t index = 0; index < count && index < ATOLL_USE_PAGES; index++) {
-                uint32_t page = atoll_load_relaxed(&lookup->uses->pages[slot * ATOLL_USE_PAGES + index]);
+                uint32_t page = atoll_load_relaxed(&uses->pages[slot * ATOLL_USE_PAGES + index]);
                 if (page >= lookup->page_count || lookup_in_use(dp, page))
                     continue;
                 lookup->in_use[page / 64] |= (uint64_t)1 << page % 64;
@@ -230,20 +225,36 @@ void lookup_uses(struct datapath *dp)
     }
 }
 
+void lookup_uses(struct datapath *dp)
+{
+    struct dp_lookup *lookup = &dp->lookup;
+    while (lookup->marked_count != 0) {
+        uint32_t page = lookup->marked[--lookup->marked_count];
+        lookup->in_use[page / 64] &= ~((uint64_t)1 << page % 64);
+    }
+    if (lookup->uses[0] == 0)
+        return;
+    atoll_full_fence(); /* SP-USE */
+    for (uint32_t user = 0; user < DP_USERS; user++)
+        mark_uses(dp, lookup->uses[user]);
+}
+
 bool lookup_was_touched(struct datapath *dp, uint32_t cache_page)
 {
     struct dp_lookup *lookup = &dp->lookup;
-    if (lookup->uses == 0)
+    if (lookup->uses[0] == 0)
         return false;
-    uint8_t touched = atoll_load_relaxed(&lookup->uses->touched[cache_page % sizeof lookup->uses->touched]);
+    uint8_t touched = 0;
+    for (uint32_t user = 0; user < DP_USERS; user++)
+        touched += atoll_load_relaxed(&lookup->uses[user]->touched[cache_page % sizeof lookup->uses[user]->touched]);
     bool is = touched != dp->page_touched[cache_page];
     dp->page_touched[cache_page] = touched;
     return is;
 }
 
-bool lookup_find_use(const struct datapath *dp, uint32_t *slot, uint32_t *index, uint32_t *page)
+bool lookup_find_use(const struct datapath *dp, uint32_t user, uint32_t *slot, uint32_t *index, uint32_t *page)
 {
-    const struct atoll_nbd_public *uses = dp->lookup.uses;
+    const struct atoll_uses *uses = dp->lookup.uses[user];
     for (; uses != 0 && *slot < ATOLL_SLOT_COUNT; ++*slot, *index = 0) {
         uint64_t use = atoll_load_acquire(&uses->use[*slot]);
         uint32_t count = atoll_use_count(use) < ATOLL_USE_PAGES ? atoll_use_count(use) : ATOLL_USE_PAGES;

@@ -152,7 +152,7 @@ void posted_end(struct datapath *dp)
 
 void posted_begin(struct datapath *dp)
 {
-    if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses != 0 &&
+    if (dp->posted_most != 0 && !dp->posted_ends && dp->dedup->public->posted_blocks == 0 && dp->lookup.uses[0] != 0 &&
         dp->posted_count == 0 && !lacks_room(dp, 2) && !is_logged(dp, LOGGED_TO_BEGIN)) { /* those that wait have what was kept */
         posted_attach(dp); /* first they are kept */
         allow(dp, dp->posted_most);

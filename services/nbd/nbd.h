@@ -21,6 +21,7 @@
 #define ATOLL_NBD_NBD_H
 
 #include "ipc/domain.h"
+#include "ipc/lookup.h"
 #include "services/nbd/protocol.h"
 
 /* cffi:begin */
@@ -236,23 +237,10 @@ struct nbd_volume {
     struct atoll_volume copy;
 };
 
-/* dedup's look-up table, as checked when dedup's incarnation was last new. */
-struct nbd_lookup {
-    const struct atoll_lookup_entry *entries; /* NULL: there is none */
-    const uint32_t *generations;
-    const uint32_t *done;            /* atoll_nic_public.done */
-    struct atoll_lookup table;
-    uint32_t incarnation;            /* of dedup */
-    uint32_t tidy_word;
-    uint64_t hits;
-};
-
-/* Posted writes on their way (posted.c): which blocks, and how many. */
-#define NBD_POSTED_BUCKETS 4096
+/* Posted writes on their way (posted.c). */
 struct nbd_posted {
-    uint32_t blocks;
+    struct atoll_posted_set set;
     uint64_t last_ns;                /* when the last one came */
-    uint16_t buckets[NBD_POSTED_BUCKETS]; /* by block: how many */
 };
 
 struct nbd {
@@ -268,7 +256,7 @@ struct nbd {
     uint32_t framed;                 /* 1: `frame` and `message` wait for nbd_answer */
     struct nbd_frame frame;
     struct atoll_descriptor message; /* of `frame`, still in the ring */
-    struct nbd_lookup lookup;
+    struct atoll_looker looker;
     struct nbd_posted posted;
     struct nbd_volume volumes[ATOLL_VOLUME_COUNT];
 };
@@ -292,20 +280,15 @@ enum nbd_look nbd_look(struct nbd *nbd, uint32_t id, uint32_t generation, const 
 const char *nbd_volume_name(struct nbd *nbd, uint32_t id, uint32_t generation);
 
 /* --- lookup.c --- */
-void nbd_lookup_attach(struct nbd *nbd);
 /* Data of the READ in `slot`, whose length is not 0: at most ATOLL_PART_BLOCKS segments in `data`, whose pages stay until nic is
  * done with the slot. False: dedup must be asked. */
 bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segment *data, uint32_t *count);
-/* Once per step: dedup need not look at slots whose uses are over. */
-void nbd_lookup_tidy(struct nbd *nbd);
 
 /* --- posted.c --- */
 void nbd_posted_attach(struct nbd *nbd);
 /* It is on its way, or has been applied. */
 void nbd_posted_add(struct nbd *nbd, const struct nbd_slot *slot);
 void nbd_posted_remove(struct nbd *nbd, const struct nbd_slot *slot);
-/* True if a posted write may be on its way to one of these blocks: they must be asked for behind it. */
-bool nbd_posted_covers(const struct nbd *nbd, uint32_t volume, uint64_t first, uint64_t blocks);
 
 /* --- reply.c --- Each fills address, length and segment_count of `message` with what is to be sent. */
 void nbd_reply_success(const struct nbd_slot *slot, struct nbd_reply *reply, struct atoll_descriptor *message);

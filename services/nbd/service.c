@@ -119,7 +119,7 @@ struct nbd *nbd_attach(struct atoll_domain *domain, int previous_signal, int res
     if (current != 0)
         atoll_set64(domain->journal, &domain->self->current, 0);
     atoll_domain_commit(domain);
-    nbd_lookup_attach(nbd);
+    atoll_lookup_attach(nbd->domain, &nbd->looker, &nbd->area->public.uses);
     nbd_posted_attach(nbd);
     count_suspects(nbd);
     return nbd;
@@ -182,9 +182,8 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
 
     if (nbd->framed)
         return NBD_REASON_FRAME;
-    const struct atoll_arena_header *dedup = nbd->domain->peers[ATOLL_ROLE_DEDUP];
-    if (dedup != 0 && atoll_load_relaxed(&dedup->incarnation) != nbd->lookup.incarnation)
-        nbd_lookup_attach(nbd);
+    if (atoll_lookup_is_stale(nbd->domain, &nbd->looker))
+        atoll_lookup_attach(nbd->domain, &nbd->looker, &nbd->area->public.uses);
     nbd->unstable = 0;
     for (; taken < limit && peek(nbd, ATOLL_ROLE_DEDUP, &message); taken++) {
         set_current(nbd, message.identity);
@@ -217,7 +216,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     nbd->stalled = limit == 0;
     if (taken != 0) {
         commit_step(nbd);
-        nbd_lookup_tidy(nbd);
+        atoll_lookup_tidy(&nbd->looker);
     }
     if (!nbd->framed) {
         set_current(nbd, 0);
