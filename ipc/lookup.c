@@ -44,9 +44,14 @@ static uint64_t page_address(const struct atoll_looker *looker, uint32_t page)
 static uint64_t find(const struct atoll_looker *looker, uint64_t key)
 {
     const struct atoll_lookup_entry *set = looker->entries + atoll_lookup_set(key, looker->table.set_count) * ATOLL_LOOKUP_WAYS;
-    for (uint32_t way = 0; way < ATOLL_LOOKUP_WAYS; way++)
-        if (atoll_load_acquire(&set[way].key) == key)
-            return atoll_load_acquire(&set[way].value);
+    for (uint32_t way = 0; way < ATOLL_LOOKUP_WAYS; way++) {
+        if (atoll_load_acquire(&set[way].key) != key)
+            continue;
+        /* The entry may become another block's, between key and value too, if this process loses the processor there. */
+        uint64_t value = atoll_load_acquire(&set[way].value);
+        bool same = atoll_load_acquire(&set[way].key) == key && atoll_load_relaxed(&set[way].value) == value;
+        return same ? value : 0;
+    }
     return 0;
 }
 
