@@ -414,6 +414,9 @@ static inline uint64_t atoll_use(uint32_t sequence, bool confirmed, uint32_t cou
 static inline uint32_t atoll_use_sequence(uint64_t use) { return (uint32_t)(use >> 32); }
 static inline bool atoll_use_confirmed(uint64_t use) { return use >> 31 & 1; }
 static inline uint32_t atoll_use_count(uint64_t use) { return (uint32_t)use & 0x7fffffff; }
+/* nic gives a slot's request the number after `done`. Another one's use is over, however long ago: one may stay published for 2^31 requests,
+ * hours, if its owner sees none of these. */
+static inline bool atoll_use_in_force(uint64_t use, uint32_t done) { return use != 0 && atoll_use_sequence(use) == done + 1; }
 
 static inline uint64_t atoll_arena_address(uint32_t role)
 {

@@ -135,8 +135,7 @@ void atoll_lookup_tidy(struct atoll_looker *looker)
     uint64_t bits = uses->used[word], kept = bits;
     for (; bits != 0; bits &= bits - 1) {
         uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
-        uint64_t use = uses->use[slot];
-        if (use == 0 || (int32_t)(atoll_load_acquire(&looker->done[slot]) - atoll_use_sequence(use)) >= 0)
+        if (!atoll_use_in_force(uses->use[slot], atoll_load_acquire(&looker->done[slot])))
             kept &= ~((uint64_t)1 << slot % 64);
     }
     if (kept != uses->used[word])

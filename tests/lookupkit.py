@@ -102,6 +102,7 @@ class Reader:
         uses.use[slot] = use
         if not self._current(value):
             uses.use[slot] = 0
+            self.stage.nic_public.done[slot] = self.stage.sequences[slot]
             self.stage.free_slots.append(slot)
             return False
         uses.use[slot] = use | 1 << 31

@@ -94,6 +94,29 @@ def test_a_page_in_use_is_not_given_back_before_nic_is_done() -> None:
         stage.check()
 
 
+@pytest.mark.parametrize("uses", [(1 << 31) - 1, 1 << 31, 3 << 30, (1 << 32) - 4])
+@pytest.mark.parametrize("user", [0, 1])
+def test_a_use_of_long_ago_holds_nothing(user: int, uses: int) -> None:
+    """Its owner may see nothing of the slot's next requests: nbd of those that nic answers."""
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", BLOCKS * BLOCK)
+        reader = Reader(stage)
+        stage.write(volume, 0, block(1))
+        stage.run_until_idle()
+        if stage.free_slots[-1] % 2 != user:
+            stage.free_slots[-2:] = reversed(stage.free_slots[-2:])
+        slot = stage.free_slots[-1]
+        assert reader.take(volume, 0) and reader.taken[0].slot == slot
+        reader.release()
+        stage.sequences[slot] = (stage.sequences[slot] + uses) % (1 << 32)
+        stage.nic_public.done[slot] = stage.sequences[slot]
+        stage.write(volume, 0, block(2))
+        stage.run_until_idle()
+        assert len(stage.lent_pages) == 1 and stage.figures().pinned_records == 0
+        stage.check()
+
+
 def test_nothing_is_left_of_a_deleted_volume() -> None:
     with Stage() as stage:
         stage.open()

@@ -327,6 +327,25 @@ def test_a_slot_that_dedup_has_not_seen_for_long_is_answered(uses: int) -> None:
         stage.drain()
 
 
+@pytest.mark.parametrize("uses", [1 << 31, 3 << 30, (1 << 32) - 4])
+def test_pins_of_long_ago_are_let_go(uses: int) -> None:
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 64 * BLOCK)
+        stage.write(volume, 0, block(1))
+        stage.run_until_idle()
+        pinning = stage.read(volume, 0, BLOCK)
+        stage.run_until_idle()
+        slot = pinning.slot
+        stage.free_slots.remove(slot)  # what comes here for it from now on is nothing
+        stage.sequences[slot] = (stage.sequences[slot] + uses) % (1 << 32)
+        stage.nic_public.done[slot] = stage.sequences[slot]
+        stage.write(volume, 0, block(2))
+        stage.run_until_idle()
+        assert len(stage.lent_pages) == 1 and stage.figures().pinned_records == 0
+        stage.check()
+
+
 def test_promised_space_is_there_when_the_store_is_full() -> None:
     with Stage(device_blocks=2048, nic_pages=2048) as stage:
         stage.open()

@@ -197,10 +197,7 @@ void lookup_retire(struct datapath *dp, uint32_t page)
  * retired. */
 static bool in_force(const struct datapath *dp, uint32_t slot, uint64_t use)
 {
-    if (use == 0)
-        return false;
-    uint32_t done = atoll_load_acquire(&dp->nic_public->done[slot]); /* SP-DONE */
-    return (int32_t)(done - atoll_use_sequence(use)) < 0;
+    return use != 0 && atoll_use_in_force(use, atoll_load_acquire(&dp->nic_public->done[slot])); /* SP-DONE */
 }
 
 static void mark_uses(struct datapath *dp, const struct atoll_uses *uses)

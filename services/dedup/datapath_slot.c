@@ -114,7 +114,7 @@ void dp_sweep(struct datapath *dp)
         if (slot->state != SLOT_DONE)
             continue;
         uint32_t done = atoll_load_acquire(&dp->nic_public->done[number]); /* SP-DONE */
-        if ((int32_t)(done - atoll_identity_sequence(slot->identity)) >= 0)
+        if (done + 1 != atoll_identity_sequence(slot->identity)) /* as atoll_use_in_force */
             slot_unpin(dp, slot);
     }
 }
