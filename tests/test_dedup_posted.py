@@ -416,3 +416,60 @@ def test_what_one_is_kept_for_is_not_looked_up(stored: bool) -> None:
             stage.answers()
         assert kept.status == OK and stage.figures().waiting == 1
         assert key not in reader.table()
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_nor_because_of_a_request_that_came_before_it(kind: str) -> None:
+    """Such a one may still be carried out first. What it finds, or puts there, is not what those are to read who know
+    of the posted write's end."""
+    settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024, "destage_delay_ms": 10_000_000}
+    with Stage(**settings) as stage:
+        stage.open()
+        volume = stage.create_volume("v", 256 * LEAF)
+        for lba in (510, 512):
+            stage.write(volume, lba * BLOCK, block(lba))
+            stage.run_until_idle()
+        device = stage.close_store()
+    with Stage(**settings) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.device[:] = device
+        stage.open()
+        stage.write(volume, 500 * BLOCK, b"".join(block(lba) for lba in range(500, 510)))
+        stage.run_until_idle()
+        stage.flush(volume)
+        deadline = time.monotonic() + 10
+        lost: set[int] = set()
+        while not any(io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == 10 * BLOCK):
+            turns(stage, 1)
+            stage.take_ios()
+            for io in [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_READ]:
+                stage.complete(io)
+            assert time.monotonic() < deadline, stage.ios
+        stage.write(volume, 511 * BLOCK, block(511))
+        turns(stage)
+        if kind == "read":
+            stage.post(volume, 509 * BLOCK, block(0))  # waits for the flush
+            before = stage.read(volume, 509 * BLOCK, 3 * BLOCK)
+        else:
+            before = stage.write(volume, 510 * BLOCK + 512, b"x" * BLOCK)  # waits for what it leaves of block 510
+        turns(stage)
+        stage.take_ios()
+        waits = list(stage.ios)
+        waiting = stage.figures().waiting
+        assert waiting == (2 if kind == "read" else 1) and not before.done
+        kept = stage.post(volume, 511 * BLOCK, block(1000) + block(1001))
+        while not kept.done:
+            turns(stage, 1)
+            stage.take_ios()
+            for io in [io for io in stage.ios if io not in waits]:
+                lost.add(io.offset)
+                stage.complete(io, lib.ATOLL_EIO)
+            assert time.monotonic() < deadline
+        assert stage.figures().waiting == waiting + 1 and not before.done
+        stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.offset in lost else OK
+        while not before.done:
+            turns(stage, 1)
+            stage.disk()
+            assert time.monotonic() < deadline
+        assert before.status == OK and stage.figures().waiting == 1
+        assert (volume, stage.generation(volume) & 0x7FFF, 511) not in Reader(stage).table()

@@ -512,6 +512,8 @@ void posted_over(struct datapath *dp, uint32_t number);
 /* True if `request`, of `slot`, must be executed after a posted write that waits; *status other than OK: that one cannot be had, and
  * neither can this. */
 bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const struct atoll_descriptor *request, uint32_t *status);
+/* True if one that waits will change the block. */
+bool posted_waits_for(const struct datapath *dp, uint32_t volume, uint64_t lba);
 /* Those that cannot be applied for the time being. */
 struct posted_failing { uint32_t count; uint64_t blocks; };
 struct posted_failing posted_failing(const struct datapath *dp);

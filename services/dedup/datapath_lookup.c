@@ -148,6 +148,10 @@ static void note(struct datapath *dp, uint32_t volume, uint64_t lba, uint64_t va
     uint64_t key = lookup->uses[0] == 0 ? 0 : key_of(dp, volume, lba);
     if (key == 0)
         return;
+    if (__builtin_expect(dp->posted_count != 0, 0) && posted_waits_for(dp, volume, lba)) {
+        lookup_forget(dp, volume, lba); /* its client has been answered, and this is of a request that came before it */
+        return;
+    }
     struct atoll_lookup_entry *entry = place_for(dp, key);
     if (lookup->noted_count == DP_LOOKUP_NOTES) {
         atoll_store_relaxed(&entry->value, 0);

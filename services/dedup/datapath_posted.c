@@ -79,6 +79,17 @@ bool posted_before(const struct datapath *dp, const struct dp_slot *slot, const 
     return waits;
 }
 
+bool posted_waits_for(const struct datapath *dp, uint32_t volume, uint64_t lba)
+{
+    for (uint32_t index = 0; index < dp->posted_count; index++) {
+        const struct atoll_descriptor *request = &dp->arena->slots[dp->posted[index]].request;
+        uint64_t first = request->words[0] / DP_BLOCK;
+        if (request->halves[4] == volume && lba >= first && lba - first < request->length / DP_BLOCK)
+            return true;
+    }
+    return false;
+}
+
 struct posted_failing posted_failing(const struct datapath *dp)
 {
     struct posted_failing failing = {0};
