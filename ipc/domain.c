@@ -358,7 +358,7 @@ static bool is_unhurried(const struct atoll_descriptor *message)
 static bool may_wait(struct atoll_domain *domain, uint32_t role)
 {
     const struct atoll_rx_ring *ring = &domain->rings->rx[role];
-    uint32_t count = ring->consumer == 0 ? 0 : atoll_load_acquire(&ring->producer->tail) - ring->head;
+    uint32_t count = atoll_ring_waiting(ring);
     if (count >= ATOLL_DOZE_MESSAGES)
         return false;
     for (uint32_t index = 0; index < count; index++)

@@ -98,8 +98,8 @@ enum atoll_descriptor_flag {
     ATOLL_FLAG_DISCARD = 64,     /* reply: throw away what is still to come of this request's payload */
     ATOLL_FLAG_TAKEN = 128,      /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
     ATOLL_FLAG_AWAITED = 1,      /* IO_READ: a client waits for it (a hint) */
-    ATOLL_FLAG_POSTED = 2,       /* REQUEST, its WRITE and DONE: the client has been answered before; END follows, no REPLY */
-    ATOLL_FLAG_ALONE = 128       /* nic -> nbd, POSTED: no other request came with it; nbd -> dedup: no other waited when it was taken;
+    ATOLL_FLAG_POSTED = 2,       /* nic's WRITE: its client has been answered before; END follows, no DONE */
+    ATOLL_FLAG_ALONE = 128       /* nic -> dedup: no other request came with it; nbd -> dedup: no other waited when it was taken;
                                     dedup -> storage driver: clients' requests come one by one, and none waits for this (hints) */
 };
 
@@ -116,11 +116,10 @@ enum atoll_opcode {
     /* nbd -> nic */
     ATOLL_OP_REPLY = 16,     /* send address,length,segments (length 0: nothing to send), then act on flags;
                                 if it is an answer to OPEN or OPTION: halves[0] = enum atoll_framing to continue with; where that is of
-                                requests, halves[1] = id + 1 of the volume whose writes may be posted, 0 none, halves[2] = its generation,
+                                requests, halves[1] = id + 1 of the volume that nic may answer for, 0 none, halves[2] = its generation,
                                 halves[3] = 1: replies may come between the parts of another one */
     ATOLL_OP_NEXT = 17,      /* write part `part` is taken: deliver the next part (no bytes, no flags but TAKEN) */
-    ATOLL_OP_END = 18,       /* a posted write, which nic has answered, is applied: the slot is free (no flags but TAKEN) */
-    /* nbd -> dedup: words[0] = offset in the volume (bytes), words[1] = length (bytes), halves[4] = volume id,
+    /* nbd -> dedup, and nic -> dedup a WRITE with POSTED: words[0] = offset in the volume (bytes), words[1] = length (bytes), halves[4] = volume id,
      * halves[5] = volume generation */
     ATOLL_OP_READ = 32,
     ATOLL_OP_WRITE = 33,     /* payload: nic's pages; a block's bytes lie at their offset within the page */
@@ -133,6 +132,7 @@ enum atoll_opcode {
     ATOLL_OP_DONE = 48,      /* same identity and part; status; data by segments; words[0] = LBA or PBA that failed */
     /* dedup -> nic */
     ATOLL_OP_GIVE_BACK = 49, /* halves[0..7] = page indices of nic's buffers, segment_count of them */
+    ATOLL_OP_END = 50,       /* a posted write, which nic has answered, is applied: the slot is free (no flags but TAKEN) */
     /* dedup -> disk: words[0] = device offset (bytes); address,length,segments = where to or from */
     ATOLL_OP_IO_READ = 64,
     ATOLL_OP_IO_WRITE = 65,

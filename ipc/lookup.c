@@ -27,7 +27,7 @@ void atoll_lookup_attach(const struct atoll_domain *domain, struct atoll_looker 
         !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, table->zeros_address, table->zeros_bytes))
         return;
     looker->generations = (const uint32_t *)(uintptr_t)table->generations_address;
-    looker->done = nic->done;
+    looker->nic = nic;
     looker->entries = (const struct atoll_lookup_entry *)(uintptr_t)entries;
 }
 
@@ -135,35 +135,9 @@ void atoll_lookup_tidy(struct atoll_looker *looker)
     uint64_t bits = uses->used[word], kept = bits;
     for (; bits != 0; bits &= bits - 1) {
         uint32_t slot = word * 64 + (uint32_t)__builtin_ctzll(bits);
-        if (!atoll_use_in_force(uses->use[slot], atoll_load_acquire(&looker->done[slot])))
+        if (!atoll_use_in_force(uses->use[slot], atoll_load_acquire(&looker->nic->done[slot])))
             kept &= ~((uint64_t)1 << slot % 64);
     }
     if (kept != uses->used[word])
         atoll_store_release(&uses->used[word], kept);
-}
-
-static uint32_t bucket_of(uint32_t volume, uint64_t block)
-{
-    uint64_t mixed = (block ^ (uint64_t)volume << 40) * 0x9e3779b97f4a7c15u;
-    return (uint32_t)(mixed >> 52);
-}
-_Static_assert(ATOLL_POSTED_BUCKETS == 1 << 12, "twelve bits");
-
-void atoll_posted_change(struct atoll_posted_set *set, uint32_t volume, uint64_t first, uint32_t blocks, int change)
-{
-    set->blocks += (uint32_t)change * blocks;
-    for (uint32_t index = 0; index < blocks; index++) {
-        uint16_t *bucket = &set->buckets[bucket_of(volume, first + index)];
-        *bucket = (uint16_t)(*bucket + change);
-    }
-}
-
-bool atoll_posted_covers(const struct atoll_posted_set *set, uint32_t volume, uint64_t first, uint64_t blocks)
-{
-    if (set->blocks == 0)
-        return false;
-    for (uint64_t index = 0; index < blocks; index++)
-        if (set->buckets[bucket_of(volume, first + index)] != 0)
-            return true;
-    return false;
 }

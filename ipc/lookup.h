@@ -24,7 +24,7 @@
 struct atoll_looker {
     const struct atoll_lookup_entry *entries; /* NULL: there is none */
     const uint32_t *generations;
-    const uint32_t *done;                     /* atoll_nic_public.done */
+    const struct atoll_nic_public *nic;
     struct atoll_uses *uses;                  /* own */
     struct atoll_lookup table;
     uint32_t incarnation;                     /* of dedup */
@@ -59,17 +59,5 @@ bool atoll_lookup_take(const struct atoll_domain *domain, struct atoll_looker *l
 bool atoll_lookup_confirm(struct atoll_looker *looker, const struct atoll_read *read, const struct atoll_taken *taken);
 /* Once per step: dedup need not look at slots whose uses are over. */
 void atoll_lookup_tidy(struct atoll_looker *looker);
-
-/* Blocks that posted writes are on their way to, by a hash of twelve bits: they are not looked up, but asked for, since dedup lets no later
- * request overtake a posted write. */
-#define ATOLL_POSTED_BUCKETS 4096
-struct atoll_posted_set {
-    uint32_t blocks;
-    uint16_t buckets[ATOLL_POSTED_BUCKETS];
-};
-/* `change`: 1 or -1. */
-void atoll_posted_change(struct atoll_posted_set *set, uint32_t volume, uint64_t first, uint32_t blocks, int change);
-/* Perhaps one of them is there. */
-bool atoll_posted_covers(const struct atoll_posted_set *set, uint32_t volume, uint64_t first, uint64_t blocks);
 
 #endif

@@ -73,6 +73,12 @@ static inline uint32_t atoll_ring_room(struct atoll_tx_ring *ring)
     return room;
 }
 
+/* True if there is room for `count`. */
+static inline bool atoll_ring_has_room(struct atoll_tx_ring *ring, uint32_t count)
+{
+    return ring->limit - ring->tail >= count || atoll_ring_room(ring) >= count;
+}
+
 /* The next free entry, or NULL if the ring is full or there is none. The caller fills it and pushes. */
 static inline struct atoll_descriptor *atoll_ring_reserve(struct atoll_tx_ring *ring)
 {
@@ -165,6 +171,13 @@ static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
 }
 
 /* Entry `index` past the head, 0 <= index < available. Copy it before it is checked and used (I8). */
+/* Entries that the tail itself says there are, whatever has been looked at before; 0 if it claims more than the ring holds (I8). */
+static inline uint32_t atoll_ring_waiting(const struct atoll_rx_ring *ring)
+{
+    uint32_t count = ring->consumer == 0 ? 0 : atoll_load_acquire(&ring->producer->tail) - ring->head; /* SP-TAIL */
+    return count > ring->mask + 1 ? 0 : count;
+}
+
 static inline const struct atoll_descriptor *atoll_ring_entry(const struct atoll_rx_ring *ring, uint32_t index)
 {
     return &ring->entries[(ring->head + index) & ring->mask];

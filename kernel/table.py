@@ -96,7 +96,7 @@ _ROWS = (
     Role(
         "nic",
         lib.ATOLL_ROLE_NIC,
-        {"kernel": CONTROL, "nbd": DATA},
+        {"kernel": CONTROL, "nbd": DATA, "dedup": DATA},
         wake="eventfd",
         module="atoll.drivers.nic",
         boot=4,

@@ -39,8 +39,8 @@ bit posting = 0;
 byte sent = 0;
 byte taken = 0;          /* ENDs that it has seen of those */
 
-/* The rings' indices, as the other side sees them. nbd between the two passes on each message once and in order, however late: that is what
- * the rings' model (takeover.pml) shows, and all that is asked of it here. */
+/* The rings' indices, as the other side sees them. The ring between the two passes on each message once and in order, however late: that
+ * is what the rings' model (takeover.pml) shows, and all that is asked of it here. */
 byte done = 0, posted = 0;
 
 byte dedup_deaths = 0, nic_deaths = 0;

@@ -48,9 +48,9 @@ KERNEL, NIC, NBD, DEDUP, DISK, LLRRM = (
 )
 RINGS: dict[int, dict[int, int]] = {
     KERNEL: {DEDUP: 64},
-    NIC: {},
+    NIC: {DEDUP: 4096},
     NBD: {DEDUP: 4096},
-    DEDUP: {KERNEL: 64, NBD: 4096, NIC: 64, DISK: 1024},
+    DEDUP: {KERNEL: 64, NBD: 4096, NIC: 512, DISK: 1024},
     DISK: {DEDUP: 1024},
 }
 FAST_RINGS = RINGS | {DEDUP: RINGS[DEDUP] | {LLRRM: 1024}, LLRRM: {DEDUP: 1024}}
@@ -401,16 +401,21 @@ class Stage:
                     table[index].address, table[index].length, table[index].kind = where, size, 0
                 message.address, message.segment_count = address, len(segments)
         request.message = ffi.buffer(message, 64)[:]
-        assert lib.atoll_domain_put(self.domains[NBD], DEDUP, message)
-        lib.atoll_domain_commit(self.domains[NBD])
+        self._send(message)
         self.requests[slot] = request
         return request
+
+    def _send(self, message: Any) -> None:
+        """From nbd; posted writes from nic."""
+        posted = message.opcode == lib.ATOLL_OP_WRITE and message.flags & lib.ATOLL_FLAG_POSTED
+        sender = self.domains[NIC if posted else NBD]
+        assert lib.atoll_domain_put(sender, DEDUP, message)
+        lib.atoll_domain_commit(sender)
 
     def repeat(self, request: Request) -> None:
         """The same message once more, as after a crash of a domain that forgot."""
         ffi.memmove(self.message, request.message, 64)
-        assert lib.atoll_domain_put(self.domains[NBD], DEDUP, self.message)
-        lib.atoll_domain_commit(self.domains[NBD])
+        self._send(self.message)
 
     def _lay_out(self, offset: int, payload: bytes, scattered: bool) -> list[tuple[int, int]]:
         """Puts a payload into nic's pages as nic would: a block's bytes lie at their offset within the page."""
@@ -443,7 +448,7 @@ class Stage:
         return self.submit(lib.ATOLL_OP_WRITE, volume, offset, len(data), data, flags, scattered)
 
     def post(self, volume: int, offset: int, data: bytes) -> Request:
-        """A write of whole blocks whose client is answered now; nic notes it, until DONE."""
+        """A write of whole blocks whose client is answered now; nic notes it, until END."""
         request = self.submit(lib.ATOLL_OP_WRITE, volume, offset, len(data), data, lib.ATOLL_FLAG_POSTED)
         message = ffi.from_buffer("struct atoll_descriptor *", request.message)
         assert message.segment_count == 0, "pages that follow each other"
@@ -479,17 +484,10 @@ class Stage:
         message = ffi.new("struct atoll_descriptor *")
         while lib.atoll_domain_take(self.domains[NBD], DEDUP, message):
             assert message.opcode == lib.ATOLL_OP_DONE
-            slot = int(message.identity) >> 32 & 0xFFFF
-            request = self.requests.get(slot)
-            known = request is not None and request.identity == message.identity
-            if (request is None and repeated) or (not known and int(message.identity) in self.repeated):
+            request = self._answered(message, repeated)
+            if request is None:
                 continue
-            assert request is not None and request.identity == message.identity, "an answer to nothing"
-            assert int(message.part) == request.part and not request.done
-            del self.requests[slot]
-            self.nic_public.posted[slot].order = 0
-            request.done, request.status = True, int(message.status)
-            request.failed = int(message.words[0])
+            request.status, request.failed = int(message.status), int(message.words[0])
             found += 1
             if request.opcode == lib.ATOLL_OP_READ and request.status == OK:
                 self._take_data(request, message)
@@ -500,10 +498,23 @@ class Stage:
             self.unsent.append(request)
         if found:
             lib.atoll_domain_commit(self.domains[NBD])
-        self.given_back()
+        found += self.given_back(repeated)
         if send:
             self.send_all()
         return found
+
+    def _answered(self, message: Any, repeated: bool) -> Request | None:
+        """The request that the message is an answer to. None: another one, which may be."""
+        slot = int(message.identity) >> 32 & 0xFFFF
+        request = self.requests.get(slot)
+        known = request is not None and request.identity == message.identity
+        if (request is None and repeated) or (not known and int(message.identity) in self.repeated):
+            return None
+        assert request is not None and request.identity == message.identity, "an answer to nothing"
+        assert int(message.part) == request.part and not request.done
+        del self.requests[slot]
+        request.done = True
+        return request
 
     def _take_data(self, request: Request, message: Any) -> None:
         if message.segment_count == 0:
@@ -527,9 +538,20 @@ class Stage:
             self.free_slots.append(request.slot)
         self.unsent.clear()
 
-    def given_back(self) -> None:
+    def given_back(self, repeated: bool = False) -> int:
+        """Pages, and the ends of posted writes. How many of these there were."""
+        found = 0
         message = ffi.new("struct atoll_descriptor *")
         while lib.atoll_domain_take(self.domains[NIC], DEDUP, message):
+            if message.opcode == lib.ATOLL_OP_END:
+                assert message.flags == lib.ATOLL_FLAG_TAKEN
+                request = self._answered(message, repeated)
+                if request is not None:
+                    request.status = OK
+                    self.nic_public.posted[request.slot].order = 0
+                    self.unsent.append(request)
+                    found += 1
+                continue
             assert message.opcode == lib.ATOLL_OP_GIVE_BACK
             for index in range(message.segment_count):
                 page = int(message.halves[index])
@@ -542,6 +564,7 @@ class Stage:
                         last = (at + size - 1 - self.nic_buffer) // BLOCK
                         assert not first <= page <= last, "a page a reader needs was given back"
         lib.atoll_domain_commit(self.domains[NIC])
+        return found
 
     # --- disk -------------------------------------------------------------------------------------------------------
 

@@ -102,7 +102,6 @@ class Use:
     executed: set[int] = field(default_factory=set)  # parts that dedup has seen
     expected: bytes = field(default=b"", repr=False)  # what dedup has read for it
     failed: int = 0  # first status with which dedup answered, if not OK
-    posted: bool = False  # answered, END to come
     silent: bool = False  # came after the client's last word: no answer is due
     changes: int = 0  # stage.changes when it was submitted
 
@@ -143,8 +142,6 @@ class Stage:
         self.rule: Rule | None = None  # status for a piece of work
         self.log: list[Work] = []
         self.remember = False
-        self.together = False  # a part's pages follow each other
-        self.posts = False  # nic answers what it may
         self.changes = 0  # requests that change something, executed or under way
         self.memory = Memory(
             public=ffi.cast("struct atoll_dedup_public *", self.peers[DEDUP].role_area),
@@ -376,14 +373,6 @@ class Stage:
         use.sent_bytes = end
         table = ffi.cast("struct atoll_segment *", self.nic_list(slot))
         count, done = 0, 0
-        if self.together:
-            inside, pages = at % BLOCK, -(-(at % BLOCK + len(part)) // BLOCK)
-            free = set(self.free_pages)
-            first = next(page for page in sorted(free) if all(page + index in free for index in range(pages)))
-            use.pages = list(range(first, first + pages))
-            self.free_pages = [page for page in self.free_pages if page not in use.pages]
-            ffi.memmove(ffi.cast("char *", self.page_address(first) + inside), part, len(part))
-            return {"address": self.page_address(first) + inside, "length": len(part), "segment_count": 0}
         while done < len(part):
             inside = (at + done) % BLOCK
             piece = part[done : done + BLOCK - inside]
@@ -402,7 +391,6 @@ class Stage:
         assert slot in self.uses, f"reply {message.opcode} to slot {slot}, which is not in use"
         assert message.identity == self.identity(slot), "reply to an earlier use of the slot"
         use, flags = self.uses[slot], message.flags
-        assert use.posted == (message.opcode == lib.ATOLL_OP_END)
         if use.pages:
             if flags & lib.ATOLL_FLAG_TAKEN:
                 self.lent_pages.update(use.pages)
@@ -421,10 +409,9 @@ class Stage:
                 fields = self.place_part(slot)
             self.put(NIC, opcode=lib.ATOLL_OP_PART, identity=message.identity, part=use.part & 0xFFFF, **fields)
             return
-        if not use.posted:
-            assert message.opcode == lib.ATOLL_OP_REPLY
-            use.wire.receive(self._gather(message), message)
-        if flags & lib.ATOLL_FLAG_LAST or use.posted:
+        assert message.opcode == lib.ATOLL_OP_REPLY
+        use.wire.receive(self._gather(message), message)
+        if flags & lib.ATOLL_FLAG_LAST:
             del self.uses[slot]
             self.nic_public().done[slot] = use.sequence
             self.free_slots.insert(0, slot)
@@ -644,11 +631,9 @@ class Wire:
             return
         assert self.decoder.buffered == 0, "a reply is not whole"
         result = self.results.get(use.request.cookie)
-        assert result is not None or use.posted, "the last reply is sent, but the request has no complete answer"
+        assert result is not None, "the last reply is sent, but the request has no complete answer"
         if use.request.command in CHANGES:
             self.stage.changes += 1
-        if result is None:
-            return  # the test has looked at it
         if result.error is None and use.request.command == Command.READ and use.executed:
             assert result.data == use.expected
         elif result.error is None and use.request.command == Command.READ and use.changes == self.stage.changes:
@@ -737,24 +722,10 @@ class Wire:
         self.outstanding += 1
         fields = stage.place_part(slot) if payload else {}
         assert not use.part
-        if stage.posts and stage.together and self._may_be_posted(request):
-            use.posted = True
-            fields["flags"] = lib.ATOLL_FLAG_POSTED | (lib.ATOLL_FLAG_ALONE if len(stage.uses) == 1 else 0)
-            self.results[request.cookie] = self.decoder.outstanding.pop(request.cookie)
         stage.put(
             NIC, opcode=lib.ATOLL_OP_REQUEST, identity=stage.identity(slot), bytes=dict(enumerate(head)), **fields
         )
         lib.atoll_domain_commit(stage.peers[NIC].domain)
-
-    def _may_be_posted(self, request: Request) -> bool:
-        assert self.decoder is not None
-        return (
-            request.command == Command.WRITE
-            and request.flags in (0, 32)
-            and (request.offset | request.length) % BLOCK == 0
-            and 0 < request.length <= lib.ATOLL_POSTED_WRITE_BLOCKS * BLOCK
-            and self.decoder.buffered == 0
-        )
 
     def call(self, command: int, offset: int = 0, length: int = 0, flags: int = 0, payload: bytes = b"") -> Result:
         cookie = self.submit(command, offset, length, flags, payload)

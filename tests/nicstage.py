@@ -43,7 +43,7 @@ KERNEL, NIC, NBD, DEDUP = lib.ATOLL_ROLE_KERNEL, lib.ATOLL_ROLE_NIC, lib.ATOLL_R
 NAMES = {KERNEL: "kernel", NIC: "nic", NBD: "nbd", DEDUP: "dedup"}
 RINGS = {  # role: {peer: entries}
     KERNEL: {NIC: 64, NBD: 64, DEDUP: 64},
-    NIC: {KERNEL: 64, NBD: 4096},
+    NIC: {KERNEL: 64, NBD: 4096, DEDUP: 4096},
     NBD: {KERNEL: 64, NIC: 4096, DEDUP: 4096},
     DEDUP: {KERNEL: 64, NBD: 4096, NIC: 4096},
 }
@@ -398,6 +398,12 @@ class Stage:
         self.clients.append(client)
         return client
 
+    def ready(self) -> Client:
+        """A client whose negotiation, as far as there is one, is over."""
+        client = self.connect("unix")
+        self.until(lambda: not client.greeting)
+        return client
+
     def call(self, name: str, **arguments: Any) -> dict[str, Any]:
         self.calls.start("nic", {"call": name, **arguments})
         answers: list[Any] = []
@@ -441,6 +447,9 @@ class Stage:
         while not self.hold and lib.atoll_domain_take(self.peers[NBD].domain, NIC, message):
             busy = True
             self._take(message)
+        while not self.hold and lib.atoll_domain_take(self.peers[DEDUP].domain, NIC, message):
+            busy = True
+            self._take_posted(message)
         self._give_back(0.3)
         self.end_posted(0.3)
         for role in (NBD, DEDUP):
@@ -467,7 +476,7 @@ class Stage:
         while self.ends and not self.hold_ends and self.random.random() < share:
             use, flags = self.ends.pop(self.random.randrange(len(self.ends)))
             del self.uses[use.identity >> 32 & 0xFFFF]
-            self.put(NBD, opcode=lib.ATOLL_OP_END, identity=use.identity, flags=flags)
+            self.put(DEDUP, opcode=lib.ATOLL_OP_END, identity=use.identity, flags=flags)
 
     def _give_back(self, share: float) -> None:
         while self.taken_pages and self.random.random() < share:
@@ -508,15 +517,22 @@ class Stage:
             for page in range((address - base) // BLOCK, (address + length - 1 - base) // BLOCK + 1)
         ]
 
+    def _use(self, message: Any) -> Use:
+        """A slot's first message."""
+        identity = int(message.identity)
+        slot, sequence = identity >> 32 & 0xFFFF, identity & 0xFFFFFFFF
+        assert slot not in self.uses, f"slot {slot} is in use"
+        assert sequence > self.seen.get(slot, 0), "a sequence came twice"
+        self.seen[slot] = sequence
+        use = self.uses[slot] = Use(identity, message.opcode)
+        return use
+
     def _take(self, message: Any) -> None:
         identity = int(message.identity)
-        slot, connection, sequence = identity >> 32 & 0xFFFF, identity >> 48, identity & 0xFFFFFFFF
+        slot, connection = identity >> 32 & 0xFFFF, identity >> 48
         opcode = message.opcode
         if opcode in (lib.ATOLL_OP_OPEN, lib.ATOLL_OP_OPTION, lib.ATOLL_OP_REQUEST, lib.ATOLL_OP_CLOSED):
-            assert slot not in self.uses, f"slot {slot} is in use"
-            assert sequence > self.seen.get(slot, 0), "a sequence came twice"
-            self.seen[slot] = sequence
-            use = self.uses[slot] = Use(identity, opcode)
+            use = self._use(message)
         else:
             use = self.uses[slot]
             assert use.identity == identity
@@ -541,17 +557,13 @@ class Stage:
             if self.on_request is not None:
                 use.pages = self.pages(message)
                 answer = self.on_request(message)
-                if message.flags & POSTED and answer is not None:
-                    self.ends.append((use, answer.get("flags", 0) & TAKEN))
-                elif answer is not None:
+                if answer is not None:
                     self.reply(use, **answer)
                 return
             assert magic == REQUEST_MAGIC
             use.cookie = header[8:16]
             use.offset, use.length = struct.unpack_from(">QI", header, 16)
-            if message.flags & POSTED:
-                self._posted(use, message)
-            elif use.type == READ:
+            if use.type == READ:
                 self._read_part(use)
             else:
                 self._write_part(use, message)
@@ -568,8 +580,13 @@ class Stage:
         else:
             raise AssertionError(f"opcode {opcode}")
 
-    def _posted(self, use: Use, message: Any) -> None:
-        assert use.type == WRITE and message.segment_count == message.part == 0
+    def _take_posted(self, message: Any) -> None:
+        use = self._use(message)
+        assert use.identity >> 48 in self.connections
+        use.type, use.offset, use.length = WRITE, int(message.words[0]), int(message.words[1])
+        assert (message.opcode, message.flags & POSTED) == (lib.ATOLL_OP_WRITE, POSTED)
+        assert (message.halves[4], message.halves[5]) == (VOLUME, GENERATION)
+        assert message.segment_count == message.part == 0
         assert (use.offset | use.length | message.address) % BLOCK == 0 and message.length == use.length <= 16 * BLOCK
         assert self.payload(message) == pattern(use.offset, use.length), "payload differs"
         note = self.nic_public().posted[use.identity >> 32 & 0xFFFF]

@@ -271,7 +271,7 @@ def written_and_kept(server: Server, lost: int) -> None:
 
         def posts() -> bool:
             other.write(0, b"p" * BLOCK)
-            return int(server.json("status")["counters"]["nbd"]["posted_writes"]) > 0
+            return int(server.json("status")["counters"]["nic"]["posted"]) > 0
 
         wait_for("writes are posted", posts)
         connection.write(lost * BLOCK, b"kept" * (BLOCK // 4))

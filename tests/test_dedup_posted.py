@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from dedupkit import BLOCK, DEDUP, KERNEL, NBD, OK, Request, Stage
+from dedupkit import BLOCK, DEDUP, KERNEL, NBD, NIC, OK, Request, Stage
 from lookupkit import Reader
 
 from atoll.ipc._ipc import ffi, lib
@@ -96,6 +96,7 @@ def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
             stage.extents(volume, 0, SIZE),
             stage.flush(volume),
         ]
+        turns(stage)  # or `last`, which is posted, would be taken before them
         last = stage.post(volume, 3 * BLOCK, block(102))
         beside = [stage.read(volume, 5 * BLOCK, BLOCK), stage.read(other, 3 * BLOCK, BLOCK)]
         turns(stage)
@@ -338,7 +339,7 @@ def test_one_that_is_kept_when_all_die(ended: bool) -> None:
         stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
         stage.post(volume, BLOCK, block(1))
         deadline = time.monotonic() + 20
-        while not lib.atoll_domain_pending(stage.domains[NBD], DEDUP):
+        while not lib.atoll_domain_pending(stage.domains[NIC], DEDUP):
             stage.turn()
             stage.disk()
             assert time.monotonic() < deadline

@@ -54,6 +54,19 @@ def test_a_changed_block_is_asked_for(stage: Stage, wire: Wire) -> None:
     assert len(stage.log) == before + 1
 
 
+def test_nothing_is_looked_up_while_writes_are_posted(stage: Stage, wire: Wire) -> None:
+    """To which blocks they are on their way nbd does not know; they were answered before the READ was sent."""
+    for _ in range(2):
+        wire.call(Command.READ, 0, BLOCK)
+    stage.nic_public().posting = 1
+    before = len(stage.log)
+    wire.call(Command.READ, 0, BLOCK).check()
+    assert len(stage.log) == before + 1
+    stage.nic_public().posting = 0
+    wire.call(Command.READ, 0, BLOCK).check()
+    assert len(stage.log) == before + 1
+
+
 def test_a_page_that_is_something_else_now_is_not_used(stage: Stage, wire: Wire) -> None:
     for _ in range(2):
         wire.call(Command.READ, 0, BLOCK)

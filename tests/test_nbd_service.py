@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
 from collections.abc import Iterator
 
@@ -376,6 +378,23 @@ def test_disc_waits_for_what_is_under_way(stage: Stage, wire: Wire) -> None:
     assert wire.is_closed and all(wire.results[cookie].error is None for cookie in cookies) and late not in wire.results
     wire.leave()
     stage.check_quiet()
+
+
+def test_dedup_is_told_whether_requests_come_one_by_one(stage: Stage) -> None:
+    wire = stage.connect().negotiate()
+    stage.hold = True
+    wire.submit(Command.WRITE, 0, payload=b"a" * BLOCK)
+    stage.settle(until=lambda: len(stage.waiting) == 1)
+    os.kill(stage.pid, signal.SIGSTOP)
+    os.waitpid(stage.pid, os.WUNTRACED)  # it runs no more
+    for number in range(1, 9):
+        wire.submit(Command.WRITE, number * BLOCK, payload=b"b" * BLOCK)
+    os.kill(stage.pid, signal.SIGCONT)
+    stage.settle(until=lambda: len(stage.waiting) == 9)
+    alone = [work.alone for work in stage.waiting]
+    assert alone[0] and not any(alone[1:8]), "the last of a step may be"
+    stage.hold = False
+    stage.settle()
 
 
 def test_disc_alone(stage: Stage, wire: Wire) -> None:

@@ -41,12 +41,6 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
         yield made
 
 
-def ready(stage: Stage) -> Client:
-    client = stage.connect("unix")
-    stage.until(lambda: not client.greeting)
-    return client
-
-
 def from_memory(stage: Stage) -> int:
     return stage.counters()["reads_from_memory"]
 
@@ -67,7 +61,7 @@ def used_pages(stage: Stage) -> set[int]:
 
 
 def test_what_lies_in_memory_needs_no_message(stage: Stage) -> None:
-    client = ready(stage)
+    client = stage.ready()
     stage.hold = True
     ranges = [
         (0, BLOCK),
@@ -90,7 +84,7 @@ def test_what_lies_in_memory_needs_no_message(stage: Stage) -> None:
 
 def test_what_goes_to_nbd(stage: Stage) -> None:
     """Large reads, what is not in the table, flags, and what does not fit the volume as it is now."""
-    client = ready(stage)
+    client = stage.ready()
     assert not read(stage, client, 8 * BLOCK, 16 * BLOCK + 1)
     assert not read(stage, client, 8 * BLOCK + 1, 16 * BLOCK)  # touches one more
     assert not read(stage, client, 31 * BLOCK, 2 * BLOCK)
@@ -123,18 +117,18 @@ def test_what_goes_to_nbd(stage: Stage) -> None:
 @pytest.mark.parametrize("volume", [0, lib.ATOLL_VOLUME_COUNT + 1, 1 << 31])
 def test_only_where_nbd_has_named_a_volume(stage: Stage, volume: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nicstage.VOLUME", volume - 1)
-    assert not read(stage, ready(stage), 0)
+    assert not read(stage, stage.ready(), 0)
 
 
 def test_holes(stage: Stage) -> None:
     """Zeros, among simple replies; a chunk of another kind, which is nbd's business, where replies are chunks."""
-    client = ready(stage)
+    client = stage.ready()
     zero = stage.memory
     zero.put(VOLUME, GENERATION, 200, bytes(BLOCK))
     client.raw = True
     for mixes in (False, True):
         stage.mixes = mixes
-        other = ready(stage) if mixes else client
+        other = stage.ready() if mixes else client
         other.raw = True
         stage.hold = True
         other.out += struct.pack(">IHHQQI", REQUEST_MAGIC, 0, READ, COOKIE, 200 * BLOCK + 5, 1000)
@@ -153,7 +147,7 @@ def test_the_answer_in_chunks(stage: Stage, extended: bool, flags: int) -> None:
     stage.mixes = True
     if extended:
         stage.framing = lib.ATOLL_FRAMING_EXTENDED
-    client = ready(stage)
+    client = stage.ready()
     client.raw = stage.hold = True
     offset, length = 5 * BLOCK + 512, 2 * BLOCK
     head = struct.pack(">IHHQQ", EXTENDED_MAGIC if extended else REQUEST_MAGIC, flags, READ, COOKIE, offset)
@@ -168,7 +162,7 @@ def test_the_answer_in_chunks(stage: Stage, extended: bool, flags: int) -> None:
 
 
 def test_a_page_that_is_something_else_now_is_asked_for(stage: Stage) -> None:
-    client = ready(stage)
+    client = stage.ready()
     assert read(stage, client, 3 * BLOCK, 2 * BLOCK)
     stage.memory.retire(4)
     assert not read(stage, client, 3 * BLOCK, 2 * BLOCK)
@@ -180,7 +174,7 @@ def test_behind_a_posted_write(stage: Stage) -> None:
     """What is on its way to a block is asked for, by every client; what lies beside it is not."""
     stage.posts, stage.hold_ends = None, True
     stage.random.seed(1)
-    client, other = ready(stage), ready(stage)
+    client, other = stage.ready(), stage.ready()
     while not stage.ends:
         results = client.results
         client.request(WRITE, 3 * BLOCK, 2 * BLOCK)
@@ -201,7 +195,7 @@ def test_behind_a_posted_write(stage: Stage) -> None:
 
 
 def test_not_between_the_parts_of_a_simple_reply(stage: Stage) -> None:
-    client = ready(stage)
+    client = stage.ready()
     client.request(READ, 0, 3 * PART)
     client.reads = False
     stage.until(lambda: any(use.done for use in stage.uses.values()))
@@ -217,7 +211,7 @@ def test_not_between_the_parts_of_a_simple_reply(stage: Stage) -> None:
 
 def test_pages_stay_until_the_reply_is_sent(stage: Stage) -> None:
     """A client that does not read: what it is to get is put to no other use, over deaths of nic too."""
-    client = ready(stage)
+    client = stage.ready()
     client.reads = False
     for _ in range(40):  # more than a socket takes
         client.request(READ, 16 * BLOCK, 16 * BLOCK)
@@ -239,7 +233,7 @@ def test_pages_stay_until_the_reply_is_sent(stage: Stage) -> None:
 
 
 def test_pages_are_let_go_with_the_client(stage: Stage) -> None:
-    client = ready(stage)
+    client = stage.ready()
     client.reads = False
     for _ in range(40):
         client.request(READ, 16 * BLOCK, 16 * BLOCK)
@@ -255,7 +249,7 @@ def test_a_use_of_a_step_that_died_holds_nothing() -> None:
     with Stage() as stage:
         stage.put_in_memory(0, 32 * BLOCK)
         stage.start()
-        client = ready(stage)
+        client = stage.ready()
         kernel = physmap.header(lib.ATOLL_ROLE_KERNEL)
         kernel.crash_sequence += 1
         kernel.crash_point = crashpoint.point_hash("nic.use.published")
@@ -275,7 +269,7 @@ def test_a_use_of_a_step_that_died_holds_nothing() -> None:
 
 def test_dedup_is_dead_and_another_comes(stage: Stage) -> None:
     """What lies in memory is read meanwhile; its successor's table is found."""
-    client = ready(stage)
+    client = stage.ready()
     assert read(stage, client, 0)
     header = physmap.header(DEDUP)
     lookup = stage.dedup_public.lookup
@@ -309,7 +303,7 @@ def test_a_table_that_lies_nowhere_is_not_looked_at(fields: dict[str, int]) -> N
         for name, value in fields.items():
             setattr(stage.dedup_public.lookup, name, value)
         stage.start()
-        client = ready(stage)
+        client = stage.ready()
         assert not read(stage, client, 0)
         stage.check()
 
@@ -321,7 +315,7 @@ def test_nonsense_in_the_table_hurts_nobody(seed: int) -> None:
     chance = random.Random(seed)
     with Stage(seed) as stage:
         stage.start()
-        client = ready(stage)
+        client = stage.ready()
         client.raw = True
         stage.posts = 0
         for _ in range(200):
@@ -344,7 +338,7 @@ def test_nonsense_in_the_table_hurts_nobody(seed: int) -> None:
 
 
 def test_nbd_may_not_answer_it_again(stage: Stage) -> None:
-    client = ready(stage)
+    client = stage.ready()
     client.reads = False
     for _ in range(40):
         client.request(READ, 16 * BLOCK, 16 * BLOCK)
@@ -367,7 +361,7 @@ def test_with_and_without_nbd(stage: Stage) -> None:
     print(f"seed {seed}")
     chance = random.Random(seed)
     stage.posts, stage.remember = None, 0.3
-    clients: list[Any] = [ready(stage) for _ in range(5)]
+    clients: list[Any] = [stage.ready() for _ in range(5)]
     for _ in range(40):
         for client in clients:
             for _ in range(chance.randrange(30)):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from nicstage import CLOSE, DISCARD, GREETING, LAST, NBD, PART, READ, WRITE, Stage, pattern
+from nicstage import CLOSE, DEDUP, DISCARD, GREETING, LAST, NBD, PART, READ, WRITE, Stage, pattern
 
 from atoll.drivers import nic
 from atoll.ipc._ipc import lib
@@ -340,9 +340,9 @@ def test_bad_messages_change_nothing(uring_stage: Stage) -> None:
     stage.put(NBD, opcode=lib.ATOLL_OP_REPLY, identity=3 << 32 | 77, flags=LAST)
     stage.put(NBD, opcode=lib.ATOLL_OP_NEXT, identity=0)
     stage.put(NBD, opcode=200, identity=0)
-    stage.put(NBD, opcode=lib.ATOLL_OP_END, identity=3 << 32 | 77, flags=lib.ATOLL_FLAG_TAKEN)
-    stage.put(lib.ATOLL_ROLE_DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=2, halves=[1 << 30, 4000])
-    stage.put(lib.ATOLL_ROLE_DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=9)
+    stage.put(DEDUP, opcode=lib.ATOLL_OP_END, identity=3 << 32 | 77, flags=lib.ATOLL_FLAG_TAKEN)
+    stage.put(DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=2, halves=[1 << 30, 4000])
+    stage.put(DEDUP, opcode=lib.ATOLL_OP_GIVE_BACK, segment_count=9)
     client.request(READ, 0, 100)
     stage.settle()
     stage.until(lambda: stage.counters()["bad_message"] == 6 and stage.counters()["bad_give_back"] == 2)

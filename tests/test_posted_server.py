@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
 from nbdclient import Command, CommandFlag, Connection, ErrorCode
 from recoverykit import Eyes, check_all, check_nothing_left, send
 from serverkit import Server, wait_for
 
+from atoll.drivers import nic
 from atoll.ipc import objects
 from atoll.ipc._ipc import lib
-from atoll.services import nbd
 
 BLOCK = 4096
 COUNTERS_AT = 8192  # in an arena
@@ -31,8 +33,8 @@ def connected(server: Server) -> Connection:
     return connection
 
 
-def held(server: Server, connection: Connection, role: str = "dedup") -> int:
-    """Stops it once dedup lets writes be posted; its process id."""
+def held(server: Server, connection: Connection) -> int:
+    """Stops dedup once it lets writes be posted; its process id."""
 
     def posts() -> bool:
         connection.write(0, bytes(BLOCK))
@@ -41,17 +43,17 @@ def held(server: Server, connection: Connection, role: str = "dedup") -> int:
     wait_for("writes are posted", posts)
     connection.flush()
     with Eyes(server) as eyes:
-        pid = eyes.pid(role)
+        pid = eyes.pid("dedup")
         send(pid, signal.SIGSTOP)
     return pid
 
 
 def posted(server: Server) -> int:
-    """Writes that nbd has passed on, as its arena says: whoever is held, nobody need answer."""
+    """Writes that nic has answered, as its arena says: whoever is held, nobody need answer."""
     (instance,) = server.instances
-    descriptor = objects.open_read_only(objects.arena_name(int(instance, 16), "nbd"))
+    descriptor = objects.open_read_only(objects.arena_name(int(instance, 16), "nic"))
     try:
-        return int.from_bytes(os.pread(descriptor, 8, COUNTERS_AT + 8 * nbd.COUNTERS.index("posted_writes")), "little")
+        return int.from_bytes(os.pread(descriptor, 8, COUNTERS_AT + 8 * nic.COUNTERS.index("posted")), "little")
     finally:
         os.close(descriptor)
 
@@ -71,7 +73,7 @@ def test_answered_while_dedup_is_held(server: Server) -> None:
         late = [one.submit(Command.WRITE, (MOST + number) * BLOCK, payload=block("late")) for number in range(160)]
         for cookie in late[:120]:
             one.wait(cookie).check()
-        wait_for("nbd has been told of as many as there may be", lambda: posted(server) >= MOST - 2)
+        wait_for("as many are posted as there may be", lambda: posted(server) >= MOST - 2)
         send(pid, signal.SIGCONT)
         assert other.wait(reads[0]).check().data == block("second 5")
         assert other.wait(reads[1]).check().data == block("first 6")
@@ -131,15 +133,15 @@ def test_kept_over_the_death_of_all(server: Server, deaths: int) -> None:
 
 
 def test_applied_and_not_ended_is_not_applied_again(server: Server) -> None:
-    """nbd is held: dedup has applied all, nic has heard of no end. After the death of all they are where they were."""
+    """nic is held: dedup has applied all, nic has heard of no end. After the death of all they are where they were."""
     with connected(server) as connection:
         held_pid = held(server, connection)
         before = posted(server)
         for number in range(60):
             connection.write(number % 30 * BLOCK, block(f"write {number}"))
-        wait_for("nbd has passed them on", lambda: posted(server) == before + 60)
+        assert posted(server) == before + 60
         with Eyes(server) as eyes:
-            send(eyes.pid("nbd"), signal.SIGSTOP)
+            send(eyes.pid("nic"), signal.SIGSTOP)
         send(held_pid, signal.SIGCONT)
 
         def applied() -> bool:
@@ -157,18 +159,25 @@ def test_applied_and_not_ended_is_not_applied_again(server: Server) -> None:
     check_nothing_left(server)
 
 
-def test_a_clean_stop_takes_along_what_nbd_has_not_passed_on(server: Server) -> None:
-    """nbd is held until the stop gives it up: its successor, told to stop, too, finds the writes in its ring."""
+@pytest.mark.parametrize("number", [signal.SIGCONT, signal.SIGKILL])
+def test_a_clean_stop_takes_along_what_dedup_has_not_applied(server: Server, number: signal.Signals) -> None:
+    """dedup is held until nic has ended; it, or its successor, told to stop, finds the writes in its ring."""
     with connected(server) as connection:
-        held(server, connection, "nbd")
-        for number in range(60):
-            connection.write(number * BLOCK, block(f"write {number}"))
-        server.stop()
+        pid = held(server, connection)
+        with Eyes(server) as eyes:
+            first = eyes.pid("nic")
+        for index in range(60):
+            connection.write(index * BLOCK, block(f"write {index}"))
+        stop = threading.Thread(target=server.stop)
+        stop.start()
+        wait_for("nic has ended", lambda: not psutil.pid_exists(first))
+        send(pid, number)
+        stop.join()
     server.start()
     assert not server.json("status")["adopted"]
     with connected(server) as connection:
-        for number in range(60):
-            assert connection.read(number * BLOCK, BLOCK) == block(f"write {number}")
+        for index in range(60):
+            assert connection.read(index * BLOCK, BLOCK) == block(f"write {index}")
     check_all(server)
     check_nothing_left(server)
 
@@ -185,8 +194,8 @@ def test_a_full_store_refuses_what_it_cannot_keep(make_server: Callable[..., Ser
                 assert result.error.code == ErrorCode.ENOSPC
                 break
             kept.append(number)
-        counters = server.json("status")["counters"]["nbd"]
-        assert 0 < int(counters["posted_writes"]) < len(kept) and int(counters["posted_lost"]) == 0
+        counters = server.json("status")["counters"]
+        assert 0 < int(counters["nic"]["posted"]) < len(kept) and int(counters["dedup"]["posted_lost"]) == 0
         connection.flush()
         assert len(kept) > 1000
         for number in kept:

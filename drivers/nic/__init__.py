@@ -54,6 +54,7 @@ COUNTERS = (
     "posted",
     "reads_from_memory",
     "bytes_from_memory",
+    "posted_bytes",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

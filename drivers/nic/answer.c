@@ -22,15 +22,15 @@ _Static_assert(1 + ANSWER_BLOCKS <= NIC_PART_SEGMENTS, "header and a segment per
 bool nic_answer(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot)
 {
     uint64_t offset = slot->volume_offset, length;
-    if (slot->state != NIC_SLOT_REQUEST || slot->payload_bytes != 0 || connection->volume == 0 || connection->streaming != 0 ||
-        connection->phase != NIC_OPEN || (length = nic_frame_plain_read(connection->framing, connection->mixes, slot->header)) == 0 ||
+    if (slot->payload_bytes != 0 || connection->volume == 0 || connection->streaming != 0 || connection->phase != NIC_OPEN ||
+        (length = nic_frame_plain_read(connection->framing, connection->mixes, slot->header)) == 0 ||
         length > ANSWER_BLOCKS * ATOLL_BLOCK_BYTES || atoll_trace_armed(nic->domain))
         return false;
     const struct atoll_dedup_public *dedup = atoll_dedup_public(nic->domain);
     if (dedup == 0 || !nic_volume_allows(dedup, connection, offset, length, false))
         return false;
     uint64_t first = offset / ATOLL_BLOCK_BYTES, blocks = (offset + length - 1) / ATOLL_BLOCK_BYTES - first + 1;
-    if (blocks > ANSWER_BLOCKS || atoll_posted_covers(&nic->posted_set, connection->volume - 1, first, blocks))
+    if (blocks > ANSWER_BLOCKS || nic_posted_covers(nic, connection->volume - 1, first, blocks))
         return false;
     if (atoll_lookup_is_stale(nic->domain, &nic->looker))
         atoll_lookup_attach(nic->domain, &nic->looker, &nic->public->uses);

@@ -1,5 +1,5 @@
 /*
- * Messages from nbd (REPLY, NEXT, END) and dedup (GIVE_BACK): copied, checked against the slot they name, applied.
+ * Messages from nbd (REPLY, NEXT) and dedup (GIVE_BACK, END): copied, checked against the slot they name, applied.
  *
  * A message that fits no slot, or comes out of turn, is refused and counted; it changes nothing (I8).
  *
@@ -106,26 +106,29 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
     nic_schedule(nic, slot->connection);
 }
 
-static void from_nbd(struct nic *nic, const struct atoll_descriptor *message)
+/* The slot in use that the message names, or NULL. */
+static struct nic_slot *slot_in_use(struct nic *nic, const struct atoll_descriptor *message)
 {
     uint32_t number = atoll_identity_slot(message->identity), index = atoll_identity_connection(message->identity);
-    if (number >= ATOLL_SLOT_COUNT || index >= ATOLL_CONNECTION_COUNT) {
-        refuse(nic);
+    struct nic_slot *slot = number < ATOLL_SLOT_COUNT ? &nic->area->slots[number] : 0;
+    if (slot != 0 && index < ATOLL_CONNECTION_COUNT && slot->state != NIC_SLOT_FREE &&
+        slot->sequence == atoll_identity_sequence(message->identity) && slot->connection == index &&
+        (slot->flags & NIC_SLOT_DELIVERED))
+        return slot;
+    refuse(nic);
+    return 0;
+}
+
+static void from_nbd(struct nic *nic, const struct atoll_descriptor *message)
+{
+    struct nic_slot *slot = slot_in_use(nic, message);
+    if (slot == 0)
         return;
-    }
-    struct nic_slot *slot = &nic->area->slots[number];
-    if (slot->state == NIC_SLOT_FREE || slot->sequence != atoll_identity_sequence(message->identity) || slot->connection != index ||
-        !(slot->flags & NIC_SLOT_DELIVERED)) {
-        refuse(nic);
-        return;
-    }
     nic->domain->self->current = message->identity;
     if (message->opcode == ATOLL_OP_REPLY)
-        on_reply(nic, &nic->area->connections[index], slot, message);
+        on_reply(nic, &nic->area->connections[slot->connection], slot, message);
     else if (message->opcode == ATOLL_OP_NEXT)
         on_next(nic, slot, message);
-    else if (message->opcode == ATOLL_OP_END)
-        on_end(nic, slot, message);
     else
         refuse(nic);
     nic->domain->self->current = 0;
@@ -133,12 +136,18 @@ static void from_nbd(struct nic *nic, const struct atoll_descriptor *message)
 
 static void from_dedup(struct nic *nic, const struct atoll_descriptor *message)
 {
-    if (message->opcode != ATOLL_OP_GIVE_BACK || message->segment_count > 8) {
+    if (message->opcode == ATOLL_OP_END) {
+        struct nic_slot *slot = slot_in_use(nic, message);
+        nic->domain->self->current = message->identity;
+        if (slot != 0)
+            on_end(nic, slot, message);
+        nic->domain->self->current = 0;
+    } else if (message->opcode == ATOLL_OP_GIVE_BACK && message->segment_count <= 8) {
+        for (uint32_t index = 0; index < message->segment_count; index++)
+            nic_page_give_back(nic, message->halves[index]);
+    } else {
         refuse(nic);
-        return;
     }
-    for (uint32_t index = 0; index < message->segment_count; index++)
-        nic_page_give_back(nic, message->halves[index]);
 }
 
 uint32_t nic_messages(struct nic *nic, uint32_t limit)

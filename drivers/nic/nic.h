@@ -3,7 +3,7 @@
  *
  * Role area of the arena (struct nic_area, then):
  *
- *   0                struct atoll_nic_public     done[] per slot (SP-DONE)
+ *   0                struct atoll_nic_public     done[] per slot (SP-DONE), posted writes, pages in use
  *   then             struct nic_area             connections, slots, own buffers
  *   chunks_offset    struct nic_chunk[]          who has which payload page (pages.c)
  *   segments_offset  struct atoll_segment[]      three lists per slot, for parts in turn
@@ -63,7 +63,7 @@
 enum nic_counter {
     NIC_ACCEPTED = 0,
     NIC_CLOSED = 1,
-    NIC_REQUESTS = 2,          /* frames delivered to nbd */
+    NIC_REQUESTS = 2,          /* and options: delivered to nbd, or answered here */
     NIC_REPLIES = 3,           /* replies that went into a socket whole */
     NIC_RECEIVED_BYTES = 4,
     NIC_SENT_BYTES = 5,
@@ -96,7 +96,8 @@ enum nic_counter {
     NIC_POSTED = 32,           /* writes answered before dedup has applied them: posted.c */
     NIC_READS_FROM_MEMORY = 33, /* READs answered out of dedup's table: answer.c */
     NIC_BYTES_FROM_MEMORY = 34, /* of these */
-    NIC_COUNTER_COUNT = 35
+    NIC_POSTED_BYTES = 35,
+    NIC_COUNTER_COUNT = 36
 };
 
 enum nic_phase {
@@ -424,6 +425,13 @@ struct nic_latency {
 struct nic_pages;
 struct nic_engine;
 
+/* Blocks that posted writes are on their way to, by a hash of twelve bits (posted.c). */
+#define NIC_POSTED_BUCKETS 4096
+struct nic_posted_set {
+    uint32_t blocks;
+    uint16_t buckets[NIC_POSTED_BUCKETS];
+};
+
 struct nic {
     struct atoll_domain *domain;
     struct atoll_journal *journal;
@@ -457,7 +465,7 @@ struct nic {
 
     uint64_t reply_pages;      /* of all slots */
     uint32_t posted;           /* slots that are answered, and whose END is to come */
-    struct atoll_posted_set posted_set; /* of these */
+    struct nic_posted_set posted_set; /* their blocks */
     struct atoll_looker looker;
     uint32_t posted_most;      /* that there may be of them, as looked up since the last commit */
     bool posted_looked;
@@ -590,10 +598,11 @@ void nic_reply_done(struct nic *nic, struct nic_connection *connection, struct n
 /* posted.c. After a takeover, when the slots have been counted; after a commit. */
 void nic_posted_open(struct nic *nic);
 void nic_posted_committed(struct nic *nic);
-/* The WRITE in `slot`, whose payload is complete and about to be lent, may be answered before anybody else has seen it. */
-bool nic_may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot);
-/* Answers it, and notes what it is; `message` is the one that tells nbd. `alone`: nothing else of the client's has been received yet. */
-void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, struct atoll_descriptor *message, bool alone);
+/* Answers the request in `slot`, which nobody else has seen, if it is a WRITE that may be answered before; dedup is told. `alone`: nothing
+ * else of the client's has been received yet. */
+bool nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone);
+/* A posted write is perhaps on its way to one of these blocks. */
+bool nic_posted_covers(const struct nic *nic, uint32_t volume, uint64_t first, uint64_t blocks);
 /* END has come. */
 void nic_posted_end(struct nic *nic, struct nic_slot *slot);
 /* One more of them (1), or one less (-1). */

@@ -1,15 +1,16 @@
 /*
- * Posted writes: a WRITE of a few whole blocks is answered here, as soon as it has been received. Its client waits for no other domain, and
- * nbd and dedup, which doze meanwhile, are woken for many of them at once.
+ * Posted writes: a WRITE of a few whole blocks is answered here, as soon as it has been received, and goes straight to dedup. Its client
+ * waits for no other domain; dedup, which dozes meanwhile, is woken for many of them at once, and nbd does not run at all.
  *
  * What makes that an acknowledgement (I7):
  *
- *   - memory: what the write is (atoll_posted), the message to nbd and the reply become visible by one commit; only then is the reply sent.
- *     The message lies in rings that outlive both their sides, then in dedup's arena. The pages stay as they are until END. After the death
+ *   - memory: what the write is (atoll_posted), the message to dedup and the reply become visible by one commit; only then is the reply
+ *     sent. The message lies in a ring that outlives both its sides, then in dedup's arena. The pages stay as they are until END. After the death
  *     of all, dedup's next incarnation finds what it has not applied in the notes here.
  *   - space: dedup says how many blocks may be on their way, and keeps as many free for them; 0 when it has no more (SP-POST)
- *   - order: messages arrive in their order, and dedup lets no later request overtake a posted write to the same block. Nor does nbd: a
- *     block that a posted write is on its way to is not looked up in memory, but asked for.
+ *   - order: dedup takes what was posted before it takes what nbd has passed on since, and lets no later request overtake a posted write
+ *     to the same block. A block that one is on its way to is not looked up in memory, but asked for: nic knows which these are, nbd looks
+ *     nothing up while `posting` says that there are any.
  *   - consent: nbd said, when transmission began, whose volume it is and whether a reply may come between the parts of another one; that the
  *     volume is there, may be written and is large enough is looked up in dedup's table
  *
@@ -62,10 +63,10 @@ bool nic_volume_allows(const struct atoll_dedup_public *dedup, const struct nic_
            generation == connection->generation && !(change && flags & ATOLL_VOLUME_READONLY) && offset <= size && length <= size - offset;
 }
 
-bool nic_may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
+static bool may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
 {
     uint64_t blocks = slot->payload_bytes / ATOLL_BLOCK_BYTES;
-    if (connection->volume == 0 || slot->part != 0 || slot->segments[0] != 1 || slot->part_bytes[0] != slot->payload_bytes ||
+    if (connection->volume == 0 || slot->segments[0] != 1 || slot->part_bytes[0] != slot->payload_bytes ||
         (slot->volume_offset | slot->payload_bytes) % ATOLL_BLOCK_BYTES != 0 || blocks > ATOLL_POSTED_WRITE_BLOCKS ||
         connection->streaming != 0 || connection->phase != NIC_OPEN || !nic_frame_is_plain_write(connection->framing, slot->header) ||
         atoll_trace_armed(nic->domain))
@@ -81,15 +82,25 @@ bool nic_may_post(struct nic *nic, const struct nic_connection *connection, cons
            nic_volume_allows(dedup, connection, slot->volume_offset, slot->payload_bytes, true);
 }
 
-void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, struct atoll_descriptor *message, bool alone)
+bool nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
     uint32_t number = (uint32_t)(slot - nic->area->slots);
     struct atoll_posted *posted = &nic->public->posted[number];
     uint8_t *answer = nic->area->answers + number * NIC_ANSWER_BYTES; /* of a slot that was free: unreferenced */
+    if (!may_post(nic, connection, slot))
+        return false;
+    struct atoll_descriptor message = {.opcode = ATOLL_OP_WRITE,
+                                       .identity = nic_identity(nic, slot),
+                                       .address = nic_segments(nic, slot, 0)->address,
+                                       .length = slot->payload_bytes};
+    message.words[0] = slot->volume_offset;
+    message.words[1] = slot->payload_bytes;
+    message.halves[4] = connection->volume - 1;
+    message.halves[5] = connection->generation;
     if (posted->order != 0) /* of an earlier run; dedup has taken it over */
         atoll_save(nic->journal, posted, sizeof *posted);
-    *posted = (struct atoll_posted){.identity = message->identity,
-                                    .address = message->address,
+    *posted = (struct atoll_posted){.identity = message.identity,
+                                    .address = message.address,
                                     .offset = slot->volume_offset,
                                     .length = slot->payload_bytes,
                                     .volume = connection->volume - 1,
@@ -101,11 +112,20 @@ void nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slo
     slot->reply_segments = 0;
     slot->reply_flags = ATOLL_FLAG_LAST;
     slot->reply_part = 0;
+    nic_pages_change(nic, slot, 0, NIC_PAGE_LEND);
+    nic_set32(nic, &slot->lent_part, 0);
+    nic_set32(nic, &slot->flags, NIC_SLOT_DELIVERED | NIC_SLOT_ANSWERED | NIC_SLOT_LENT | NIC_SLOT_POSTED);
     nic_posted_count(nic, slot, 1);
     alone = alone && nic->posted_in_step == 0 && nic->free_slot_count + nic->freed_slot_count + nic->posted == ATOLL_SLOT_COUNT;
     nic->posted_in_step++;
-    message->flags = (uint8_t)(ATOLL_FLAG_POSTED | (alone ? ATOLL_FLAG_ALONE : 0));
+    message.flags = (uint8_t)(ATOLL_FLAG_POSTED | (alone ? ATOLL_FLAG_ALONE : 0));
+    connection->requests++;
+    atoll_count(nic->domain, NIC_REQUESTS, 1);
     atoll_count(nic->domain, NIC_POSTED, 1);
+    atoll_count(nic->domain, NIC_POSTED_BYTES, slot->payload_bytes);
+    nic_put(nic, ATOLL_ROLE_DEDUP, &message);
+    nic_send_queue(nic, connection, slot);
+    return true;
 }
 
 void nic_posted_end(struct nic *nic, struct nic_slot *slot)
@@ -114,10 +134,33 @@ void nic_posted_end(struct nic *nic, struct nic_slot *slot)
     nic_posted_count(nic, slot, -1);
 }
 
+static uint32_t bucket_of(uint32_t volume, uint64_t block)
+{
+    uint64_t mixed = (block ^ (uint64_t)volume << 40) * 0x9e3779b97f4a7c15u;
+    return (uint32_t)(mixed >> 52);
+}
+_Static_assert(NIC_POSTED_BUCKETS == 1 << 12, "twelve bits");
+_Static_assert(ATOLL_SLOT_COUNT * ATOLL_POSTED_WRITE_BLOCKS < 1 << 16, "a bucket holds all of them");
+
 void nic_posted_count(struct nic *nic, const struct nic_slot *slot, int change)
 {
+    struct nic_posted_set *set = &nic->posted_set;
+    uint32_t volume = nic->public->posted[slot - nic->area->slots].volume, blocks = slot->payload_bytes / ATOLL_BLOCK_BYTES;
     nic->hints[slot->connection].posted += (uint32_t)change;
     nic->posted += (uint32_t)change;
-    atoll_posted_change(&nic->posted_set, nic->public->posted[slot - nic->area->slots].volume, slot->volume_offset / ATOLL_BLOCK_BYTES,
-                        slot->payload_bytes / ATOLL_BLOCK_BYTES, change);
+    set->blocks += (uint32_t)change * blocks;
+    for (uint32_t index = 0; index < blocks; index++) {
+        uint16_t *bucket = &set->buckets[bucket_of(volume, slot->volume_offset / ATOLL_BLOCK_BYTES + index)];
+        *bucket = (uint16_t)(*bucket + change);
+    }
+}
+
+bool nic_posted_covers(const struct nic *nic, uint32_t volume, uint64_t first, uint64_t blocks)
+{
+    if (nic->posted_set.blocks == 0)
+        return false;
+    for (uint64_t index = 0; index < blocks; index++)
+        if (nic->posted_set.buckets[bucket_of(volume, first + index)] != 0)
+            return true;
+    return false;
 }

@@ -116,7 +116,8 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
     struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
     uint32_t bank = slot->part % NIC_PART_LISTS;
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
-    if (nic_answer(nic, connection, slot))
+    if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST &&
+        (nic_answer(nic, connection, slot) || nic_post(nic, connection, slot, alone)))
         return;
     if (slot->segments[bank] != 0) {
         struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
@@ -140,17 +141,11 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
         connection->requests++;
         atoll_count(nic->domain, NIC_REQUESTS, 1);
         flags |= NIC_SLOT_DELIVERED;
-        if ((flags & NIC_SLOT_LENT) && slot->state == NIC_SLOT_REQUEST && nic_may_post(nic, connection, slot)) {
-            nic_post(nic, connection, slot, &message, alone);
-            flags |= NIC_SLOT_ANSWERED | NIC_SLOT_POSTED;
-        }
     } else {
         message.opcode = ATOLL_OP_PART;
     }
     nic_set32(nic, &slot->flags, flags);
     nic_put(nic, ATOLL_ROLE_NBD, &message);
-    if (flags & NIC_SLOT_POSTED)
-        nic_send_queue(nic, connection, slot);
 }
 
 static void put_aborted_part(struct nic *nic, struct nic_slot *slot)

@@ -29,7 +29,7 @@ COUNTERS: tuple[str, ...] = (
     *("flush_failures", "threshold_blocks", "held_back_blocks"),
     *("tier_read_blocks", "tier_copied_blocks", "tier_shared_blocks", "tier_evictions", "tier_kept_out"),
     *("tier_skipped", "tier_mismatches", "tier_read_errors", "tier_aways"),
-    *("posted_adopted", "ahead_read_blocks", "ahead_used_blocks"),
+    *("posted_adopted", "ahead_read_blocks", "ahead_used_blocks", "posted_lost"),
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
     *("leaves_made", "fingerprint_evictions"),

@@ -54,7 +54,8 @@ enum dedup_counter {
     DEDUP_COUNTER_POSTED_ADOPTED = 47,     /* posted writes applied after the death of all */
     DEDUP_COUNTER_AHEAD_READ = 48,         /* blocks beside candidates, read with them */
     DEDUP_COUNTER_AHEAD_USED = 49,         /* of these, those that were wanted later */
-    DEDUP_COUNTER_DATAPATH_COUNT = 50
+    DEDUP_COUNTER_POSTED_LOST = 50,        /* posted writes whose volume was deleted, or has shrunk */
+    DEDUP_COUNTER_DATAPATH_COUNT = 51
 };
 /* cffi:end */
 

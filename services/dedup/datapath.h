@@ -506,6 +506,8 @@ void log_hold(struct datapath *dp, uint32_t page, bool hold);
 
 /* --- datapath_posted.c ------------------------------------------------------------------------------------------------- */
 bool posted_request(const struct atoll_descriptor *request);
+/* What nic has sent: as datapath_message. */
+void posted_message(struct datapath *dp, const struct atoll_descriptor *message);
 /* The slot's posted write waits; it does not any more. */
 void posted_wait(struct datapath *dp, uint32_t number);
 void posted_over(struct datapath *dp, uint32_t number);
@@ -517,7 +519,7 @@ bool posted_waits_for(const struct datapath *dp, uint32_t volume, uint64_t lba);
 /* Those that cannot be applied for the time being. */
 struct posted_failing { uint32_t count; uint64_t blocks; };
 struct posted_failing posted_failing(const struct datapath *dp);
-/* The slot's posted write, whose status says why it cannot be applied, gets a slot that nbd does not know, to be queued there. Returns its number;
+/* The slot's posted write, whose status says why it cannot be applied, gets a slot that nobody else knows, to be queued there. Returns its number;
  * DP_NO_SLOT: it has one, or none is free. */
 uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request);
 /* Space for them is kept. */

@@ -251,6 +251,9 @@ static bool give_message(struct datapath *dp, const uint32_t *pages, uint32_t co
     /* After an adoption nic learns from `held` which pages it has lent, once, before it serves (0 until then). */
     if (atoll_load_acquire(&dp->domain->peers[ATOLL_ROLE_NIC]->serving_ns) == 0)
         return false;
+    struct atoll_tx_ring *ring = &dp->domain->rings->tx[ATOLL_ROLE_NIC];
+    if (!atoll_ring_has_room(ring, ring->mask / 2 + 2)) /* the other half is for posted writes, each of which has an END */
+        return false;
     ATOLL_CRASH_POINT(dp->domain, "dedup.give_back");
     if (!atoll_domain_put(dp->domain, ATOLL_ROLE_NIC, &message))
         return false;

@@ -36,6 +36,18 @@ bool posted_request(const struct atoll_descriptor *request)
     return request->opcode == ATOLL_OP_WRITE && (request->flags & ATOLL_FLAG_POSTED);
 }
 
+void posted_message(struct datapath *dp, const struct atoll_descriptor *message)
+{
+    uint32_t length = message->length;
+    if (!posted_request(message) || message->segment_count != 0 || message->part != 0 || length == 0 || message->words[1] != length ||
+        length > ATOLL_POSTED_WRITE_BLOCKS * DP_BLOCK || (message->words[0] | length | message->address) % DP_BLOCK != 0) {
+        atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
+        return;
+    }
+    dp->posted_ms = dp->now_ms;
+    datapath_message(dp, message);
+}
+
 /* --- Order ------------------------------------------------------------------------------------------------------------ */
 
 void posted_wait(struct datapath *dp, uint32_t number)
@@ -180,7 +192,7 @@ static uint32_t free_slot(const struct datapath *dp, uint32_t number)
     return number;
 }
 
-/* A posted write, out of nbd's reach. Its pages are dedup's from now on. */
+/* A posted write, out of nic's reach. Its pages are dedup's from now on. */
 static void own(struct datapath *dp, uint32_t number, const struct atoll_descriptor *request, uint64_t acceptance, uint32_t status)
 {
     struct dp_slot *slot = &dp->arena->slots[number];
@@ -208,7 +220,7 @@ uint32_t posted_keep(struct datapath *dp, uint32_t number, const struct atoll_de
     if (number >= ATOLL_SLOT_COUNT || kept == DP_SLOTS)
         return DP_NO_SLOT;
     own(dp, kept, request, slot->acceptance, slot->status);
-    /* nbd, told that it is over, looks its blocks up again: it must not find what was there before. */
+    /* nic, told that it is over, looks its blocks up again: it must not find what was there before. */
     uint64_t first = request->words[0] / DP_BLOCK, end = first + request->length / DP_BLOCK;
     uint32_t status;
     if (dp_volume(dp, request, &status) != 0)

@@ -121,9 +121,17 @@ void dp_sweep(struct datapath *dp)
 
 /* --- Completion ---------------------------------------------------------------------------------------------------------- */
 
-void slot_answer(struct datapath *dp, uint32_t number)
+/* nic, which has answered it, is told that it is over. */
+static bool end_posted(struct datapath *dp, const struct dp_slot *slot)
 {
-    struct dp_slot *slot = &dp->arena->slots[number];
+    struct atoll_descriptor message = {.opcode = ATOLL_OP_END, .identity = slot->identity, .flags = ATOLL_FLAG_TAKEN};
+    if (slot->status != ATOLL_OK) /* its blocks are no more: the volume was deleted, or has shrunk */
+        atoll_count(dp->domain, DEDUP_COUNTER_POSTED_LOST, 1);
+    return atoll_domain_put(dp->domain, ATOLL_ROLE_NIC, &message);
+}
+
+static bool done(struct datapath *dp, const struct dp_slot *slot)
+{
     struct atoll_descriptor message = {.opcode = ATOLL_OP_DONE,
                                        .identity = slot->identity,
                                        .part = (uint16_t)slot->part,
@@ -142,13 +150,16 @@ void slot_answer(struct datapath *dp, uint32_t number)
             message.segment_count = (uint16_t)slot->segment_count;
         }
     }
+    return atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
+}
+
+void slot_answer(struct datapath *dp, uint32_t number)
+{
+    const struct dp_slot *slot = &dp->arena->slots[number];
     if (slot->status != ATOLL_OK)
         atoll_count(dp->domain, DEDUP_COUNTER_ERRORS, 1);
-    if (slot->posted)
-        message.flags = ATOLL_FLAG_POSTED;
-    bool sent = slot->posted ? atoll_domain_put_unhurried(dp->domain, ATOLL_ROLE_NBD, &message)
-                             : atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
-    if (!sent) /* one message per slot is outstanding and the ring has two places for each: nbd broke the rule */
+    /* One message per slot is outstanding and the rings have two places for each (give_message leaves as many): who asked broke the rule. */
+    if (!(slot->posted ? end_posted(dp, slot) : done(dp, slot)))
         atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
 }
 

@@ -162,25 +162,50 @@ static bool comes_alone(const struct atoll_descriptor *message)
     return message->flags & ATOLL_FLAG_ALONE && message->length <= ATOLL_POSTED_WRITE_BLOCKS * ATOLL_BLOCK_BYTES;
 }
 
-/* Up to DP_STEP_MESSAGES of them. True if there were any. */
+/* How many of at most `most` messages were taken. */
+static uint32_t take_from(struct dedup *dedup, uint32_t role, uint32_t most)
+{
+    struct atoll_domain *domain = dedup->domain;
+    struct datapath *dp = dedup->datapath;
+    struct atoll_descriptor message;
+    uint32_t waiting = atoll_domain_pending(domain, role), taken = 0;
+    for (uint32_t index = 0; index < waiting && index < most && index < DP_STEP_MESSAGES / 2; index++)
+        datapath_expect(dp, atoll_ring_entry(&domain->rings->rx[role], index));
+    for (; taken < most && domain->journal->count < DP_STEP_JOURNAL && atoll_domain_take(domain, role, &message); taken++) {
+        dedup->crowd += (comes_alone(&message) ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
+        place_note(&dedup->place, &message);
+        if (role == ATOLL_ROLE_NIC)
+            posted_message(dp, &message);
+        else if (posted_request(&message))
+            atoll_count(domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
+        else
+            datapath_message(dp, &message);
+    }
+    return taken;
+}
+
+/*
+ * Up to DP_STEP_MESSAGES of them. True if there were any. What nbd passes on may have been asked for by who was told that a write is
+ * kept, when it was posted. So nbd's messages are counted, then nic's, and so many of nic's are taken before so many of nbd's.
+ */
 static bool take_requests(struct dedup *dedup)
 {
     struct atoll_domain *domain = dedup->domain;
-    struct atoll_descriptor message;
-    uint32_t waiting = atoll_domain_pending(domain, ATOLL_ROLE_NBD), taken = 0;
-    uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES;
-    for (uint32_t index = 0; index < waiting && index < most && index < DP_STEP_MESSAGES / 2; index++)
-        datapath_expect(dedup->datapath, atoll_ring_entry(&domain->rings->rx[ATOLL_ROLE_NBD], index));
-    for (; taken < most && domain->journal->count < DP_STEP_JOURNAL; taken++) {
-        if (!atoll_domain_take(domain, ATOLL_ROLE_NBD, &message))
-            break;
-        dedup->crowd += (comes_alone(&message) ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
-        place_note(&dedup->place, &message);
-        if (posted_request(&message))
-            dedup->datapath->posted_ms = dedup->datapath->now_ms;
-        datapath_message(dedup->datapath, &message);
+    struct atoll_rx_ring *rings = domain->rings->rx;
+    uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES, others = 0;
+    if (dedup->admitted == 0) {
+        uint32_t seen = atoll_domain_pending(domain, ATOLL_ROLE_NBD), waiting = atoll_ring_waiting(&rings[ATOLL_ROLE_NBD]);
+        dedup->admitted = seen > waiting ? seen : waiting; /* those of one commit can be seen before the tail has moved */
+        dedup->ahead = atoll_ring_waiting(&rings[ATOLL_ROLE_NIC]); /* after that */
     }
-    return taken != 0;
+    uint32_t posted = take_from(dedup, ATOLL_ROLE_NIC, most);
+    dedup->ahead -= posted < dedup->ahead ? posted : dedup->ahead;
+    if (posted < most && domain->journal->count < DP_STEP_JOURNAL)
+        dedup->ahead = 0; /* there are no more, whatever the tail said (I8) */
+    if (dedup->ahead == 0)
+        others = take_from(dedup, ATOLL_ROLE_NBD, most - posted < dedup->admitted ? most - posted : dedup->admitted);
+    dedup->admitted -= others;
+    return posted + others != 0;
 }
 
 /* What a storage driver has done; where requests come one by one, no more than one of them can wait for. True if there was any. */
@@ -353,7 +378,7 @@ static void rest(struct dedup *dedup, uint32_t ignored, uint64_t wake_ms)
 {
     struct datapath *dp = dedup->datapath;
     if (ignored == 0 && dp->now_ms - dp->posted_ms < DOZE_AFTER_MS)
-        atoll_domain_doze(dedup->domain, 1u << ATOLL_ROLE_NBD, DOZE_NS);
+        atoll_domain_doze(dedup->domain, 1u << ATOLL_ROLE_NIC, DOZE_NS);
     else
         atoll_domain_sleep(dedup->domain, ignored, wake_ms == 0 ? -1 : (int64_t)wake_ms * 1000000);
 }

@@ -16,6 +16,7 @@ struct dedup {
     bool behind;                  /* what it does behind the clients' backs should come after their requests, which come one by one */
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
     struct dedup_place place;     /* process-private */
+    uint32_t ahead, admitted;     /* messages of nic's to be taken before so many of nbd's */
     uint64_t offered_ns;          /* when others were last let go first */
     uint32_t crowd;               /* how many of CROWD_ALL requests were not alone, on average */
 };

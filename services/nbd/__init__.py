@@ -13,7 +13,6 @@ After a crash: the state lies in the arena (nbd.h); a frame that was being negot
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -31,13 +30,10 @@ COUNTERS: tuple[str, ...] = (
     *("errors_enotsup", "errors_eshutdown"),
     *("connections_opened", "connections_closed", "options", "bad_magic"),
     *("poisoned", "stale_messages", "peer_faults", "steps", "messages", "reads_from_memory"),
-    *("posted_writes", "posted_lost"),
 )
 
 CONNECTION_STATES = ("free", "greeted", "options", "transmission", "draining", "closing")
 SLOT_STATES = ("free", "dedup", "payload", "sending", "listing", "waiting")
-# Told to stop, nbd goes on at most so long, where dedup takes no more messages.
-FINISH_S = 1.0
 
 
 def plan(config: dict[str, Any]) -> tuple[int, int]:
@@ -80,14 +76,6 @@ class Service:
                 self.negotiate()
             else:
                 return
-        self.finish()
-
-    def finish(self) -> None:
-        """Told to stop, after nic has: what nic has sent is passed on, for writes among it have been answered."""
-        deadline = time.monotonic() + FINISH_S
-        while lib.nbd_pending(self._state) and time.monotonic() < deadline:
-            if lib.nbd_step(self._state, lib.NBD_STEP_MESSAGES) == lib.NBD_REASON_FRAME:
-                self.negotiate()
 
     # --- Negotiation ---
 

@@ -16,7 +16,6 @@ ffi = cbuild.make_ffi(
         "reply.c",
         "volumes.c",
         "lookup.c",
-        "posted.c",
         "slot.c",
         "transmission.c",
         "service.c",

@@ -1,12 +1,14 @@
-/* Reads that nbd answers by itself: of blocks that lie in memory (ipc/lookup.h), and that no posted write is on its way to. */
+/*
+ * Reads that nbd answers by itself, of blocks that lie in memory (ipc/lookup.h). Which of them posted writes are on their way to nic alone
+ * knows (drivers/nic/posted.c): while there are any, dedup is asked, which nobody overtakes.
+ */
 #include "services/nbd/transmission.h"
 
 bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segment *data, uint32_t *count)
 {
     uint64_t first = slot->offset / ATOLL_BLOCK_BYTES, blocks = (slot->offset + slot->length - 1) / ATOLL_BLOCK_BYTES - first + 1;
-    if (blocks > ATOLL_PART_BLOCKS || atoll_trace_armed(nbd->domain)) /* a trace shows the long way */
-        return false;
-    if (atoll_posted_covers(&nbd->posted.set, slot->volume, first, blocks))
+    if (blocks > ATOLL_PART_BLOCKS || nbd->looker.entries == 0 || atoll_trace_armed(nbd->domain) || /* a trace shows the long way */
+        atoll_load_acquire(&nbd->looker.nic->posting) != 0)
         return false;
     struct atoll_read read = {.slot = atoll_identity_slot(slot->identity),
                               .sequence = atoll_identity_sequence(slot->identity),

@@ -109,9 +109,7 @@ struct nbd_slot {
     uint32_t reply_length;
     uint16_t reply_segment_count;
     uint16_t reply_flags;
-    uint32_t posted;                 /* DEDUP: blocks of a WRITE that nic has answered, 0: it is none */
-    uint32_t reserved_a;
-    uint64_t reserved[3];
+    uint64_t reserved[4];
 };
 
 struct nbd_reply {
@@ -155,9 +153,7 @@ enum nbd_counter {
     NBD_COUNTER_STEPS = 25,
     NBD_COUNTER_MESSAGES = 26,
     NBD_COUNTER_READS_FROM_MEMORY = 27, /* answered without asking dedup */
-    NBD_COUNTER_POSTED_WRITES = 28,  /* answered by nic before dedup had applied them */
-    NBD_COUNTER_POSTED_LOST = 29,    /* of these: refused by dedup (the volume is no more, or has shrunk) */
-    NBD_COUNTER_COUNT = 30
+    NBD_COUNTER_COUNT = 28
 };
 
 /* A request's header, decoded. */
@@ -202,11 +198,7 @@ uint64_t nbd_area_bytes(void);
 
 /* Returns enum atoll_reason or enum nbd_reason. Sleeps when there is nothing to do. */
 int nbd_run(struct nbd *nbd);
-/* At most `messages` messages in one transaction; 0 or a reason for Python. Does not sleep. (nbd_run's inside; for the end.) */
-int nbd_step(struct nbd *nbd, uint32_t messages);
-/* True while nic has sent something that has not been taken. */
-bool nbd_pending(struct nbd *nbd);
-/* The frame that nbd_run or nbd_step returned NBD_REASON_FRAME for; NULL if there is none. */
+/* The frame that nbd_run returned NBD_REASON_FRAME for; NULL if there is none. */
 const struct nbd_frame *nbd_frame(struct nbd *nbd);
 /* Answers it and commits. Must follow each NBD_REASON_FRAME, unless nbd_postpone does. */
 void nbd_answer(struct nbd *nbd, const struct nbd_answer *answer);
@@ -237,12 +229,6 @@ struct nbd_volume {
     struct atoll_volume copy;
 };
 
-/* Posted writes on their way (posted.c). */
-struct nbd_posted {
-    struct atoll_posted_set set;
-    uint64_t last_ns;                /* when the last one came */
-};
-
 struct nbd {
     struct atoll_domain *domain;
     struct nbd_area *area;
@@ -250,14 +236,12 @@ struct nbd {
     uint32_t suspect_count;          /* of entries in use */
     uint32_t taken;                  /* messages of the last step */
     uint32_t alone;                  /* nic had one message at most for the last step */
-    uint32_t hurried;                /* 1: of what nic sent lately something was awaited by a client */
     uint32_t stalled;                /* the last step found no room for what a message may cause */
     uint32_t unstable;               /* the volume table could not be read; nic's messages wait for a moment */
     uint32_t framed;                 /* 1: `frame` and `message` wait for nbd_answer */
     struct nbd_frame frame;
     struct atoll_descriptor message; /* of `frame`, still in the ring */
     struct atoll_looker looker;
-    struct nbd_posted posted;
     struct nbd_volume volumes[ATOLL_VOLUME_COUNT];
 };
 
@@ -284,12 +268,6 @@ const char *nbd_volume_name(struct nbd *nbd, uint32_t id, uint32_t generation);
  * done with the slot. False: dedup must be asked. */
 bool nbd_lookup(struct nbd *nbd, const struct nbd_slot *slot, struct atoll_segment *data, uint32_t *count);
 
-/* --- posted.c --- */
-void nbd_posted_attach(struct nbd *nbd);
-/* It is on its way, or has been applied. */
-void nbd_posted_add(struct nbd *nbd, const struct nbd_slot *slot);
-void nbd_posted_remove(struct nbd *nbd, const struct nbd_slot *slot);
-
 /* --- reply.c --- Each fills address, length and segment_count of `message` with what is to be sent. */
 void nbd_reply_success(const struct nbd_slot *slot, struct nbd_reply *reply, struct atoll_descriptor *message);
 /* `with_offset`: the error is known to begin at `offset`, which lies within the request. */
@@ -302,7 +280,6 @@ void nbd_reply_read(const struct nbd_slot *slot, struct nbd_reply *reply, const 
 void nbd_reply_extents(const struct nbd_slot *slot, struct nbd_reply *reply, const struct atoll_extent *extents, uint32_t count,
                        struct atoll_descriptor *message);
 
-_Static_assert(ATOLL_SLOT_COUNT * ATOLL_POSTED_WRITE_BLOCKS < 1 << 16, "a bucket holds all of them");
 _Static_assert(sizeof(struct nbd_negotiation) == 24, "negotiation");
 _Static_assert(sizeof(struct nbd_connection) == 64, "a connection is one cache line");
 _Static_assert(sizeof(struct nbd_slot) == 128, "a slot is two cache lines");

@@ -12,10 +12,6 @@
 
 #include "services/nbd/transmission.h"
 
-/* How long a posted write may lie before it is passed on; and how long after the last one nbd dozes rather than sleeps. */
-#define DOZE_NS 1000000
-#define DOZE_AFTER_NS 5000000
-
 _Static_assert(sizeof(struct atoll_suspect) == 16, "suspects");
 
 uint64_t nbd_area_bytes(void) { return sizeof(struct nbd_area); }
@@ -120,7 +116,6 @@ struct nbd *nbd_attach(struct atoll_domain *domain, int previous_signal, int res
         atoll_set64(domain->journal, &domain->self->current, 0);
     atoll_domain_commit(domain);
     atoll_lookup_attach(nbd->domain, &nbd->looker, &nbd->area->public.uses);
-    nbd_posted_attach(nbd);
     count_suspects(nbd);
     return nbd;
 }
@@ -167,14 +162,8 @@ static void commit_step(struct nbd *nbd)
     atoll_count(nbd->domain, NBD_COUNTER_STEPS, 1);
 }
 
-/* True if nic has one message at most. By the tail itself: the entries do not say it all. */
-static bool is_alone(const struct nbd *nbd)
-{
-    const struct atoll_rx_ring *ring = &nbd->domain->rings->rx[ATOLL_ROLE_NIC];
-    return ring->consumer == 0 || atoll_load_acquire(&ring->producer->tail) - ring->head <= 1;
-}
-
-int nbd_step(struct nbd *nbd, uint32_t messages)
+/* At most `messages` messages in one transaction; 0 or a reason for Python. */
+static int step(struct nbd *nbd, uint32_t messages)
 {
     struct atoll_descriptor message;
     uint32_t limit = affordable(nbd, nbd->suspect_count != 0 ? 1 : messages);
@@ -192,9 +181,7 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         accept(nbd, ATOLL_ROLE_DEDUP);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.done_taken");
     }
-    nbd->alone = is_alone(nbd);
-    uint32_t before = taken, hurried = nbd->hurried;
-    nbd->hurried = 0;
+    nbd->alone = atoll_ring_waiting(&nbd->domain->rings->rx[ATOLL_ROLE_NIC]) <= 1; /* the entries do not say it all */
     for (; taken < limit && peek(nbd, ATOLL_ROLE_NIC, &message); taken++) {
         set_current(nbd, message.identity);
         enum nbd_outcome outcome = nbd_take_nic(nbd, &message);
@@ -208,10 +195,6 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
         accept(nbd, ATOLL_ROLE_NIC);
         ATOLL_CRASH_POINT(nbd->domain, "nbd.request_taken");
     }
-    if (taken == before) /* nic has sent nothing */
-        nbd->hurried = hurried;
-    else if (!nbd->hurried)
-        nbd->posted.last_ns = atoll_now_ns();
     nbd->taken = taken;
     nbd->stalled = limit == 0;
     if (taken != 0) {
@@ -226,17 +209,6 @@ int nbd_step(struct nbd *nbd, uint32_t messages)
     return NBD_REASON_FRAME;
 }
 
-bool nbd_pending(struct nbd *nbd) { return atoll_domain_pending(nbd->domain, ATOLL_ROLE_NIC) != 0; }
-
-/* Nothing to do. While writes come that are answered already it dozes. */
-static void rest(struct nbd *nbd)
-{
-    if (!nbd->hurried && atoll_now_ns() - nbd->posted.last_ns < DOZE_AFTER_NS)
-        atoll_domain_doze(nbd->domain, 1u << ATOLL_ROLE_NIC | 1u << ATOLL_ROLE_DEDUP, DOZE_NS);
-    else
-        atoll_domain_sleep(nbd->domain, 0, -1);
-}
-
 int nbd_run(struct nbd *nbd)
 {
     struct atoll_domain *domain = nbd->domain;
@@ -244,7 +216,7 @@ int nbd_run(struct nbd *nbd)
         atoll_store_relaxed(&domain->self->progress, domain->self->progress + 1);
         if (atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0)
             return ATOLL_REASON_CONTROL;
-        int reason = nbd_step(nbd, NBD_STEP_MESSAGES);
+        int reason = step(nbd, NBD_STEP_MESSAGES);
         if (reason != 0)
             return reason;
         if (nbd->taken != 0)
@@ -254,7 +226,7 @@ int nbd_run(struct nbd *nbd)
         else if (nbd->unstable) /* dedup died while it changed the volumes: its successor finishes it */
             atoll_domain_sleep(domain, 1u << ATOLL_ROLE_NIC, 1000000);
         else
-            rest(nbd);
+            atoll_domain_sleep(domain, 0, -1);
     }
 }
 

@@ -11,7 +11,7 @@
 void nbd_put(struct nbd *nbd, uint32_t role, const struct atoll_descriptor *message)
 {
     bool there_was_room = atoll_domain_put(nbd->domain, role, message);
-    assert(there_was_room); /* nbd_step takes no message whose consequences have no place */
+    assert(there_was_room); /* a step takes no message whose consequences have no place */
 }
 
 void nbd_set_state(struct nbd *nbd, struct nbd_connection *connection, uint32_t state)
@@ -156,18 +156,6 @@ void nbd_finish_success(struct nbd *nbd, struct nbd_slot *slot)
     nbd_send_reply(nbd, slot, &reply);
 }
 
-void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status)
-{
-    struct atoll_descriptor end = {.opcode = ATOLL_OP_END, .identity = slot->identity, .flags = ATOLL_FLAG_TAKEN};
-    if (status != ATOLL_OK) { /* its blocks are no more: the volume was deleted, or has shrunk */
-        nbd_count_error(nbd, status);
-        atoll_count(nbd->domain, NBD_COUNTER_POSTED_LOST, 1);
-    }
-    nbd_posted_remove(nbd, slot);
-    nbd_put(nbd, ATOLL_ROLE_NIC, &end);
-    release(nbd, slot);
-}
-
 /* `taken`: dedup has the payload of the current part. */
 void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, int taken)
 {
@@ -208,8 +196,7 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
                               (slot->flags & NBD_CMD_FLAG_NO_HOLE ? ATOLL_FLAG_NO_HOLE : 0) |
                               (slot->flags & NBD_CMD_FLAG_FAST_ZERO ? ATOLL_FLAG_FAST : 0) |
                               (slot->flags & NBD_CMD_FLAG_REQ_ONE ? ATOLL_FLAG_ONE : 0));
-    bool alone = slot->posted != 0 && payload != 0 ? (payload->flags & ATOLL_FLAG_ALONE) != 0 : nbd->alone != 0;
-    if (alone)
+    if (nbd->alone)
         message.flags |= ATOLL_FLAG_ALONE;
     message.words[0] = slot->offset + slot->done_bytes;
     message.words[1] = nbd_has_parts(slot->type) ? slot->part_bytes : slot->length;
@@ -219,12 +206,6 @@ void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct at
         message.address = payload->address;
         message.length = payload->length;
         message.segment_count = payload->segment_count;
-    }
-    if (slot->posted != 0) {
-        message.flags |= ATOLL_FLAG_POSTED;
-        bool there_was_room = atoll_domain_put_unhurried(nbd->domain, ATOLL_ROLE_DEDUP, &message);
-        assert(there_was_room);
-        return;
     }
     nbd_put(nbd, ATOLL_ROLE_DEDUP, &message);
 }

@@ -4,7 +4,6 @@
  *   FREE ──REQUEST──► DEDUP ──DONE──► FREE                      one part, or an error: REPLY with LAST
  *                     DEDUP ──DONE──► PAYLOAD ──PART──► DEDUP   WRITE of several parts: NEXT
  *                     DEDUP ──DONE──► SENDING ──SENT──► DEDUP   READ of several parts: REPLY without LAST
- *         ──REQUEST──► DEDUP ──DONE──► FREE                     a posted WRITE, which nic has answered: END (posted.c)
  *                     DEDUP ──DONE──► DEDUP                     TRIM, WRITE_ZEROES, CACHE: the next part at once
  *
  * One part of a request is under way at a time. Parts are cut by nbd_part_bytes, as nic cuts payloads.
@@ -167,44 +166,6 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     return NBD_OUTCOME_TAKEN;
 }
 
-/* A WRITE that nic has answered: it cannot be refused any more, whatever the connection's state and whatever it has crashed; dedup judges it.
- * As little is done with it as can be. */
-static void take_posted(struct nbd *nbd, const struct atoll_descriptor *message)
-{
-    struct atoll_journal *journal = nbd->domain->journal;
-    struct nbd_connection *connection = connection_of(nbd, message->identity);
-    struct nbd_slot *slot = slot_of(nbd, message->identity);
-    uint32_t state = connection->negotiation.state;
-    struct nbd_request request;
-    bool transmits = state == NBD_CONNECTION_TRANSMISSION || state == NBD_CONNECTION_DRAINING || state == NBD_CONNECTION_CLOSING;
-    if (!transmits || slot->state != NBD_SLOT_FREE || nbd_parse(message->bytes, connection->negotiation.features, &request) != 0 ||
-        request.type != NBD_CMD_WRITE || request.length == 0 || request.length > ATOLL_POSTED_WRITE_BLOCKS * ATOLL_BLOCK_BYTES ||
-        (request.offset | request.length | message->address) % ATOLL_BLOCK_BYTES != 0 || message->segment_count != 0 ||
-        !payload_fits(nbd, message, request.length)) {
-        peer_fault(nbd); /* nic never posts such a one */
-        return;
-    }
-    *slot = (struct nbd_slot){.identity = message->identity,
-                              .features = connection->negotiation.features,
-                              .cookie = request.cookie,
-                              .offset = request.offset,
-                              .length = request.length,
-                              .work_bytes = request.length,
-                              .part_bytes = (uint32_t)request.length,
-                              .type = request.type,
-                              .volume = connection->volume,
-                              .generation = connection->generation,
-                              .posted = (uint32_t)(request.length / ATOLL_BLOCK_BYTES)};
-    atoll_count(nbd->domain, NBD_COUNTER_READS + NBD_CMD_WRITE, 1);
-    atoll_count(nbd->domain, NBD_COUNTER_WRITE_BYTES, request.length);
-    atoll_count(nbd->domain, NBD_COUNTER_POSTED_WRITES, 1);
-    atoll_set64(journal, &connection->requests, connection->requests + 1);
-    atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
-    atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
-    nbd_send_part(nbd, slot, message);
-    nbd_posted_add(nbd, slot);
-}
-
 /* The slot that a PART, SENT or DONE belongs to, or NULL. */
 static struct nbd_slot *slot_in(struct nbd *nbd, const struct atoll_descriptor *message, uint32_t state, uint32_t part_offset)
 {
@@ -328,11 +289,6 @@ enum nbd_outcome nbd_take_nic(struct nbd *nbd, const struct atoll_descriptor *me
         peer_fault(nbd);
         return NBD_OUTCOME_TAKEN;
     }
-    if (message->opcode == ATOLL_OP_REQUEST && (message->flags & ATOLL_FLAG_POSTED)) {
-        take_posted(nbd, message);
-        return NBD_OUTCOME_TAKEN;
-    }
-    nbd->hurried = 1;
     switch (message->opcode) {
     case ATOLL_OP_REQUEST: return take_request(nbd, message);
     case ATOLL_OP_PART: take_payload(nbd, message); break;
@@ -453,10 +409,6 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
     struct nbd_slot *slot = slot_in(nbd, message, NBD_SLOT_DEDUP, 0);
     if (slot == 0)
         return;
-    if (slot->posted != 0) {
-        nbd_end_posted(nbd, slot, message->status);
-        return;
-    }
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : message->status;
     if (status != ATOLL_OK) {
         /* words[1]: the block's LBA + 1, if dedup knows it; believed where it lies in the request. */

@@ -47,8 +47,6 @@ void nbd_close(struct nbd *nbd, uint64_t identity, uint32_t part, uint32_t flags
 
 /* Asks dedup for the slot's current part. `payload`: the message that brought it, for WRITE; else NULL. */
 void nbd_send_part(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *payload);
-/* A posted write is applied. */
-void nbd_end_posted(struct nbd *nbd, struct nbd_slot *slot, uint32_t status);
 /* Goes on to the next part, those before it being `done_bytes` long, and asks for it. */
 void nbd_next_part(struct nbd *nbd, struct nbd_slot *slot, uint64_t done_bytes, const struct atoll_descriptor *payload);
 
@@ -64,7 +62,7 @@ void nbd_finish_error(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, u
 void nbd_finish_error_at(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t offset, int taken);
 void nbd_finish_empty(struct nbd *nbd, struct nbd_slot *slot, uint32_t part, uint32_t flags);
 
-/* Sends; there is room (see nbd_step). */
+/* Sends; there is room (see step in service.c). */
 void nbd_put(struct nbd *nbd, uint32_t role, const struct atoll_descriptor *message);
 
 /* --- service.c --- */
