@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,6 +116,34 @@ def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
         stage.drain()
         stage.check()
         assert stage.free_pages == set(range(stage.nic_pages))
+
+
+def test_neither_holds_up_the_other() -> None:
+    """However many come in each turn, from nic or from nbd: a request waits for those that were there before it."""
+    with Stage(destage_delay_ms=10_000_000) as stage:
+        stage.open()
+        volume = stage.create_volume("v", SIZE)
+        stage.run_until_idle()
+
+        def stream(send: Callable[[int], object]) -> None:
+            for number in range(64):
+                send(number * BLOCK)
+
+        def post(offset: int) -> Request:
+            return stage.post(volume, offset, block(offset))
+
+        def read(offset: int) -> Request:
+            return stage.read(volume, offset, BLOCK)
+
+        for many, one in ((post, read), (read, post)):
+            stream(many)
+            request = one(63 * BLOCK)
+            for _ in range(10):
+                stream(many)
+                stage.turn()
+                stage.answers()
+            assert request.done and request.status == OK
+            stage.run_until_idle()
 
 
 def test_one_that_waits_when_all_die() -> None:

@@ -192,19 +192,24 @@ static bool take_requests(struct dedup *dedup)
 {
     struct atoll_domain *domain = dedup->domain;
     struct atoll_rx_ring *rings = domain->rings->rx;
-    uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES, others = 0;
+    uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES, posted = 0, others = 0;
     if (dedup->admitted == 0) {
         uint32_t seen = atoll_domain_pending(domain, ATOLL_ROLE_NBD), waiting = atoll_ring_waiting(&rings[ATOLL_ROLE_NBD]);
         dedup->admitted = seen > waiting ? seen : waiting; /* those of one commit can be seen before the tail has moved */
         dedup->ahead = atoll_ring_waiting(&rings[ATOLL_ROLE_NIC]); /* after that */
     }
-    uint32_t posted = take_from(dedup, ATOLL_ROLE_NIC, most);
-    dedup->ahead -= posted < dedup->ahead ? posted : dedup->ahead;
-    if (posted < most && domain->journal->count < DP_STEP_JOURNAL)
-        dedup->ahead = 0; /* there are no more, whatever the tail said (I8) */
-    if (dedup->ahead == 0)
-        others = take_from(dedup, ATOLL_ROLE_NBD, most - posted < dedup->admitted ? most - posted : dedup->admitted);
-    dedup->admitted -= others;
+    /* None is left when fewer are taken than there is room for, whatever the tails said (I8). */
+    if (dedup->ahead != 0 || dedup->admitted == 0) { /* else nbd's are due: those of nic's that came since may have no end */
+        posted = take_from(dedup, ATOLL_ROLE_NIC, most);
+        bool empty = posted < most && domain->journal->count < DP_STEP_JOURNAL;
+        dedup->ahead = empty || posted > dedup->ahead ? 0 : dedup->ahead - posted;
+    }
+    if (dedup->ahead == 0 && posted < most) {
+        uint32_t due = most - posted < dedup->admitted ? most - posted : dedup->admitted;
+        others = take_from(dedup, ATOLL_ROLE_NBD, due);
+        bool empty = others < due && domain->journal->count < DP_STEP_JOURNAL;
+        dedup->admitted = empty ? 0 : dedup->admitted - others;
+    }
     return posted + others != 0;
 }
 
