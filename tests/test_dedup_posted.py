@@ -311,6 +311,31 @@ def test_they_end_while_one_cannot_be_applied() -> None:
         assert stage.figures().available_blocks >= PART
 
 
+@pytest.mark.parametrize("page", [-(1 << 24), -1, 1024, 1 << 24])
+def test_a_payload_that_is_nowhere_is_not_kept(page: int) -> None:
+    """nic is damaged: a write that would be kept, as its block has one that is, names no page of its buffers."""
+    settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 1024}
+    volume, device = ended_store(settings, 1)
+    with Stage(**settings) as stage:
+        stage.config.posted_blocks = int(lib.ATOLL_POSTED_BLOCKS)
+        stage.device[:] = device
+        stage.open()
+        stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
+        kept = stage.post(volume, 0, block(1))
+        while not kept.done:
+            stage.turn()
+            stage.disk()
+            stage.answers()
+        bad = stage.counters()["bad_requests"]
+        message = ffi.new("struct atoll_descriptor *", ffi.from_buffer("struct atoll_descriptor *", kept.message)[0])
+        message.identity += 1
+        message.address = stage.nic_buffer + page * BLOCK
+        assert lib.atoll_domain_put(stage.domains[NIC], DEDUP, message)
+        lib.atoll_domain_commit(stage.domains[NIC])
+        turns(stage)
+        assert stage.figures().waiting == 1 and stage.counters()["bad_requests"] == bad + 1
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_it_is_applied_when_the_device_has_come_to_itself(dies: bool) -> None:
     """Its page of the map cannot be read for a while. As long, what touches it fails, flushes too, and none is posted;

@@ -39,8 +39,10 @@ bool posted_request(const struct atoll_descriptor *request)
 void posted_message(struct datapath *dp, const struct atoll_descriptor *message)
 {
     uint32_t length = message->length;
+    uint64_t at = message->address - dp->nic_buffer, end = dp->arena->nic_pages * DP_BLOCK; /* it may be kept before it is executed */
     if (!posted_request(message) || message->segment_count != 0 || message->part != 0 || length == 0 || message->words[1] != length ||
-        length > ATOLL_POSTED_WRITE_BLOCKS * DP_BLOCK || (message->words[0] | length | message->address) % DP_BLOCK != 0) {
+        length > ATOLL_POSTED_WRITE_BLOCKS * DP_BLOCK || (message->words[0] | length | at) % DP_BLOCK != 0 || at >= end ||
+        length > end - at) {
         atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
         return;
     }
