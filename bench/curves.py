@@ -111,8 +111,8 @@ def by_stored_data(folder: Path, seconds: float) -> list[Point]:
 
 def breakdown(folder: Path, seconds: float) -> dict[str, Any]:
     """Of reads and of writes, at depth 1: the hops between domains, each with the median time since the last one; at
-    depth 32: the processor time of each domain per request. (While a trace is armed nbd answers no read by itself, and
-    nic no write.)"""
+    depth 32: the processor time of each domain per request. (While a trace is armed neither nic nor nbd answers by
+    itself.)"""
     found: dict[str, Any] = {}
     with Atoll(folder / "stages") as server:
         prepared(server, folder)
