@@ -336,7 +336,7 @@ struct atoll_posted {
  * made use of holds its pages until nic is done with the slot, no more. */
 struct atoll_uses {
     uint64_t used[32];        /* a bit per slot: only these need be looked at */
-    uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force until nic's done[slot] has reached its sequence (SP-USE) */
+    uint64_t use[2048];       /* per slot: atoll_use, 0 none; in force while its sequence is the one after nic's done[slot] (SP-USE) */
     uint8_t touched[65536];   /* by number of the driver's page, modulo: changes from time to time while the page is read */
     uint32_t pages[135168];   /* ATOLL_USE_PAGES per slot: those that `use` counts */
 };
