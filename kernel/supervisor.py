@@ -70,6 +70,7 @@ class Supervisor:
         self.zygote: Process | None = None
         self.zygote_starts = 0
         self.synced = False
+        self._sync = 0  # the number that the last question had
         self.ending = False  # the service stops: nobody who ended in order is replaced
         self.may_start: Callable[[Life], bool] = lambda life: True
         self.on_serving: Callable[[Life], None] = lambda life: None
@@ -120,7 +121,7 @@ class Supervisor:
             elif not life.threaded:
                 self._bury(life, pid)
             # With threads: dead by its lock, its pidfd tells when it is gone.
-        self._ask_zygote({"sync": self.loop.turns})
+        self._ask_sync()
         self.look_around()
         for life in self.lives.values():
             self.decide(life)
@@ -355,6 +356,11 @@ class Supervisor:
         life.standby_asked_ns = now
         self._ask_zygote({"fork": life.role.name})
 
+    def _ask_sync(self) -> None:
+        """The answer says that all that was asked for before has been answered, or never will be."""
+        self._sync = time.monotonic_ns()  # no predecessor's, either
+        self._ask_zygote({"sync": self._sync})
+
     def _ask_zygote(self, message: dict[str, Any]) -> None:
         asked = self._zygote_asked_ns = time.monotonic_ns()
         messages.send(self._to_zygote, message)
@@ -386,6 +392,8 @@ class Supervisor:
     def from_zygote(self) -> None:
         while (received := messages.receive(self._to_zygote)) is not None:
             message, _ = received
+            if "synced" in message and message["synced"] != self._sync:
+                continue  # what was asked for since may have been forked: no stray
             self._zygote_asked_ns = 0
             if "role" in message:
                 self._new_standby(self.lives[message["role"]], message["pid"], message["start_time"])
@@ -395,7 +403,7 @@ class Supervisor:
             self.zygote = Process.open(message["pid"], message["start_time"])
             self.zygote_starts = message["starts"]
             if "hello" in message and not self.synced:
-                self._ask_zygote({"sync": self.loop.turns})  # the first may have died with another zygote
+                self._ask_sync()  # the first may have died with another zygote
                 continue
             self.synced = True
             self._end_strays()

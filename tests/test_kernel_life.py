@@ -5,15 +5,19 @@ import os
 import random
 import resource
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from kernelkit import ROLES, Service, alive, wait_for, writable_maps
 
-from atoll.kernel import cli_kill, process
+from atoll.kernel import cli_kill, messages, process
 from atoll.kernel.client import Client, NoAnswer, Refused
+from atoll.kernel.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -25,6 +29,50 @@ def service(tmp_path: Path) -> Iterator[Service]:
         assert not left
     finally:
         made.end()
+
+
+def test_who_is_being_forked_is_no_stray() -> None:
+    """A zygote and a kernel begin at once: the zygote answers the kernel's first question, is asked for a standby, and
+    answers the second question, which its hello had been for, while the kernel does not get to reading."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asked: list[Any] = []
+    supervisor: Any = object.__new__(Supervisor)  # no loop, no arenas: only what it makes of the zygote's words
+    supervisor.__dict__.update(
+        _to_zygote=one, _sync=0, _zygote_asked_ns=0, zygote=None, zygote_starts=0, synced=False, lives={},
+        loop=SimpleNamespace(at=lambda *_: None), world=SimpleNamespace(init_pid=os.getpid()),
+    )  # fmt: skip
+    itself = {"pid": os.getpid(), "start_time": process.start_time(os.getpid()), "starts": 1}
+
+    def ask() -> None:
+        supervisor._ask_sync()
+        received = messages.receive(other)
+        assert received is not None
+        asked.append(received[0]["sync"])
+
+    with one, other:
+        ask()
+        messages.send(other, {"hello": True, **itself})
+        messages.send(other, {"synced": asked[0], **itself})
+        supervisor.from_zygote()
+        received = messages.receive(other)
+        assert received is not None and not supervisor.synced, "the hello was for another question"
+        pid = os.fork()
+        if pid == 0:
+            process.name_this("atoll-disk+")
+            signal.pause()
+        try:
+            wait_for("it has its name", lambda: process.name_of(pid) == "atoll-disk+")
+            messages.send(other, {"synced": asked[0], **itself})
+            supervisor.from_zygote()
+            assert alive(pid) and not supervisor.synced
+            messages.send(other, {"synced": received[0]["sync"], **itself})
+            supervisor.from_zygote()
+            assert supervisor.synced
+            wait_for("it is taken for a stray", lambda: not alive(pid))
+            supervisor.zygote.close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def test_each_role_in_turn(service: Service) -> None:
