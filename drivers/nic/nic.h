@@ -163,7 +163,7 @@ struct nic_connection {
     uint64_t part_ns;             /* when the part being received got its pages */
     uint64_t head_ns;             /* when the reply being sent became the first */
     /* From the answer that began transmission, journaled. */
-    uint32_t volume;              /* id + 1: whole blocks of it may be posted (posted.c), 0 none */
+    uint32_t volume;              /* id + 1: nic may answer for it (posted.c, answer.c), 0 none */
     uint32_t generation;
     uint32_t mixes;               /* 1: replies may come between the parts of another one */
     uint8_t reserved[60];
