@@ -93,11 +93,16 @@ def test_kills_at_random(clients: int, depth: int, mode: str) -> None:
                 stage.turn()
             stage.start(wait=chance.random() < 0.7)
         stage.poll(stage.is_serving)
+
+        def answered() -> bool:
+            feed(stage, chance, depth)
+            return stage.counters()["reads_from_memory"] > 0
+
+        stage.until(answered, "a read is answered from memory")  # few lives are long enough to read a block again
         drain(stage)
         counters = stage.counters()
         print(f"{kills} kills, {counters['recovered_outcomes']} outcomes found by successors")
         print(f"{counters['reads_from_memory']} reads answered from memory")
-        assert counters["reads_from_memory"] > 0
 
 
 def test_crash_points() -> None:
