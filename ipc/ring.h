@@ -170,7 +170,6 @@ static inline uint32_t atoll_ring_available(struct atoll_rx_ring *ring)
     return count;
 }
 
-/* Entry `index` past the head, 0 <= index < available. Copy it before it is checked and used (I8). */
 /* Entries that the tail itself says there are, whatever has been looked at before; 0 if it claims more than the ring holds (I8). */
 static inline uint32_t atoll_ring_waiting(const struct atoll_rx_ring *ring)
 {
@@ -178,6 +177,7 @@ static inline uint32_t atoll_ring_waiting(const struct atoll_rx_ring *ring)
     return count > ring->mask + 1 ? 0 : count;
 }
 
+/* Entry `index` past the head, 0 <= index < available. Copy it before it is checked and used (I8). */
 static inline const struct atoll_descriptor *atoll_ring_entry(const struct atoll_rx_ring *ring, uint32_t index)
 {
     return &ring->entries[(ring->head + index) & ring->mask];

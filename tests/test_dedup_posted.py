@@ -278,6 +278,13 @@ def ended_store(settings: dict[str, Any], leaves: int) -> tuple[int, bytes]:
         return volume, stage.close_store()
 
 
+def until_done(stage: Stage, request: Request) -> None:
+    while not request.done:
+        stage.turn()
+        stage.disk()
+        stage.answers()
+
+
 def test_they_end_while_one_cannot_be_applied() -> None:
     """Its page of the map cannot be read: it is kept, no more come, and its blocks are given to nobody else."""
     settings: dict[str, Any] = {"device_blocks": 2304, "nic_pages": 2048}
@@ -293,18 +300,12 @@ def test_they_end_while_one_cannot_be_applied() -> None:
         stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
         contents = b"".join(block(10 + number) for number in range(PART))
         kept = stage.post(volume, BLOCK, contents)
-        while not kept.done:
-            stage.turn()
-            stage.disk()
-            stage.answers()
+        until_done(stage, kept)
         assert stage.figures().waiting == 1
         assert public.posted_blocks == 0
         for number in range(2304 // PART):
             request = stage.write(volume, LEAF + (1 + number) * PART * BLOCK, contents[number:] + contents[:number])
-            while not request.done:
-                stage.turn()
-                stage.disk()
-                stage.answers()
+            until_done(stage, request)
             if request.status != OK:
                 break
         assert request.status == lib.ATOLL_ENOSPC
@@ -322,10 +323,7 @@ def test_a_payload_that_is_nowhere_is_not_kept(page: int) -> None:
         stage.open()
         stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
         kept = stage.post(volume, 0, block(1))
-        while not kept.done:
-            stage.turn()
-            stage.disk()
-            stage.answers()
+        until_done(stage, kept)
         bad = stage.counters()["bad_requests"]
         message = ffi.new("struct atoll_descriptor *", ffi.from_buffer("struct atoll_descriptor *", kept.message)[0])
         message.identity += 1
@@ -465,10 +463,7 @@ def test_what_one_is_kept_for_is_not_looked_up(stored: bool) -> None:
         assert reader.table()[key] == before.data
         stage.io_rule = lambda io: lib.ATOLL_EIO if io.opcode == lib.ATOLL_OP_IO_READ else OK
         kept = stage.post(volume, 0, block(1000) + block(1001))
-        while not kept.done:
-            stage.turn()
-            stage.disk()
-            stage.answers()
+        until_done(stage, kept)
         assert kept.status == OK and stage.figures().waiting == 1
         assert key not in reader.table()
 

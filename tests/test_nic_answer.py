@@ -60,6 +60,16 @@ def used_pages(stage: Stage) -> set[int]:
     return {page for page in range(32) if stage.memory.in_use(page)}
 
 
+def unread(stage: Stage) -> Client:
+    """A client that has been answered from memory and does not read it."""
+    client = stage.ready()
+    client.reads = False
+    for _ in range(40):  # more than a socket takes
+        client.request(READ, 16 * BLOCK, 16 * BLOCK)
+    stage.until(lambda: from_memory(stage) == 40)
+    return client
+
+
 def test_what_lies_in_memory_needs_no_message(stage: Stage) -> None:
     client = stage.ready()
     stage.hold = True
@@ -211,11 +221,7 @@ def test_not_between_the_parts_of_a_simple_reply(stage: Stage) -> None:
 
 def test_pages_stay_until_the_reply_is_sent(stage: Stage) -> None:
     """A client that does not read: what it is to get is put to no other use, over deaths of nic too."""
-    client = stage.ready()
-    client.reads = False
-    for _ in range(40):  # more than a socket takes
-        client.request(READ, 16 * BLOCK, 16 * BLOCK)
-    stage.until(lambda: from_memory(stage) == 40)
+    client = unread(stage)
     stage.until(lambda: stage.counters()["send_operations"] > 0)
     assert used_pages(stage) == set(range(16, 32))
     if stage.config["nic"]["engine"] == "io_uring":
@@ -233,11 +239,7 @@ def test_pages_stay_until_the_reply_is_sent(stage: Stage) -> None:
 
 
 def test_pages_are_let_go_with_the_client(stage: Stage) -> None:
-    client = stage.ready()
-    client.reads = False
-    for _ in range(40):
-        client.request(READ, 16 * BLOCK, 16 * BLOCK)
-    stage.until(lambda: from_memory(stage) == 40)
+    client = unread(stage)
     client.close()
     stage.until(lambda: stage.closed_count == 1)
     stage.until(lambda: not used_pages(stage))
@@ -338,11 +340,7 @@ def test_nonsense_in_the_table_hurts_nobody(seed: int) -> None:
 
 
 def test_nbd_may_not_answer_it_again(stage: Stage) -> None:
-    client = stage.ready()
-    client.reads = False
-    for _ in range(40):
-        client.request(READ, 16 * BLOCK, 16 * BLOCK)
-    stage.until(lambda: from_memory(stage) == 40)
+    client = unread(stage)
     slot = next(number for number in range(lib.ATOLL_SLOT_COUNT) if stage.nic_public().uses.use[number])
     sequence = int(stage.nic_public().uses.use[slot]) >> 32
     connection = next(iter(stage.connections))

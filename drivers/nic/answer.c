@@ -49,7 +49,7 @@ bool nic_answer(struct nic *nic, struct nic_connection *connection, struct nic_s
     if (!atoll_lookup_confirm(&nic->looker, &read, &taken))
         return false;
     uint8_t *answer = nic->area->answers + read.slot * NIC_ANSWER_BYTES;
-    uint32_t before = nic_frame_data(connection->framing, connection->mixes, slot->header, answer);
+    uint32_t before = nic_frame_data(connection->framing, connection->mixes, slot->header, length, answer);
     segments[0] = (struct atoll_segment){.address = (uint64_t)(uintptr_t)answer, .length = before, .kind = ATOLL_SEGMENT_DATA};
     slot->reply_address = (uint64_t)(uintptr_t)segments; /* of a slot that was free: unreferenced */
     slot->reply_length = before + (uint32_t)length;

@@ -129,10 +129,10 @@ uint64_t nic_frame_plain_read(uint32_t framing, bool chunks, const uint8_t *byte
     return extended ? read64(bytes + 24) : read32(bytes + 24);
 }
 
-uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint8_t *answer)
+uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint64_t length, uint8_t *answer)
 {
     bool extended = framing == ATOLL_FRAMING_EXTENDED;
-    uint64_t length = nic_frame_plain_read(framing, chunks, bytes) + 8; /* the offset, and data */
+    uint64_t payload = 8 + length; /* the offset, and data */
     uint8_t *at = put32(answer, extended ? MAGIC_EXTENDED_REPLY : chunks ? MAGIC_STRUCTURED_REPLY : MAGIC_SIMPLE_REPLY);
     at = put32(at, extended || chunks ? (uint32_t)REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA : 0); /* simple: no error */
     memcpy(at, bytes + 8, 8); /* cookie */
@@ -141,9 +141,9 @@ uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uin
         return 16;
     if (extended) {
         memcpy(at, bytes + 16, 8); /* offset */
-        at = put32(at + 8, (uint32_t)(length >> 32));
+        at = put32(at + 8, (uint32_t)(payload >> 32));
     }
-    at = put32(at, (uint32_t)length);
+    at = put32(at, (uint32_t)payload);
     memcpy(at, bytes + 16, 8); /* offset */
     return (uint32_t)(at + 8 - answer);
 }

@@ -5,7 +5,7 @@
  *   nic_frame_header_bytes(framing)     bytes of a header
  *   nic_frame_read(framing, bytes, &frame)
  *   nic_frame_is_plain_write(framing, bytes), nic_frame_done(framing, bytes, answer)     for posted writes (posted.c)
- *   nic_frame_plain_read(framing, chunks, bytes), nic_frame_data(framing, chunks, bytes, answer)  for reads from memory (answer.c)
+ *   nic_frame_plain_read(framing, chunks, bytes), nic_frame_data(framing, chunks, bytes, length, answer)  for reads from memory (answer.c)
  *
  * What the bytes mean is nbd's business. A header that is not one (wrong magic) is passed on without payload and
  * nothing behind it is parsed before nbd has answered.
@@ -40,8 +40,8 @@ bool nic_frame_is_plain_write(uint32_t framing, const uint8_t *bytes);
 uint32_t nic_frame_done(uint32_t framing, const uint8_t *bytes, uint8_t *answer);
 /* `chunks`: structured replies were negotiated. Bytes that it asks for, if it is a READ with no flags but, with chunks, DF; 0: it is not. */
 uint64_t nic_frame_plain_read(uint32_t framing, bool chunks, const uint8_t *bytes);
-/* Writes what stands before all of its data in the one reply to it, at most 40 bytes, and returns how many. */
-uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint8_t *answer);
+/* Writes what stands before its `length` bytes of data in the one reply to it, at most 40 bytes, and returns how many. */
+uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint64_t length, uint8_t *answer);
 /* cffi:end */
 
 #endif

@@ -113,12 +113,12 @@ static uint32_t part_bytes(const struct nic_slot *slot)
 /* `alone`: nothing else of the client's has been received yet. */
 static void deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
-    struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
-    uint32_t bank = slot->part % NIC_PART_LISTS;
-    uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
     if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST &&
         (nic_answer(nic, connection, slot) || nic_post(nic, connection, slot, alone)))
         return;
+    struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
+    uint32_t bank = slot->part % NIC_PART_LISTS;
+    uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
     if (slot->segments[bank] != 0) {
         struct atoll_segment *segments = nic_segments(nic, slot, slot->part);
         nic_pages_change(nic, slot, slot->part, NIC_PAGE_LEND);

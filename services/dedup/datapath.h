@@ -588,7 +588,7 @@ static inline bool lookup_in_use(const struct datapath *dp, uint32_t page)
 {
     return dp->lookup.in_use[page / 64] >> page % 64 & 1;
 }
-/* True if nbd has read the cache page since this was last asked (or may have). */
+/* True if nbd or nic has read the cache page since this was last asked (or may have). */
 bool lookup_was_touched(struct datapath *dp, uint32_t cache_page);
 /* The next use in force that is confirmed, from (*slot, *index) on, which it advances; false: no more. For the checker. */
 bool lookup_find_use(const struct datapath *dp, uint32_t user, uint32_t *slot, uint32_t *index, uint32_t *page);

@@ -162,11 +162,11 @@ static void commit_step(struct nbd *nbd)
     atoll_count(nbd->domain, NBD_COUNTER_STEPS, 1);
 }
 
-/* At most `messages` messages in one transaction; 0 or a reason for Python. */
-static int step(struct nbd *nbd, uint32_t messages)
+/* At most NBD_STEP_MESSAGES in one transaction; 0 or a reason for Python. */
+static int step(struct nbd *nbd)
 {
     struct atoll_descriptor message;
-    uint32_t limit = affordable(nbd, nbd->suspect_count != 0 ? 1 : messages);
+    uint32_t limit = affordable(nbd, nbd->suspect_count != 0 ? 1 : NBD_STEP_MESSAGES);
     uint32_t taken = 0;
 
     if (nbd->framed)
@@ -216,7 +216,7 @@ int nbd_run(struct nbd *nbd)
         atoll_store_relaxed(&domain->self->progress, domain->self->progress + 1);
         if (atoll_domain_pending(domain, ATOLL_ROLE_KERNEL) != 0)
             return ATOLL_REASON_CONTROL;
-        int reason = step(nbd, NBD_STEP_MESSAGES);
+        int reason = step(nbd);
         if (reason != 0)
             return reason;
         if (nbd->taken != 0)
