@@ -152,7 +152,7 @@ int atoll_domain_open(struct atoll_domain *domain, uint32_t role, uint32_t incar
     atoll_roll_back(domain->journal);
 
     self->state = ATOLL_STATE_RECOVERING;
-    self->incarnation = incarnation;
+    atoll_store_release(&self->incarnation, incarnation); /* who sees it sees the state above, or a later one */
     self->pid = pid;
     self->start_time = start_time;
     self->sleeping = 0;

@@ -67,6 +67,12 @@ def header(role: int) -> Any:
     return ffi.cast("struct atoll_arena_header *", address(role))
 
 
+def serves(header: Any, incarnation: int) -> bool:
+    """Whether that incarnation serves. It is read before the state: a process says that it recovers before it writes
+    its incarnation (atoll_domain_open), so that its predecessor's state cannot be taken for its own."""
+    return bool(header.incarnation == incarnation and header.state == lib.ATOLL_STATE_SERVING)
+
+
 class Elsewhere:
     """`size` bytes of `fd`, read-only: `address` and `bytes` (a buffer that copies nothing) until closed."""
 

@@ -483,9 +483,8 @@ class Supervisor:
             self._watch.arm(life.role.number, life.active.pid)
         if (
             life.phase is Phase.RECOVERING
-            and header.state == lib.ATOLL_STATE_SERVING
             and header.pid == life.active.pid
-            and header.incarnation == life.incarnation
+            and physmap.serves(header, life.incarnation)
         ):
             crash_point(self.domain, "kernel.promote.serving")
             life.phase = Phase.SERVING

@@ -178,7 +178,7 @@ class Stage:
                 sys.stderr.flush()
                 os._exit(status)
         if wait:
-            self.poll(lambda: self.state() == lib.ATOLL_STATE_SERVING and self.header().incarnation == self.incarnation)
+            self.poll(lambda: physmap.serves(self.header(), self.incarnation))
 
     def poll(self, look: Any, timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s

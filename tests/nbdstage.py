@@ -236,7 +236,7 @@ class Stage:
             self._play(previous_signal)
         if wait:
             header = physmap.header(NBD)
-            self.poll(lambda: header.state == lib.ATOLL_STATE_SERVING and header.incarnation == self.incarnation)
+            self.poll(lambda: physmap.serves(header, self.incarnation))
 
     def _play(self, previous_signal: int) -> None:
         status = 70

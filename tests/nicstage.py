@@ -323,8 +323,7 @@ class Stage:
             self.poll(self.is_serving)
 
     def is_serving(self) -> bool:
-        header = physmap.header(NIC)
-        return bool(header.state == lib.ATOLL_STATE_SERVING and header.incarnation == self.incarnation)
+        return physmap.serves(physmap.header(NIC), self.incarnation)
 
     def _play(self, previous_signal: int) -> None:
         status = 70

@@ -17,8 +17,7 @@ import time
 import pytest
 from diskkit import BLOCK, IO_COUNT, OK, READ, SYNC, WRITE, Stage, open_device
 
-from atoll.ipc import uring
-from atoll.ipc._ipc import lib
+from atoll.ipc import physmap, uring
 
 ENGINES = ["io_uring", "threads"] if uring.available()[0] else ["threads"]
 RUN = 8  # blocks of one request
@@ -137,7 +136,7 @@ def test_kills_under_load(tmp_path, engine, direct):
             stage.kill()
             in_flight += len(load.flight)
             stage.start(wait=choose.random() < 0.7)  # sometimes killed while it recovers
-        stage.poll(lambda: stage.state() == lib.ATOLL_STATE_SERVING)
+        stage.poll(lambda: physmap.serves(stage.header(), stage.incarnation))
         load.drain()
         assert stage.completions() == []
         counters = stage.counters()

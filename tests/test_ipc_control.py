@@ -354,6 +354,25 @@ def test_an_arena_of_an_earlier_run_is_adopted(kernel: Kernel) -> None:
     assert header.state == lib.ATOLL_STATE_NEW
 
 
+class Opening:
+    """The header of a process that served, opened by its successor (atoll_domain_open) between two reads."""
+
+    def __init__(self) -> None:
+        self.fields = {"state": lib.ATOLL_STATE_SERVING, "incarnation": 1}
+
+    def __getattr__(self, name: str) -> int:
+        value = self.fields[name]
+        self.fields = {"state": lib.ATOLL_STATE_RECOVERING, "incarnation": 2}
+        return int(value)
+
+
+def test_what_the_predecessor_said_is_not_taken_for_the_new_process() -> None:
+    header = Opening()
+    assert not physmap.serves(header, 2) and not physmap.serves(header, 2)
+    header.fields["state"] = lib.ATOLL_STATE_SERVING
+    assert header.fields["incarnation"] == 2 and not physmap.serves(header, 1)
+
+
 # --- Crash points ---
 
 

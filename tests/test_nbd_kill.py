@@ -208,7 +208,7 @@ def test_death_at_random_instants() -> None:
                     wire.submit(command, *((0, 0) if command == Command.FLUSH else (offset, length)))
                 requests += 1
             if stage.pid and now > next_kill:
-                if early or (header.state, header.incarnation) == (lib.ATOLL_STATE_SERVING, stage.incarnation):
+                if early or physmap.serves(header, stage.incarnation):
                     os.kill(stage.pid, signal.SIGKILL)
                     kills += 1
                     early = chance.random() < 0.3  # before it serves, too
