@@ -51,6 +51,11 @@ static void hash_remove(struct store *store, uint32_t frame)
     *link = store->hash_next[frame];
 }
 
+static struct store_memo *memo_of(struct store *store, uint64_t page)
+{
+    return &store->memo[FORMAT_PAGE_TREE(page)][FORMAT_PAGE_NUMBER(page) % STORE_MEMO];
+}
+
 static uint32_t hash_find(const struct store *store, uint64_t page)
 {
     uint32_t frame = store->hash_heads[bucket_of(store, page)];
@@ -87,7 +92,7 @@ void store_cache_attach(struct store *store)
     store->woken = true;
     store->empty_left = count; /* perhaps a predecessor was about to */
     memset(store->hash_heads, 0xff, buckets * sizeof *store->hash_heads);
-    memset(store->memo, 0, sizeof store->memo);
+    memset(store->memo, 0xff, sizeof store->memo);
     for (uint32_t frame = count; frame-- > 0;) {
         if (store->frames[frame].state == FRAME_FREE)
             store->free_frames[store->free_count++] = frame;
@@ -100,14 +105,14 @@ void store_cache_attach(struct store *store)
 
 uint32_t store_find(struct store *store, uint64_t page)
 {
-    uint32_t *memo = &store->memo[FORMAT_PAGE_TREE(page)][FORMAT_PAGE_NUMBER(page) % STORE_MEMO], frame = *memo;
-    if (store->frames[frame].page == page && store->frames[frame].state == FRAME_VALID)
-        return frame;
-    frame = hash_find(store, page);
+    struct store_memo *memo = memo_of(store, page);
+    if (memo->page == page)
+        return memo->frame;
+    uint32_t frame = hash_find(store, page);
     if (frame == STORE_NO_FRAME || store->frames[frame].state != FRAME_VALID)
         return STORE_NO_FRAME;
     if (FORMAT_PAGE_LEVEL(page) == 0)
-        *memo = frame;
+        *memo = (struct store_memo){.page = page, .frame = frame};
     return frame;
 }
 
@@ -430,6 +435,8 @@ void store_drop_frame(struct store *store, uint32_t frame)
     if (f->parent != STORE_NO_FRAME)
         set32(store, &store->frames[f->parent].children, store->frames[f->parent].children - 1);
     hash_remove(store, frame);
+    if (memo_of(store, f->page)->page == f->page)
+        memo_of(store, f->page)->page = UINT64_MAX;
     set32(store, &f->state, FRAME_FREE);
     store->freed_frames[store->freed_count++] = frame;
 }

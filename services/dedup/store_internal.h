@@ -244,6 +244,8 @@ struct store_area {
 };
 
 /* --- Private to the process --------------------------------------------------------------------------------------- */
+/* A page and the frame that it lies in; UINT64_MAX: none. Of its own, so that a page that is looked at often needs no look at the frames. */
+struct store_memo { uint64_t page; uint32_t frame; };
 #define STORE_MEMO 1024 /* requests and batches go to and fro between pages: those of 2 GiB of a volume, of old and new places */
 
 struct store {
@@ -276,7 +278,7 @@ struct store {
     uint64_t slot_capacity;            /* bits that slot_bits has room for */
     uint32_t *hash_heads, *hash_next;  /* frames by page */
     uint32_t hash_mask;
-    uint32_t memo[FORMAT_TREES][STORE_MEMO]; /* last frames found of level 0, by page number */
+    struct store_memo memo[FORMAT_TREES][STORE_MEMO]; /* last found of level 0, by page number */
     uint32_t *free_frames, free_count; /* free at the last commit: may be filled without the journal */
     uint32_t *freed_frames, freed_count; /* free from the next commit on */
     uint8_t *used;                     /* looked at since the clock came by */
