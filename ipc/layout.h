@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 15
+#define ATOLL_LAYOUT_VERSION 16
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -315,6 +315,7 @@ struct atoll_dedup_public {
     uint64_t held_count;
     struct atoll_lookup lookup;
     uint64_t posted_blocks;   /* of posted writes that may be on their way at once; 0: none is to be posted (SP-POST) */
+    uint64_t crowded;         /* 1: dedup applies posted writes as fast as it destages: who would post more than these waits. A hint */
     uint64_t posted_adopted;  /* highest atoll_posted.order that was taken over after the death of all; transactional */
 };
 

@@ -440,6 +440,8 @@ class Stage:
         busy = False
         if self.posts is not None or self.random.random() < 0.1:
             self.dedup_public.posted_blocks = self.random.choice((0, MOST)) if self.posts is None else self.posts
+            if self.posts is None:
+                self.dedup_public.crowded = self.random.choice((0, 1))
         for client in self.clients:
             busy |= client.turn()
         message = ffi.new("struct atoll_descriptor *")

@@ -267,6 +267,45 @@ def test_they_end_before_the_log_is_full() -> None:
         stage.check()
 
 
+def test_no_more_are_applied_than_leave_the_log() -> None:
+    """The device does nothing, so more is logged than stays in the processor's cache: those who wait for an answer are
+    served as ever, those who have it come in small lots, and nic is told to wait. Until destage has come after them."""
+    lot, log = 48, 4096
+    with Stage(device_blocks=16384, nic_pages=2 * log, prints=1 << 15, destage_delay_ms=10_000_000) as stage:
+        volume, public = posting(stage, 2 * log * BLOCK)
+        number = 0
+
+        def take(count: int) -> int:
+            """Of so many posted writes; how many of them one turn applies."""
+            nonlocal number
+            late = [stage.post(volume, (number + index) * BLOCK, block(number + index)) for index in range(count)]
+            number += count
+            stage.turn()
+            stage.answers()
+            stage.take_ios()
+            done = sum(request.done for request in late)
+            turns(stage, 10)
+            assert all(request.status == OK for request in late)
+            return done
+
+        while not public.crowded:
+            applied = take(64)
+            assert number <= log + 64
+        assert applied == 64, "once it is seen that they come many at a time"
+        assert log < stage.figures().log_records <= log + 64
+        assert take(100) == lot
+        read = stage.read(volume, 0, BLOCK)
+        assert take(64) > lot and read.status == OK
+        assert public.crowded == 1 and public.posted_blocks != 0
+        stage.run_until_idle()
+        assert public.crowded == 0 and stage.figures().log_records <= log
+        assert take(64) == 64
+        flush = stage.flush(volume)
+        stage.drain()
+        assert flush.status == OK
+        stage.check()
+
+
 def ended_store(settings: dict[str, Any], leaves: int) -> tuple[int, bytes]:
     """A volume and the device of a store that was ended in order: the first block of each of so many leaves."""
     with Stage(**settings) as stage:

@@ -115,6 +115,52 @@ def test_bounded(stage: Stage) -> None:
     stage.check()
 
 
+def test_it_waits_where_dedup_is_behind(stage: Stage) -> None:
+    """Behind as many as may be posted, if dedup says that it applies them one after another; nbd has nothing to do with
+    it. Not longer than any may be posted; who waits may go."""
+    client, other = stage.ready(), stage.ready()
+    stage.dedup_public.crowded, stage.hold_ends = 1, True
+    for number in range(MOST + 1):
+        client.request(WRITE, number * BLOCK, BLOCK)
+    stage.until(lambda: stage.counters()["posted_waits"] == 1 and client.results == MOST)
+    other.request(WRITE, 1000 * BLOCK, BLOCK)
+    stage.until(lambda: stage.counters()["posted_waits"] == 2)
+    for _ in range(100):
+        stage.turn()
+    assert posted(stage) == MOST and len(stage.uses) == MOST and client.results == MOST and other.results == 0
+    if stage.config["nic"]["engine"] == "io_uring":
+        stage.kill()
+        stage.start()
+    other.close()
+    stage.hold_ends = False
+    stage.until(lambda: client.results == MOST + 1 and stage.closed_count == 1)
+    assert posted(stage) == MOST + 2
+    stage.settle()
+
+    stage.hold_ends = True
+    for number in range(MOST + 1):
+        client.request(WRITE, number * BLOCK, BLOCK)
+    stage.until(lambda: client.results == 2 * MOST + 1)
+    stage.posts = 0
+    stage.until(lambda: client.results == 2 * MOST + 2, "by nbd")
+    assert posted(stage) == 2 * MOST + 2
+    stage.hold_ends = False
+    stage.settle()
+    stage.check()
+
+
+def test_few_large_ones_do_not_make_others_wait(stage: Stage) -> None:
+    """So few that dedup, if it dozes, is not woken for them."""
+    client = stage.ready()
+    stage.dedup_public.crowded, stage.hold_ends = 1, True
+    for number in range(MOST // 16 + 1):
+        write(stage, client, number * 16 * BLOCK, 16)
+    assert posted(stage) == MOST // 16 and stage.counters()["posted_waits"] == 0
+    stage.hold_ends = False
+    stage.settle()
+    stage.check()
+
+
 def test_what_is_not_posted(stage: Stage) -> None:
     """Less than whole blocks, many blocks, what does not fit the volume as it is now, and before dedup has served."""
     client = stage.ready()
@@ -212,7 +258,7 @@ def test_killed_at_random(seed: int) -> None:
     with Stage(seed=seed) as stage:
         stage.start()
         clients = [stage.ready() for _ in range(3)]
-        for _ in range(60):
+        for _ in range(90):
             for client in clients:
                 for _ in range(chance.randrange(20)):
                     kind = WRITE if chance.random() < 0.8 else READ

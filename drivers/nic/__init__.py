@@ -55,6 +55,7 @@ COUNTERS = (
     "reads_from_memory",
     "bytes_from_memory",
     "posted_bytes",
+    "posted_waits",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

@@ -97,7 +97,8 @@ enum nic_counter {
     NIC_READS_FROM_MEMORY = 33, /* READs answered out of dedup's table: answer.c */
     NIC_BYTES_FROM_MEMORY = 34, /* of these */
     NIC_POSTED_BYTES = 35,
-    NIC_COUNTER_COUNT = 36
+    NIC_POSTED_WAITS = 36,     /* a write had to wait until others that had been posted were applied */
+    NIC_COUNTER_COUNT = 37
 };
 
 enum nic_phase {
@@ -461,6 +462,7 @@ struct nic {
     struct nic_queue work;     /* connections to look at */
     struct nic_queue page_waiters;
     struct nic_queue slot_waiters;
+    struct nic_queue post_waiters;
     struct nic_hint hints[ATOLL_CONNECTION_COUNT];
 
     uint64_t reply_pages;      /* of all slots */
@@ -598,9 +600,10 @@ void nic_reply_done(struct nic *nic, struct nic_connection *connection, struct n
 /* posted.c. After a takeover, when the slots have been counted; after a commit. */
 void nic_posted_open(struct nic *nic);
 void nic_posted_committed(struct nic *nic);
+enum nic_posting { NIC_POST_NEVER, NIC_POST_LATER, NIC_POST_DONE };
 /* Answers the request in `slot`, which nobody else has seen, if it is a WRITE that may be answered before; dedup is told. `alone`: nothing
- * else of the client's has been received yet. */
-bool nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone);
+ * else of the client's has been received yet. LATER: the connection is scheduled when there is room for it. */
+enum nic_posting nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone);
 /* A posted write is perhaps on its way to one of these blocks. */
 bool nic_posted_covers(const struct nic *nic, uint32_t volume, uint64_t first, uint64_t blocks);
 /* END has come. */

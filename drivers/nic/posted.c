@@ -36,6 +36,8 @@ void nic_posted_committed(struct nic *nic)
     nic->posted_in_step = 0;
     if (nic->posted_set.blocks == 0)
         publish(nic, 0);
+    while (nic->posted_set.blocks * 4 <= nic->posted_most * 3 && !nic_queue_empty(&nic->post_waiters)) /* many at a time */
+        nic_schedule(nic, nic_queue_take(&nic->post_waiters));
 }
 
 /* How many blocks may be on their way. */
@@ -63,32 +65,42 @@ bool nic_volume_allows(const struct atoll_dedup_public *dedup, const struct nic_
            generation == connection->generation && !(change && flags & ATOLL_VOLUME_READONLY) && offset <= size && length <= size - offset;
 }
 
-static bool may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
+static enum nic_posting may_post(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot)
 {
     uint64_t blocks = slot->payload_bytes / ATOLL_BLOCK_BYTES;
     if (connection->volume == 0 || slot->segments[0] != 1 || slot->part_bytes[0] != slot->payload_bytes ||
         (slot->volume_offset | slot->payload_bytes) % ATOLL_BLOCK_BYTES != 0 || blocks > ATOLL_POSTED_WRITE_BLOCKS ||
         connection->streaming != 0 || connection->phase != NIC_OPEN || !nic_frame_is_plain_write(connection->framing, slot->header) ||
         atoll_trace_armed(nic->domain))
-        return false;
+        return NIC_POST_NEVER;
     const struct atoll_dedup_public *dedup = atoll_dedup_public(nic->domain);
     if (dedup == 0)
-        return false;
+        return NIC_POST_NEVER;
     if (!nic->posted_looked) {
         nic->posted_most = allowed(nic, dedup);
         nic->posted_looked = true;
     }
-    return nic->posted_set.blocks + blocks <= nic->posted_most &&
-           nic_volume_allows(dedup, connection, slot->volume_offset, slot->payload_bytes, true);
+    if (blocks > nic->posted_most || !nic_volume_allows(dedup, connection, slot->volume_offset, slot->payload_bytes, true))
+        return NIC_POST_NEVER;
+    if (nic->posted_set.blocks + blocks <= nic->posted_most)
+        return NIC_POST_DONE;
+    /* If dedup has no time for more, nbd has not either; and with so many it does not doze. */
+    return atoll_load_relaxed(&dedup->crowded) && nic->posted >= ATOLL_DOZE_MESSAGES ? NIC_POST_LATER : NIC_POST_NEVER;
 }
 
-bool nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
+enum nic_posting nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
     uint32_t number = (uint32_t)(slot - nic->area->slots);
     struct atoll_posted *posted = &nic->public->posted[number];
     uint8_t *answer = nic->area->answers + number * NIC_ANSWER_BYTES; /* of a slot that was free: unreferenced */
-    if (!may_post(nic, connection, slot))
-        return false;
+    enum nic_posting may = may_post(nic, connection, slot);
+    if (may == NIC_POST_LATER && !nic->post_waiters.member[slot->connection]) {
+        nic_queue_add(&nic->post_waiters, slot->connection);
+        nic_deadline(nic, nic->now_ns + NIC_RETRY_NS);
+        atoll_count(nic->domain, NIC_POSTED_WAITS, 1);
+    }
+    if (may != NIC_POST_DONE)
+        return may;
     struct atoll_descriptor message = {.opcode = ATOLL_OP_WRITE,
                                        .identity = nic_identity(nic, slot),
                                        .address = nic_segments(nic, slot, 0)->address,
@@ -125,7 +137,7 @@ bool nic_post(struct nic *nic, struct nic_connection *connection, struct nic_slo
     atoll_count(nic->domain, NIC_POSTED_BYTES, slot->payload_bytes);
     nic_put(nic, ATOLL_ROLE_DEDUP, &message);
     nic_send_queue(nic, connection, slot);
-    return true;
+    return NIC_POST_DONE;
 }
 
 void nic_posted_end(struct nic *nic, struct nic_slot *slot)

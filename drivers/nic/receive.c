@@ -110,12 +110,16 @@ static uint32_t part_bytes(const struct nic_slot *slot)
     return left < most ? left : most;
 }
 
-/* `alone`: nothing else of the client's has been received yet. */
-static void deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
+/* `alone`: nothing else of the client's has been received yet. False: later. */
+static bool deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
-    if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST &&
-        (nic_answer(nic, connection, slot) || nic_post(nic, connection, slot, alone)))
-        return;
+    if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST) {
+        if (nic_answer(nic, connection, slot))
+            return true;
+        enum nic_posting posting = nic_post(nic, connection, slot, alone);
+        if (posting != NIC_POST_NEVER)
+            return posting == NIC_POST_DONE;
+    }
     struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
     uint32_t bank = slot->part % NIC_PART_LISTS;
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
@@ -146,6 +150,7 @@ static void deliver(struct nic *nic, struct nic_connection *connection, struct n
     }
     nic_set32(nic, &slot->flags, flags);
     nic_put(nic, ATOLL_ROLE_NBD, &message);
+    return true;
 }
 
 static void put_aborted_part(struct nic *nic, struct nic_slot *slot)
@@ -247,12 +252,11 @@ static void part_received(struct nic *nic, struct nic_connection *connection, st
     nic_set32(nic, &connection->receive_state, NIC_RX_PART);
 }
 
-/* State PART: hands the complete part to nbd if it is wanted, then goes on behind it. False: nbd must come first. */
+/* State PART: hands the complete part on if it is wanted, then goes on behind it. False: nbd, or what was posted, must come first. */
 static bool part_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
 {
-    if (!(slot->flags & NIC_SLOT_WANTED))
+    if (!(slot->flags & NIC_SLOT_WANTED) || !deliver(nic, connection, slot, alone))
         return false;
-    deliver(nic, connection, slot, alone);
     if (slot->payload_received < slot->payload_bytes) {
         nic_set32(nic, &slot->part_begin, slot->payload_received);
         nic_set32(nic, &slot->part, slot->part + 1);
@@ -421,7 +425,8 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
         return PARSED_ON;
     }
     nic->hints[slot->connection].large = false;
-    deliver(nic, connection, slot, false);
+    bool delivered = deliver(nic, connection, slot, false);
+    assert(delivered); /* without a payload nothing is posted */
     if (frame.hold) {
         nic_set32(nic, &connection->receive_slot, number);
         nic_set32(nic, &connection->receive_state, NIC_RX_HOLD);

@@ -191,6 +191,9 @@ void nic_timeouts(struct nic *nic)
     nic->next_deadline_ns = UINT64_MAX;
     if (nic->accept_retry_ns > nic->now_ns)
         nic_deadline(nic, nic->accept_retry_ns);
+    const struct nic_queue *waiters = &nic->post_waiters;
+    for (uint32_t at = waiters->head; at != waiters->tail; at++)
+        unseen(nic, waiters->items[at % ATOLL_CONNECTION_COUNT]); /* perhaps none may be posted any more */
     struct crowd crowd = look_for_crowds(nic);
     for (uint32_t index = 0; index < ATOLL_CONNECTION_COUNT; index++) {
         look_at(nic, &nic->area->connections[index], crowd);

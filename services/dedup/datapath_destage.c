@@ -44,6 +44,13 @@
 /* Of small requests: 4 MiB, and what is under way. So much stays in the processor's last cache until it is looked at again, and the pages
  * that come back from it are still there when nic receives into them. */
 #define LOGGED_WARM 1024
+/* Where more is logged, clients are faster than destage: it gets its time first, and no more is taken from them than leaves the log meanwhile
+ * (dedup.c). A longer log would be in no cache, which costs both of them more than the wait. */
+#define LOGGED_CROWDED (4 * LOGGED_WARM)
+/* Unless more than this part of the blocks meets an equal one, or is overwritten, in a log that may grow. */
+#define MET_PART 16
+/* Pieces of one step there: each step gives the processor to the others once. */
+#define STEP_PIECES_CROWDED 4
 /* Unless a log of full length spares this part of the writes. */
 #define OVERWRITTEN_PART 4
 
@@ -122,11 +129,11 @@ void batch_set_state(struct datapath *dp, uint32_t run, enum run_state state)
 }
 
 /* A record of a run has its persistent value; its reservation is not needed. */
-void destage_settled(struct datapath *dp, uint32_t record)
+void destage_settled(struct datapath *dp, uint32_t record, enum dp_leaving how)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
-    dp_note_leaving(dp, true);
+    dp_note_leaving(dp, how);
 }
 
 void destage_failed(struct datapath *dp)
@@ -166,6 +173,11 @@ bool destage_due(const struct datapath *dp)
     uint64_t logged = dp->arena->log_records;
     return (is_short(dp) && logged > LOGGED_WARM + in_runs(dp)) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
+}
+
+bool destage_crowded(const struct datapath *dp)
+{
+    return is_short(dp) && dp->met <= DP_REPEATS_ALL / MET_PART && dp->arena->log_records > LOGGED_CROWDED;
 }
 
 bool destage_pressed(const struct datapath *dp)
@@ -297,7 +309,7 @@ static bool gives_way(const struct datapath *dp, uint64_t now_ns)
 {
     const struct dp_arena *arena = dp->arena;
     return dp->shared && dp->asked && (dp->alone || now_ns < dp->resume_ns) && dp->flush_count == 0 && dp->retry_count == 0 && !dp->drain &&
-           arena->log_records * 2 < arena->nic_pages;
+           arena->log_records * 2 < arena->nic_pages && !destage_crowded(dp);
 }
 
 void destage_step_over(struct datapath *dp)
@@ -346,8 +358,9 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         *wake_ms = 1;
         return false;
     }
+    uint32_t pieces = !dp->shared ? STEP_PIECES : destage_crowded(dp) ? STEP_PIECES_CROWDED : 1;
     did = piece(dp, wake_ms);
-    for (uint32_t more = 1; did && !dp->shared && more < STEP_PIECES && dp->journal->count < DP_STEP_JOURNAL; more++)
+    for (uint32_t more = 1; did && more < pieces && dp->journal->count < DP_STEP_JOURNAL; more++)
         if (!piece(dp, wake_ms))
             break;
     if (did)

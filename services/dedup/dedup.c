@@ -26,6 +26,8 @@
 #define OFFER_ALONE_NS 8000
 /* Requests taken in a turn where they come one by one: a few microseconds. */
 #define TAKE_ALONE 16
+/* And where destage is behind: so many while it does a step's pieces, with which about as many leave the log. */
+#define TAKE_CROWDED 48
 /* What is read and compared with its fingerprint in a turn there. */
 #define COMPLETE_ALONE_BYTES 131072
 /* Whether they do is an average over so many of them, squared because each counts as many. */
@@ -198,6 +200,8 @@ static bool take_requests(struct dedup *dedup)
         dedup->admitted = seen > waiting ? seen : waiting; /* those of one commit can be seen before the tail has moved */
         dedup->ahead = atoll_ring_waiting(&rings[ATOLL_ROLE_NIC]); /* after that */
     }
+    if (dedup->admitted == 0 && destage_crowded(dedup->datapath) && most > TAKE_CROWDED)
+        most = TAKE_CROWDED; /* of writes that have been answered: nobody waits for them */
     /* None is left when fewer are taken than there is room for, whatever the tails said (I8). */
     if (dedup->ahead != 0 || dedup->admitted == 0) { /* else nbd's are due: those of nic's that came since may have no end */
         posted = take_from(dedup, ATOLL_ROLE_NIC, most);
