@@ -270,7 +270,7 @@ def test_they_end_before_the_log_is_full() -> None:
 def test_no_more_are_applied_than_leave_the_log() -> None:
     """The device does nothing, so more is logged than stays in the processor's cache: those who wait for an answer are
     served as ever, those who have it come in small lots, and nic is told to wait. Until destage has come after them."""
-    lot, log = 48, 4096
+    lot, log = 36, 4096
     with Stage(device_blocks=16384, nic_pages=2 * log, prints=1 << 15, destage_delay_ms=10_000_000) as stage:
         volume, public = posting(stage, 2 * log * BLOCK)
         number = 0

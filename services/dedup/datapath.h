@@ -373,7 +373,6 @@ struct datapath {
     bool shared;                /* who else works for them runs on this processor */
     struct reuse *reuse;        /* what a long log would spare of the writes taken there */
     uint32_t repeats;           /* how many of DP_REPEATS_ALL blocks that left the log had been overwritten there or had an equal, on average */
-    uint32_t met;               /* and how many of these in the log: for them it was well that they waited */
     uint64_t piece_ns;          /* when the step's piece of destage began; 0: none */
     uint64_t worked_ns;         /* pieces since clients have had their time */
     uint64_t resume_ns;         /* the next one, while requests come */
@@ -424,13 +423,10 @@ static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value)
 static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
 
 struct fingerprint dp_fingerprint(const void *block);
-/* Written to the device; or equal to what is stored, or zeros; or overwritten in the log, or equal to another there. */
-enum dp_leaving { LEAVES_WRITTEN, LEAVES_STORED, LEAVES_MET };
-/* A block leaves the log. */
-static inline void dp_note_leaving(struct datapath *dp, enum dp_leaving how)
+/* A block leaves the log. `repeat`: without having been written to the device, so it may have been well that it waited. */
+static inline void dp_note_leaving(struct datapath *dp, bool repeat)
 {
-    dp->repeats += (how != LEAVES_WRITTEN ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
-    dp->met += (how == LEAVES_MET ? DP_REPEATS_WEIGHT : 0) - dp->met / DP_REPEATS_WEIGHT;
+    dp->repeats += (repeat ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
 }
 /* Asks for the cache lines of a block. */
 static inline void dp_prefetch(const void *block)
@@ -638,7 +634,7 @@ void destage_adopt(struct datapath *dp, bool quarantine);
 void destage_blame(struct datapath *dp);
 
 /* A record of a run has its persistent value; its reservation is not needed. */
-void destage_settled(struct datapath *dp, uint32_t record, enum dp_leaving how);
+void destage_settled(struct datapath *dp, uint32_t record);
 /* A place is free again: records whose write is complete are not shared with what it will hold. */
 void destage_freed(struct datapath *dp, uint64_t pba);
 /* Next record being written with this content: its node (run * DP_RUN_RECORDS + index), or DP_NONE. `after`: DP_NONE begins. */

@@ -96,7 +96,7 @@ static enum taken take(struct datapath *dp, uint32_t record, bool check)
     if (!settle)
         return TAKEN;
     store_unmap(dp->dedup, r->volume, r->lba, r->base);
-    destage_settled(dp, record, LEAVES_STORED);
+    destage_settled(dp, record);
     atoll_count(dp->domain, DEDUP_COUNTER_ZERO_BLOCKS, zero);
     return TAKEN_SETTLED;
 }

@@ -47,10 +47,8 @@
 /* Where more is logged, clients are faster than destage: it gets its time first, and no more is taken from them than leaves the log meanwhile
  * (dedup.c). A longer log would be in no cache, which costs both of them more than the wait. */
 #define LOGGED_CROWDED (4 * LOGGED_WARM)
-/* Unless more than this part of the blocks meets an equal one, or is overwritten, in a log that may grow. */
-#define MET_PART 16
 /* Pieces of one step there: each step gives the processor to the others once. */
-#define STEP_PIECES_CROWDED 4
+#define STEP_PIECES_CROWDED 3
 /* Unless a log of full length spares this part of the writes. */
 #define OVERWRITTEN_PART 4
 
@@ -129,11 +127,11 @@ void batch_set_state(struct datapath *dp, uint32_t run, enum run_state state)
 }
 
 /* A record of a run has its persistent value; its reservation is not needed. */
-void destage_settled(struct datapath *dp, uint32_t record, enum dp_leaving how)
+void destage_settled(struct datapath *dp, uint32_t record)
 {
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
-    dp_note_leaving(dp, how);
+    dp_note_leaving(dp, true);
 }
 
 void destage_failed(struct datapath *dp)
@@ -175,10 +173,7 @@ bool destage_due(const struct datapath *dp)
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
-bool destage_crowded(const struct datapath *dp)
-{
-    return is_short(dp) && dp->met <= DP_REPEATS_ALL / MET_PART && dp->arena->log_records > LOGGED_CROWDED;
-}
+bool destage_crowded(const struct datapath *dp) { return is_short(dp) && dp->arena->log_records > LOGGED_CROWDED; }
 
 bool destage_pressed(const struct datapath *dp)
 {

@@ -136,7 +136,7 @@ static void finish_writer(struct datapath *dp, struct dp_run *run, uint32_t inde
         tier_consider(dp, r->volume, run->pba + index);
         log_clear_flags(dp, record); /* it has its place now, if it had failed before */
         dp_set32(dp, &r->state, RECORD_DROPPED);
-        dp_note_leaving(dp, LEAVES_WRITTEN);
+        dp_note_leaving(dp, false);
     }
     atoll_count(dp->domain, DEDUP_COUNTER_DESTAGED_BLOCKS, 1);
 }
@@ -161,7 +161,7 @@ static void finish_follower(struct datapath *dp, struct dp_run *run, uint32_t re
         memcmp(record_page(dp, record), record_page(dp, leader), DP_BLOCK) == 0 &&
         store_share(dp->dedup, r->volume, r->lba, r->base, run->pba + leader_index)) {
         tier_consider(dp, r->volume, run->pba + leader_index);
-        destage_settled(dp, record, LEAVES_MET);
+        destage_settled(dp, record);
         atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
         return;
     }

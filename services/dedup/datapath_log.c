@@ -368,7 +368,7 @@ static bool supersede(struct datapath *dp, uint32_t old, uint32_t heir)
 {
     struct dp_record *r = at(dp, old);
     atoll_count(dp->domain, DEDUP_COUNTER_SUPERSEDED_BLOCKS, 1);
-    dp_note_leaving(dp, LEAVES_MET);
+    dp_note_leaving(dp, true);
     if (r->state == RECORD_MATCHING || r->state == RECORD_WRITING) {
         log_clear_flags(dp, old);
         set_state(dp, old, RECORD_DROPPED);

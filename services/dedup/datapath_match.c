@@ -328,7 +328,7 @@ static bool share(struct datapath *dp, uint32_t record, uint64_t pba)
     if (!store_share(dp->dedup, r->volume, r->lba, r->base, pba))
         return false;
     tier_consider(dp, r->volume, pba);
-    destage_settled(dp, record, LEAVES_STORED);
+    destage_settled(dp, record);
     atoll_count(dp->domain, DEDUP_COUNTER_SHARED_BLOCKS, 1);
     return true;
 }

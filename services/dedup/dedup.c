@@ -27,7 +27,7 @@
 /* Requests taken in a turn where they come one by one: a few microseconds. */
 #define TAKE_ALONE 16
 /* And where destage is behind: so many while it does a step's pieces, with which about as many leave the log. */
-#define TAKE_CROWDED 48
+#define TAKE_CROWDED 36
 /* What is read and compared with its fingerprint in a turn there. */
 #define COMPLETE_ALONE_BYTES 131072
 /* Whether they do is an average over so many of them, squared because each counts as many. */
