@@ -301,3 +301,33 @@ def test_what_others_may_not_say(stage: Stage, bad: str) -> None:
     write(stage, other, 0)
     stage.settle()
     stage.check()
+
+
+def quiet_look(stage: Stage) -> Client:
+    """One waits, and has looked again since in a step that changed nothing."""
+    client = stage.ready()
+    stage.dedup_public.crowded, stage.hold_ends = 1, True
+    for number in range(MOST + 1):
+        client.request(WRITE, number * BLOCK, BLOCK)
+    stage.until(lambda: stage.counters()["posted_waits"] == 1 and client.results == MOST and len(stage.ends) == MOST)
+    client.request(WRITE, MOST * BLOCK, BLOCK)  # more comes from who waits: nic looks at it again
+    turns = stage.counters()["turns"]
+    stage.until(lambda: stage.counters()["turns"] > turns + 2)
+    return client
+
+
+def test_who_waits_sees_that_none_may_be_posted(stage: Stage) -> None:
+    client = quiet_look(stage)
+    stage.posts = 0
+    stage.until(lambda: client.results >= MOST + 1, "by nbd", seconds=3.0)
+    assert posted(stage) == MOST
+
+
+def test_none_is_posted_after_that_was_forbidden(stage: Stage) -> None:
+    """SP-POST: what ENDs tell of came after posted_blocks had become 0."""
+    client = quiet_look(stage)
+    stage.posts = 0
+    stage.dedup_public.posted_blocks = 0
+    stage.hold_ends = False
+    stage.until(lambda: client.results >= MOST + 1, seconds=3.0)
+    assert posted(stage) == MOST

@@ -34,6 +34,7 @@
 
 void nic_commit(struct nic *nic)
 {
+    nic->posted_looked = false; /* SP-POST: before a step that takes ENDs, also where the last one changed nothing because all wait */
     if (atoll_domain_changes(nic->domain) == 0 && nic->freed_slot_count == 0) /* a message put alone is a change, too */
         return;
     ATOLL_CRASH_POINT(nic->domain, "nic.commit.before");

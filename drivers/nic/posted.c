@@ -32,11 +32,13 @@ void nic_posted_open(struct nic *nic) { publish(nic, nic->posted_set.blocks != 0
 
 void nic_posted_committed(struct nic *nic)
 {
-    nic->posted_looked = false;
     nic->posted_in_step = 0;
     if (nic->posted_set.blocks == 0)
         publish(nic, 0);
-    while (nic->posted_set.blocks * 4 <= nic->posted_most * 3 && !nic_queue_empty(&nic->post_waiters)) /* many at a time */
+    uint32_t most = nic->posted_most, blocks = nic->posted_set.blocks;
+    if (most != 0 && blocks * 4 > most * 3) /* many at a time */
+        return;
+    for (uint32_t room = most == 0 ? ATOLL_CONNECTION_COUNT : most - blocks; room > 0 && !nic_queue_empty(&nic->post_waiters); room--)
         nic_schedule(nic, nic_queue_take(&nic->post_waiters));
 }
 

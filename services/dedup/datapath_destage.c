@@ -47,7 +47,7 @@
 /* Where more is logged, clients are faster than destage: it gets its time first, and no more is taken from them than leaves the log meanwhile
  * (dedup.c). A longer log would be in no cache, which costs both of them more than the wait. */
 #define LOGGED_CROWDED (4 * LOGGED_WARM)
-/* Pieces of one step there: each step gives the processor to the others once. */
+/* Pieces of one step there, while nobody waits for an answer: each step gives the processor to the others once. */
 #define STEP_PIECES_CROWDED 3
 /* Unless a log of full length spares this part of the writes. */
 #define OVERWRITTEN_PART 4
@@ -353,7 +353,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         *wake_ms = 1;
         return false;
     }
-    uint32_t pieces = !dp->shared ? STEP_PIECES : destage_crowded(dp) ? STEP_PIECES_CROWDED : 1;
+    uint32_t pieces = !dp->shared ? STEP_PIECES : destage_crowded(dp) && dp->dedup->admitted == 0 ? STEP_PIECES_CROWDED : 1;
     did = piece(dp, wake_ms);
     for (uint32_t more = 1; did && more < pieces && dp->journal->count < DP_STEP_JOURNAL; more++)
         if (!piece(dp, wake_ms))

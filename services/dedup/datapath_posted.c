@@ -172,7 +172,8 @@ static bool is_logged(const struct datapath *dp, uint64_t eighths)
 
 void posted_end(struct datapath *dp)
 {
-    uint64_t crowded = destage_crowded(dp);
+    /* Where many wait for a page of the map it is not for want of the processor's time: nobody else is to wait with them. */
+    uint64_t crowded = destage_crowded(dp) && dp->posted_count < ATOLL_DOZE_MESSAGES;
     if (dp->dedup->public->crowded != crowded)
         atoll_store_relaxed(&dp->dedup->public->crowded, crowded);
     if (dp->posted_most == 0 || dp->posted_ends || posted_failing(dp).count != 0 || lacks_room(dp, 1) || is_logged(dp, LOGGED_TO_END))
