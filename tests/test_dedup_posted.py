@@ -306,6 +306,27 @@ def test_no_more_are_applied_than_leave_the_log() -> None:
         stage.check()
 
 
+def test_the_log_stays_short_however_fast_they_come() -> None:
+    """Each turn finds as many as nic may post: what they bring into the log leaves it, although there is room for more."""
+    log, size = 4096, 16384
+    with Stage(device_blocks=2 * size, nic_pages=4 * log, prints=1 << 16) as stage:
+        volume, public = posting(stage, size * BLOCK)
+        sent: list[Request] = []
+        most = 0
+        while len(sent) < size:
+            while len(sent) < size and len(stage.requests) < lib.ATOLL_POSTED_BLOCKS:
+                sent.append(stage.post(volume, len(sent) * BLOCK, len(sent).to_bytes(8, "little") * (BLOCK // 8)))
+            stage.turn()
+            stage.disk()
+            stage.answers()
+            most = max(most, stage.figures().log_records)
+            assert public.posted_blocks != 0
+        assert log < most < log + log // 4, f"{most} blocks in the log"
+        stage.drain()
+        assert all(request.status == OK for request in sent)
+        stage.check()
+
+
 def ended_store(settings: dict[str, Any], leaves: int) -> tuple[int, bytes]:
     """A volume and the device of a store that was ended in order: the first block of each of so many leaves."""
     with Stage(**settings) as stage:
