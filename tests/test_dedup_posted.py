@@ -307,7 +307,7 @@ def test_no_more_are_applied_than_leave_the_log() -> None:
 
 
 def test_the_log_stays_short_however_fast_they_come() -> None:
-    """Each turn finds as many as nic may post: what they bring into the log leaves it, although there is room for more."""
+    """Each turn finds as many as nic may post; what they bring into the log leaves it, although there is more room."""
     log, size = 4096, 16384
     with Stage(device_blocks=2 * size, nic_pages=4 * log, prints=1 << 16) as stage:
         volume, public = posting(stage, size * BLOCK)
