@@ -438,10 +438,11 @@ class Stage:
     def turn(self) -> bool:
         """Everything that clients, nbd and dedup can do now. True if there was anything."""
         busy = False
-        if self.posts is not None or self.random.random() < 0.1:
-            self.dedup_public.posted_blocks = self.random.choice((0, MOST)) if self.posts is None else self.posts
-            if self.posts is None:
-                self.dedup_public.crowded = self.random.choice((0, 1))
+        if self.posts is not None:
+            self.dedup_public.posted_blocks = self.posts
+        elif self.random.random() < 0.1:
+            self.dedup_public.posted_blocks = self.random.choice((0, MOST))
+            self.dedup_public.crowded = self.random.choice((0, 1))
         for client in self.clients:
             busy |= client.turn()
         message = ffi.new("struct atoll_descriptor *")

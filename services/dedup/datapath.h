@@ -528,7 +528,7 @@ void posted_attach(struct datapath *dp);
 bool posted_on_their_way(const struct datapath *dp, uint64_t last);
 /* Ends posting; true if nothing is on its way any more and their space is anybody's. */
 bool posted_shut(struct datapath *dp);
-/* Before a commit: no more of them, if room has grown short. After the step: again, if there is enough. */
+/* Before a commit: no more of them, if room has grown short; and whether destage is behind. After the step: again, if there is enough. */
 void posted_end(struct datapath *dp);
 void posted_begin(struct datapath *dp);
 /* True if the page is of one that was taken over after the death of all and is not applied yet. For the checker. */

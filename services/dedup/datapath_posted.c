@@ -12,7 +12,7 @@
  * the answers that made space short can be seen: nic, told of them, would post as many once more. (models/posted.pml) It also becomes 0 where
  * the map may not grow much more, and as long as one cannot be applied; so what cannot be is no more than what was on its way, and the
  * blocks for it stay kept. And where the log is nearly full, because clients are faster than destage: who is answered by dedup waits for its turn.
- * `crowded` says that destage is behind, but in time: then nic posts on as fast as writes are applied.
+ * Long before that `crowded` says that destage is behind: then nic posts no faster than writes are applied.
  *
  * After a crash: the list is made again from the slots. After the death of all: what nic has noted as posted and no slot has
  * applied gets a slot of dedup's own, too, before anything else is served.

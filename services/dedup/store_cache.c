@@ -435,8 +435,9 @@ void store_drop_frame(struct store *store, uint32_t frame)
     if (f->parent != STORE_NO_FRAME)
         set32(store, &store->frames[f->parent].children, store->frames[f->parent].children - 1);
     hash_remove(store, frame);
-    if (memo_of(store, f->page)->page == f->page)
-        memo_of(store, f->page)->page = UINT64_MAX;
+    struct store_memo *memo = memo_of(store, f->page);
+    if (memo->page == f->page)
+        memo->page = UINT64_MAX;
     set32(store, &f->state, FRAME_FREE);
     store->freed_frames[store->freed_count++] = frame;
 }
