@@ -108,16 +108,14 @@ def come_first(pid: int = 0, threads: bool = False) -> None:
         _schedule(pid, os.SCHED_OTHER, flags, 0, 0, SHORT_SLICE_NS)  # a larger share is not its own business
 
 
-def be_ordinary(pid: int = 0, turns: int = 1) -> None:
+def be_ordinary(pid: int = 0, own_slice_ns: int = 0) -> None:
     """Takes back `come_first`; that threads made later are ordinary stays, which takes privileges to change.
 
-    `turns`: how often it is to run where others run once, all of them giving the processor to each other (ipc/spin.h).
-    Who does that forfeits the rest of its time slice, so its slices are shorter by that factor. Linux before 6.12 knows
-    no slices of one's own and ignores it.
+    `own_slice_ns`: its time slice (`Role.slice_ns`), 0 for what everybody has. Linux before 6.12 knows no slices of
+    one's own and ignores it. To be the same in each call for a process: it may change its policy at any time, when
+    Linux reads its slice and writes it back a moment later.
     """
-    _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, 0)
-    if turns > 1 and (ordinary_ns := slice_ns(pid)) != 0:
-        _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, ordinary_ns // turns)
+    _schedule(pid, os.SCHED_OTHER, _FLAG_RESET_ON_FORK, 0, 0, own_slice_ns)
 
 
 def slice_ns(pid: int) -> int:

@@ -53,7 +53,8 @@ def run(world: World, role_name: str) -> NoReturn:
         process.come_first()  # until it serves: the kernel takes it back
         order, descriptors = _wait(channel)
         if order["fresh"]:
-            process.be_ordinary()  # nobody waits yet, and a store may be long in loading
+            # Nobody waits yet, and a store may be long in loading.
+            process.be_ordinary(0, role.slice_ns(world.slice_ns))
         status = _play(world, role, context, started, order, descriptors)
     except messages.EndOfChannel:
         status = 0

@@ -112,7 +112,7 @@ class Supervisor:
                 if life.phase is Phase.DYING:
                     life.active.send(signal.SIGKILL)
                 elif life.phase is Phase.SERVING:
-                    process.be_ordinary(pid, life.role.turns)
+                    self._make_ordinary(life)
                 else:
                     self._expect_start(life)
             elif life.phase is Phase.PROMOTING:
@@ -193,6 +193,10 @@ class Supervisor:
             messages.close_all(descriptors)
         life.resend_ns = time.monotonic_ns() + RESEND_NS
 
+    def _make_ordinary(self, life: Life) -> None:
+        assert life.active is not None
+        process.be_ordinary(life.active.pid, life.role.slice_ns(self.world.slice_ns))
+
     def _expect_start(self, life: Life) -> None:
         """Looks after a process on its way to SERVING; late is dead."""
         started, bound_at = life.active, [time.monotonic_ns()]
@@ -208,7 +212,7 @@ class Supervisor:
                 return
             now = time.monotonic_ns()
             if life.active is not None:
-                process.be_ordinary(life.active.pid)  # it came first for long enough
+                self._make_ordinary(life)  # it came first for long enough
             if life.phase is Phase.PROMOTING:
                 if now - bound_at[0] > LOCK_BOUND_NS:
                     self._end_late(life, "has not taken its role")
@@ -492,7 +496,7 @@ class Supervisor:
             life.reason = ""
             life.standby_failures = 0
             life.hang_progress = -1
-            process.be_ordinary(life.active.pid, life.role.turns)
+            self._make_ordinary(life)
             life.record(self.rows)
             log.info(
                 "%s: process %d serves (incarnation %d, %.1f ms after its promotion)",

@@ -41,8 +41,16 @@ class Role:
     uring_entries: int = 0
     uring_files: int = 0  # entries of the io_uring's own file table
     optional: bool = False  # the service starts, goes on and stops without it
-    turns: int = 1  # on a processor shared by others: process.be_ordinary
+    turns: int = 1  # how often it is to run where others run once
     sized_by: tuple[str, ...] = ()  # keys of the configuration that make its arena larger or smaller
+
+    def slice_ns(self, ordinary_ns: int) -> int:
+        """The time slice for that many `turns`; 0: as everybody's, which is `ordinary_ns`.
+
+        Domains on one processor give it to each other while they spin (ipc/spin.h), and who does that forfeits the rest
+        of its time slice.
+        """
+        return ordinary_ns // self.turns if self.turns > 1 else 0
 
 
 KERNEL = Role(

@@ -59,6 +59,7 @@ class World:
     arenas: dict[str, Arena]
     record: Record
     init_pid: int
+    slice_ns: int  # init's, an ordinary process's; 0 where Linux does not tell
     started_ns: int
     zygote_starts: int = 0  # counted by init, told by the zygote
     eventfds: dict[str, int] = field(default_factory=dict)
@@ -149,6 +150,7 @@ def build(config: dict[str, Any], directory: Directory) -> World:
         arenas=arenas,
         record=record,
         init_pid=os.getpid(),
+        slice_ns=process.slice_ns(0),
         started_ns=time.monotonic_ns(),
         urings=urings,
         engines=engines,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -114,3 +116,29 @@ def test_nic_has_two_turns_where_nbd_has_one(make_server: Callable[..., Server])
         server.kill(role)
         wait_for(f"a new {role}", lambda role=role, dead=dead: server.serves() and server.row(role)["pid"] != dead)
         wait_for("nic's slice", halved)
+
+
+CHANGES = """
+import os, sys
+sys.stdin.readline()
+while True:
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+    os.sched_setscheduler(0, os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.sched_param(0))
+"""
+
+
+def test_a_process_that_changes_its_policy_keeps_its_slice() -> None:
+    """Linux reads the slice and writes it back: what has been set in between is gone, so it must be the same."""
+    short = process.slice_ns(0) // 2
+    if short == 0:
+        pytest.skip("this Linux does not tell slices (before 6.12)")
+    with subprocess.Popen([sys.executable, "-c", CHANGES], stdin=subprocess.PIPE, text=True) as changing:
+        try:
+            process.be_ordinary(changing.pid, short)
+            print(file=changing.stdin, flush=True)
+            wait_for("its first change", lambda: os.sched_getscheduler(changing.pid) & ~os.SCHED_RESET_ON_FORK)
+            for _ in range(50_000):
+                process.be_ordinary(changing.pid, short)
+                assert process.slice_ns(changing.pid) == short
+        finally:
+            changing.kill()
