@@ -16,6 +16,7 @@ from kernelkit import alive
 from serverkit import ATOLL, Server, wait_for
 
 from atoll.kernel import chaos
+from atoll.kernel.chaos_kill import ROLES
 from atoll.kernel.chaos_load import Shared, churn, work
 from atoll.kernel.client import Client
 
@@ -86,10 +87,8 @@ def test_all_at_once_but_init(module_server):
         shared, jobs = start_load(client, "all")
         try:
             for _ in range(5):
+                victims = wait_for("each role has a process", lambda: playing(client))
                 before = shared.totals()["replies"]
-                rows = client.call("ps")["domains"]
-                victims = [row["pid"] for row in rows if row["role"] not in ("init", "zygote") and row["pid"]]
-                assert len(victims) == 5
                 for pid in victims:
                     signal_one(pid)
                 wait_for("replies go on", lambda before=before: shared.totals()["replies"] > before + 100)
@@ -98,6 +97,13 @@ def test_all_at_once_but_init(module_server):
         client.call("volume-delete", name="all", force=True)
     assert_right(shared, reports)
     check(module_server)
+
+
+def playing(client: Client) -> list[int]:
+    """The pid of each role but init and zygote; none while one has no process."""
+    pids = {row["role"]: row["pid"] for row in client.call("ps")["domains"]}
+    found = [pids[role] for role in ROLES]
+    return found if all(found) else []
 
 
 def signal_one(pid: int) -> None:
