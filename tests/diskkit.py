@@ -182,10 +182,17 @@ class Stage:
 
     def poll(self, look: Any, timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while not look():
-            self.check_alive()
+        while True:
+            ended = self.has_ended()  # asked first: what it did last, its answer to a stop, say, is there then
+            if look():
+                return
+            if ended:
+                self.check_alive()
             assert time.monotonic() < deadline, "deadline"
             time.sleep(0.0005)
+
+    def has_ended(self) -> bool:
+        return self.pid != 0 and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def check_alive(self) -> None:
         if self.pid:
