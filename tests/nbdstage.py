@@ -282,8 +282,11 @@ class Stage:
 
     def poll(self, look: Callable[[], bool], timeout_s: float = 20.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while not look():
-            assert not self.is_dead(), f"nbd ended by itself, wait status {self.last_status:#x}"
+        while True:
+            ended = self.is_dead()  # asked first: what it did last, its answer to a stop, say, is there then
+            if look():
+                return
+            assert not ended, f"nbd ended by itself, wait status {self.last_status:#x}"
             assert time.monotonic() < deadline, "deadline"
             time.sleep(0.0002)
 
