@@ -34,9 +34,11 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
         raise Refused("the death of init is the end of the service: atoll stop")
     if role not in ("kernel", "zygote"):
         return client.call("kill", role=role, signal=number.name.removeprefix("SIG"))
-    row = process_row(client, role)
-    if row is None or not row.get("pid"):
-        raise Refused(f"no process plays {role} now")
+    deadline = time.monotonic() + client.timeout_s
+    while (row := process_row(client, role)) is None or not row.get("pid"):
+        if time.monotonic() >= deadline:
+            raise Refused(f"no process plays {role} now")
+        time.sleep(0.002)  # a kernel that has just begun has not heard of the zygote yet
     from atoll.kernel.process import outlives  # slow to import
 
     pid = int(row["pid"])

@@ -1,6 +1,9 @@
 """The client of the control socket against a stand-in for the kernel: framing, errors, a kernel that dies."""
 
+import os
+import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from atoll.kernel import cli_kill
 from atoll.kernel.client import LENGTH, Client, NoAnswer, NoServer, Refused
 
 Answer = Callable[[dict[str, Any]], bytes | None]  # None: hang up
@@ -113,6 +117,18 @@ def test_a_connection_that_died_between_two_calls_does_not_count(kernel: StandIn
         kernel.answers.append(ok(role="nic"))
         client._socket.recv(1, socket.MSG_PEEK)
         assert client.call("kill", role="nic") == {"role": "nic"}
+
+
+def test_who_is_not_known_yet_is_waited_for(kernel: StandIn, tmp_path: Path) -> None:
+    """A kernel that has just begun answers before it has heard of the zygote."""
+    with subprocess.Popen(["sleep", "600"]) as zygote:
+        kernel.answers = [ok(domains=[{"role": "zygote", "pid": pid}]) for pid in (None, zygote.pid, os.getpid())]
+        try:
+            with Client(tmp_path) as client:
+                killed = cli_kill.kill(client, "zygote", signal.SIGKILL)
+        finally:
+            zygote.kill()
+    assert (killed["pid"], killed["new_pid"]) == (zygote.pid, os.getpid())
 
 
 def test_no_answer_in_time(tmp_path: Path) -> None:
