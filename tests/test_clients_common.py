@@ -91,7 +91,8 @@ def test_nbdcopy_from_volume_to_volume(module_server: Server, volume: str, tmp_p
     run("nbdcopy", module_server.uri(volume), module_server.uri("other", "tcp"))
     run("nbdcopy", module_server.uri("other"), tmp_path / "out.raw")
     run("cmp", source, tmp_path / "out.raw")
-    module_server.cli("volume", "delete", "other")
+    # The server may not have seen the last client go yet.
+    wait_for("nobody uses it", lambda: module_server.cli("volume", "delete", "other", status=None).returncode == 0)
 
 
 def test_nbdinfo(module_server: Server, volume: str) -> None:
