@@ -156,6 +156,62 @@ def test_an_unanswered_request_is_waited_for() -> None:
     assert not trace.answered(recorder.messages(), IDENTITY)
 
 
+class Looks:
+    """A kernel that is asked for the records again and again."""
+
+    def __init__(self, *looks: dict[int, bytes]) -> None:
+        self.looks = list(looks)
+
+    def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        assert (verb, arguments) == ("trace", {"action": "collect"})
+        look = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        entries = {trace.ROLES[role]: {"records": memory, "incarnation": 1} for role, memory in look.items()}
+        return {"domains": entries}
+
+
+def looks(*, lost: bool) -> Looks:
+    """A write that goes to the device between two looks, which sees only the second one's client if what was recorded
+    meanwhile is `lost`; a second later another one, which is seen."""
+    recorder = Recorder()
+    write(recorder, PAYLOAD, at=4096)
+    first = dict(recorder.memory)
+    if lost:
+        recorder.memory = dict.fromkeys(BASE, b"")
+    recorder.time_ns += trace.DOUBT_NS
+    other = [(BASE[NIC] + 1048576, BASE[NIC] + 1060864)]
+    recorder.send(NIC, NBD, trace.REQUEST, IDENTITY + 1, other)
+    recorder.send(NBD, DEDUP, trace.WRITE, IDENTITY + 1, other, 65536, 12288, 4)
+    recorder.send(DEDUP, NBD, trace.DONE, IDENTITY + 1, [])
+    recorder.send(NBD, NIC, trace.REPLY, IDENTITY + 1, [(BASE[NBD] + 64, BASE[NBD] + 80)], flags=trace.FLAG_LAST)
+    destage(recorder, other)
+    return Looks(first, dict(recorder.memory))
+
+
+@pytest.mark.parametrize(("lost", "offset"), [(True, 65536), (False, 4096)])
+def test_a_write_of_which_records_are_lost_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, lost: bool, offset: int
+) -> None:
+    """Under load they are overwritten before they are seen, which does not say that the device was not written."""
+    monkeypatch.setattr(trace, "POLL_S", 0)
+    monkeypatch.setattr(trace, "DESTAGE_S", 0.2)
+    client: Any = looks(lost=lost)
+    document = trace.wait_for(client, "write", None, 20.0)
+    assert (document["offset"], document["same_address"]) == (offset, lost)
+
+
+def test_a_copy_is_told_although_records_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "POLL_S", 0)
+    monkeypatch.setattr(trace, "DESTAGE_S", 0.2)
+    recorder = Recorder()
+    recorder.send(NIC, NBD, trace.REQUEST, IDENTITY, PAYLOAD)
+    copy = [(BASE[NBD] + 4096, BASE[NBD] + 4096 + 12288)]
+    recorder.send(NBD, DEDUP, trace.WRITE, IDENTITY, copy, 0, 12288, 4)
+    recorder.send(NBD, NIC, trace.REPLY, IDENTITY, [(BASE[NBD] + 64, BASE[NBD] + 80)], flags=trace.FLAG_LAST)
+    client: Any = Looks(dict(recorder.memory), looks(lost=True).looks[1])
+    document = trace.wait_for(client, "write", None, 20.0)
+    assert (document["note"], document["same_address"]) == (trace.COPIED, False)
+
+
 def test_numbers_are_those_of_the_header() -> None:
     from atoll.ipc._ipc import ffi, lib
 
