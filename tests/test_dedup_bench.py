@@ -1,5 +1,6 @@
 """`atoll bench dedup`: the disk model and the workloads by themselves, and small measurements on real servers."""
 
+import contextlib
 import io
 import json
 import subprocess
@@ -17,7 +18,7 @@ from atoll.bench.diskmodel import Drive
 from atoll.bench.duplicates import BLOCK, IDEDUP_RUNS, PROFILES, Stream, contents
 from atoll.bench.workload import REQUEST_MOST, Generated, Images, Scan, Trace, Unshared, Workload, cut
 from atoll.kernel import cli
-from atoll.kernel.client import Client
+from atoll.kernel.client import Client, ControlError
 
 GIB = 1 << 30
 
@@ -183,10 +184,15 @@ def test_a_small_measurement(document: dict[str, Any]) -> None:
 
 def test_its_server_ends_with_it(tmp_path: Path) -> None:
     run = subprocess.Popen([ATOLL, "bench", "dedup", "--size", "1GiB", "--folder", tmp_path], stderr=subprocess.DEVNULL)
+
+    def init_pid() -> int | None:
+        for socket in tmp_path.glob("*/data/control.sock"):
+            with contextlib.suppress(ControlError), Client(socket.parent) as client:  # nobody may listen there yet
+                return next(row["pid"] for row in client.call("ps")["domains"] if row["role"] == "init")
+        return None
+
     try:
-        socket = wait_for("its server serves", lambda: next(tmp_path.glob("*/data/control.sock"), None))
-        with Client(socket.parent) as client:
-            [init] = [row["pid"] for row in client.call("ps")["domains"] if row["role"] == "init"]
+        init = wait_for("its server serves", init_pid)
     finally:
         run.terminate()
         status = run.wait(120)
