@@ -11,6 +11,7 @@ import pytest
 from nbdclient import ChunkType, Command, CommandFlag, ErrorCode, Rep, parse_option_reply
 from nbdstage import BLOCK, PART, RANGE_PART, Stage, VolumeData, Wire
 
+from atoll.ipc import physmap
 from atoll.ipc._ipc import lib
 from atoll.services import nbd
 from atoll.services.nbd.negotiation import Framing, Option
@@ -385,6 +386,8 @@ def test_dedup_is_told_whether_requests_come_one_by_one(stage: Stage) -> None:
     stage.hold = True
     wire.submit(Command.WRITE, 0, payload=b"a" * BLOCK)
     stage.settle(until=lambda: len(stage.waiting) == 1)
+    # The step of that one is over: in it nbd would have looked already at how many there are.
+    stage.poll(lambda: bool(physmap.header(lib.ATOLL_ROLE_NBD).sleeping))
     os.kill(stage.pid, signal.SIGSTOP)
     os.waitpid(stage.pid, os.WUNTRACED)  # it runs no more
     for number in range(1, 9):
