@@ -165,14 +165,17 @@ class Init:
             os._exit(status)
 
     def _reap(self) -> None:
+        """The kernel asks /proc how a process ended, and where that is gone, what it was told: so it is told first."""
         assert self.world.init_channel is not None
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
+            pid = ended.si_pid
+            status = ended.si_status << 8 if ended.si_code == os.CLD_EXITED else ended.si_status  # as waitpid gives it
             for child in (self.kernel, self.zygote):
                 if pid == child.pid:
                     child.ended(status)
@@ -180,6 +183,7 @@ class Init:
                     break
             else:
                 messages.send(self.world.init_channel[0], {"ended": pid, "status": status})
+            os.waitpid(pid, 0)
 
     def _patience_ms(self) -> float:
         """Until the next look at the kernel, or the next fork of a child that died too often."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kernelkit
 import pytest
 from kernelkit import ROLES, Service, alive, wait_for, writable_maps
 
@@ -96,6 +97,35 @@ def test_the_successor_is_told_what_ended_its_predecessor(service: Service) -> N
         service.whole()
         service.call("kill", role="nbd", signal=number.name)
         assert service.ask("nbd", "report")["previous_signal"] == number
+
+
+INIT_AND_KERNEL_ARE_LATE = """
+import time
+from atoll.kernel import messages, supervisor
+send, locks_died = messages.send, supervisor.Supervisor._locks_died
+def send_late(channel, message, *descriptors):
+    if "ended" in message:
+        time.sleep(0.03)
+    return send(channel, message, *descriptors)
+def notice_late(self, notify):
+    time.sleep(0.01)
+    locks_died(self, notify)
+messages.send, supervisor.Supervisor._locks_died = send_late, notice_late
+"""
+
+
+def test_what_ended_a_process_is_known_at_each_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine: the kernel looks when the dead one is gone already, and init has not told it yet."""
+    monkeypatch.setattr(kernelkit, "RUNNER", INIT_AND_KERNEL_ARE_LATE + kernelkit.RUNNER)
+    service = Service(tmp_path)
+    try:
+        service.start()
+        for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+            service.whole()
+            service.call("kill", role="nbd", signal=number.name)
+            assert service.ask("nbd", "report")["previous_signal"] == number
+    finally:
+        assert service.end() == []
 
 
 def test_arenas_are_writable_in_one_process(service: Service) -> None:
