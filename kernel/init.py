@@ -93,6 +93,7 @@ class Init:
         self.booted = False
         self._own_score = "0"
         self._progress = (-1, 0.0)  # the kernel's, and when it last moved
+        self._looked = 0.0
 
     def run(self) -> int:
         process.adopt_orphans()
@@ -266,13 +267,17 @@ class Init:
         os.close(descriptor)
 
     def _look_at_kernel(self) -> None:
-        """The kernel's loop turns several times per `hang_s`, work or none."""
+        """The kernel's loop turns several times per `hang_s`, work or none.
+
+        init looks more often than that, too: who comes late was stopped, and perhaps the kernel with it.
+        """
+        now = time.monotonic()
+        late, self._looked = now - self._looked > self._hang_s(), now
         if self.kernel.pid == 0:
             return
-        now = time.monotonic()
         progress, since = self._progress
         found = int(physmap.header(table.KERNEL.number).progress)
-        if found != progress:
+        if found != progress or late:
             self._progress = (found, now)
         elif now - since > self._hang_s():
             log.warning("kernel: process %d hangs: killed", self.kernel.pid)

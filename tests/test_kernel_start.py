@@ -628,6 +628,20 @@ def test_an_init_that_cannot_fork_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert init._patience_ms() <= 1000
 
 
+def test_a_kernel_that_was_stopped_together_with_init_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all are that run on a machine which stands still for seconds; init may be the first to go on."""
+    killed: list[float] = []
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("atoll.kernel.init.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("atoll.kernel.init.os", SimpleNamespace(kill=lambda *_: killed.append(clock.now)))
+    monkeypatch.setattr("atoll.kernel.init.physmap", SimpleNamespace(header=lambda _: SimpleNamespace(progress=7)))
+    init = Init(cast(Any, SimpleNamespace(config={"kernel": {"hang_s": 1.0}})))
+    init.kernel.pid = 1
+    for clock.now in (100.0, 101.0, 104.0, 105.0, 106.0, 106.5):  # its patience is a second
+        init._look_at_kernel()
+    assert killed == [106.5], "104.0: both may have stood still; 106.5: init has looked all the time"
+
+
 def test_a_trace_that_a_dead_kernel_armed_ends() -> None:
     """Else all reads and writes would take the long way from then on."""
     timers: list[tuple[int, Callable[[], None]]] = []
