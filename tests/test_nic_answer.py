@@ -60,6 +60,11 @@ def used_pages(stage: Stage) -> set[int]:
     return {page for page in range(32) if stage.memory.in_use(page)}
 
 
+def wait_unused(stage: Stage) -> None:
+    """What a client has read may not yet be known to be sent."""
+    stage.until(lambda: not used_pages(stage), "no page is in use")
+
+
 def unread(stage: Stage) -> Client:
     """A client that has been answered from memory and does not read it."""
     client = stage.ready()
@@ -86,7 +91,7 @@ def test_what_lies_in_memory_needs_no_message(stage: Stage) -> None:
     counters = stage.counters()
     assert (counters["reads_from_memory"], counters["requests"]) == (6, 6)
     assert counters["bytes_from_memory"] == sum(length for _, length in ranges)
-    assert not used_pages(stage)
+    wait_unused(stage)
     status = stage.call("status")
     assert status["slots_in_use"] == 0
     stage.check()
@@ -177,7 +182,7 @@ def test_a_page_that_is_something_else_now_is_asked_for(stage: Stage) -> None:
     stage.memory.retire(4)
     assert not read(stage, client, 3 * BLOCK, 2 * BLOCK)
     assert read(stage, client, 3 * BLOCK)
-    assert not used_pages(stage)
+    wait_unused(stage)
 
 
 def test_behind_a_posted_write(stage: Stage) -> None:
@@ -234,7 +239,7 @@ def test_pages_stay_until_the_reply_is_sent(stage: Stage) -> None:
         stage.memory.put(VOLUME, GENERATION, 1000 + lba, b"x" * BLOCK)
     client.reads = True
     stage.settle()
-    assert not used_pages(stage)
+    wait_unused(stage)
     stage.check()
 
 
@@ -242,8 +247,8 @@ def test_pages_are_let_go_with_the_client(stage: Stage) -> None:
     client = unread(stage)
     client.close()
     stage.until(lambda: stage.closed_count == 1)
-    stage.until(lambda: not used_pages(stage))
-    assert stage.call("status")["slots_in_use"] == 0
+    wait_unused(stage)
+    stage.until(lambda: stage.call("status")["slots_in_use"] == 0, "nbd's word about the end is heard")
     stage.check()
 
 
