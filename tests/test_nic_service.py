@@ -190,6 +190,7 @@ def test_peer_that_only_ends_its_half_gets_its_answers(stage: Stage) -> None:
     stage.until(lambda: client.closed)
     assert client.results == 20 and not client.expected
     assert ending[number] == 1, "nbd can know it"
+    stage.until(lambda: stage.call("status")["connections"] == 0, "its number is free")
     again = stage.connect("tcp")
     again.request(READ, 0, 100)
     stage.settle()
