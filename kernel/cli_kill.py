@@ -24,6 +24,16 @@ def process_row(client: Client, role: str) -> dict[str, Any] | None:
     return next((row for row in client.call("ps")["domains"] if row["role"] == role), None)
 
 
+def playing(client: Client, role: str, dead: int = 0) -> dict[str, Any] | None:
+    """The row of a process of that role other than `dead`; None if there is none until the client's patience ends."""
+    deadline = time.monotonic() + client.timeout_s
+    while (row := process_row(client, role)) is None or row.get("pid") in (None, 0, dead):
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.002)
+    return row
+
+
 def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
     """Kills the process of a role and waits for its successor. Raises ControlError.
 
@@ -34,11 +44,9 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
         raise Refused("the death of init is the end of the service: atoll stop")
     if role not in ("kernel", "zygote"):
         return client.call("kill", role=role, signal=number.name.removeprefix("SIG"))
-    deadline = time.monotonic() + client.timeout_s
-    while (row := process_row(client, role)) is None or not row.get("pid"):
-        if time.monotonic() >= deadline:
-            raise Refused(f"no process plays {role} now")
-        time.sleep(0.002)  # a kernel that has just begun has not heard of the zygote yet
+    row = playing(client, role)  # a kernel that has just begun has not heard of the zygote yet
+    if row is None:
+        raise Refused(f"no process plays {role} now")
     from atoll.kernel.process import outlives  # slow to import
 
     pid = int(row["pid"])
@@ -62,14 +70,9 @@ def kill(client: Client, role: str, number: signal.Signals) -> dict[str, Any]:
     if not ended:
         raise NoAnswer(f"{role}, process {pid}, has not ended {client.timeout_s:g} s after {number.name}")
     client.close()
-    deadline = time.monotonic() + client.timeout_s
-    while True:
-        row = process_row(client, role)
-        if row is not None and row["pid"] not in (None, 0, pid):
-            break
-        if time.monotonic() >= deadline:
-            raise NoAnswer(f"{role} has no successor {client.timeout_s:g} s after the death of process {pid}")
-        time.sleep(0.002)
+    row = playing(client, role, pid)
+    if row is None:
+        raise NoAnswer(f"{role} has no successor {client.timeout_s:g} s after the death of process {pid}")
     return killed | {
         "new_pid": row["pid"],
         "detect_ms": round(detect_ns / 1e6, 3),

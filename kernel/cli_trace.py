@@ -318,7 +318,6 @@ def wait_for(client: Client, kind: str, volume_id: int | None, timeout_s: float)
         identities = [i for i in requests(kept, opcode, volume_id) if i not in passed]
         done = next((i for i in identities if answered(kept, i) and whole(kept, i, opcode)), None)
         now = time.monotonic()
-        document: dict[str, Any] | None = None
         if done is not None:
             if following is None or following[0] != done:
                 following = done, now
