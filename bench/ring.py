@@ -36,7 +36,8 @@ from atoll.bench import compiled
 from atoll.bench._bench import ffi, lib
 from atoll.ipc import physmap
 from atoll.ipc.roles import Role
-from atoll.kernel.process import die_with_parent
+from atoll.kernel import process
+from atoll.kernel.config import Kernel
 
 BATCHES = (1, 8, 32, 256)
 ENTRIES = 4096
@@ -63,7 +64,7 @@ class Case:
     kind: str  # "throughput", "round trip", or "path": of domains, with requests on their way
     transport: str
     placement: str
-    waiting: str  # "spinning" or "sleeping"
+    waiting: str  # "spinning" or "sleeping"; of a path: as the server's domains by default, for a moment by turns
     batch: int = 1  # of a path: its depth
     between: int = 0  # domains in a path between the two ends
 
@@ -85,7 +86,7 @@ def cases(cpu_count: int, dpdk: bool = False) -> list[Case]:
         found += [
             Case("round trip", transport, placement, "sleeping") for transport in (RING, PIPE, SOCKET, QUEUE, PYTHON)
         ]
-        found += [Case("path", RING, placement, "sleeping", depth, more) for depth in DEPTHS for more in (0, 1)]
+        found += [Case("path", RING, placement, "by turns", depth, more) for depth in DEPTHS for more in (0, 1)]
     return found
 
 
@@ -223,9 +224,9 @@ def ends(
         if case.kind == "path":
             far, near = (BETWEEN, BETWEEN) if case.between else (ANSWERER, ASKER)
             yield [
-                lambda: lib.bench_path_ask(arenas.open(ASKER), far, batch, duration_ns, result),
-                lambda: lib.bench_path_reply(arenas.open(ANSWERER), near),
-                *[lambda: lib.bench_path_pass(arenas.open(BETWEEN), ASKER, ANSWERER)] * case.between,
+                lambda: lib.bench_path_ask(served(arenas, ASKER), far, batch, duration_ns, result),
+                lambda: lib.bench_path_reply(served(arenas, ANSWERER), near),
+                *[lambda: lib.bench_path_pass(served(arenas, BETWEEN, turns=2), ASKER, ANSWERER)] * case.between,
             ]
             return
 
@@ -261,6 +262,15 @@ def ends(
                     lambda: checked(lib.bench_fd_ask(there[1], back[0], kind, duration_ns, result)),
                     lambda: checked(lib.bench_fd_answer(back[1], there[0], kind)),
                 ]
+
+
+def served(arenas: Arenas, own: Role, turns: int = 1) -> Any:
+    """As `Arenas.open`, and it waits and is scheduled as the kernel has it of a domain with so many `turns`: a request and
+    its answer pass two of one that is between others (kernel/table.py)."""
+    domain = arenas.open(own)
+    lib.atoll_domain_set_spin(domain, Kernel().spin_us * 1000)
+    process.be_ordinary(own_slice_ns=process.slice_ns(0) // turns if turns > 1 else 0)
+    return domain
 
 
 @contextlib.contextmanager
@@ -391,7 +401,7 @@ def child(function: Callable[[], None], shared: Shared, cpu: int, ends: int = 2)
         return pid
     status = 1
     try:
-        die_with_parent(parent)
+        process.die_with_parent(parent)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.sched_setaffinity(0, {cpu})
@@ -543,7 +553,7 @@ def render(document: dict[str, Any]) -> RenderableType:
             "" if entry["transport"] == LINE else times(entry["ratio_to_ring"], itself),
             times(entry["ratio_to_line"], entry["transport"] == LINE),
         )
-    paths = Table(title="One more domain between two, which sleep and wake one another", title_justify="left")
+    paths = Table(title="One more domain between two, which wait as the server's do", title_justify="left")
     paths.add_column("placement")
     for name in ("depth", "thousand/s without", "with", "added µs per request"):
         paths.add_column(name, justify="right")

@@ -110,9 +110,8 @@ void bench_ring_ask(struct atoll_domain *domain, uint32_t peer, int wait, uint64
     uint64_t begin = atoll_now_ns(), now = begin, number = 0;
     while (now - begin < duration_ns) {
         put(domain, peer, number, wait);
-        atoll_domain_commit(domain);
+        atoll_domain_commit(domain); /* of the last answer, too: as in a domain, one a step */
         result->wrong += take(domain, peer, wait) != number;
-        atoll_domain_commit(domain);
         number++;
         uint64_t then = now;
         now = atoll_now_ns();
