@@ -270,7 +270,7 @@ def test_they_end_before_the_log_is_full() -> None:
 def test_no_more_are_applied_than_leave_the_log() -> None:
     """The device does nothing, so more is logged than stays in the processor's cache: those who wait for an answer are
     served as ever, those who have it come in small lots, and nic is told to wait. Until destage has come after them."""
-    lot, log = 36, 4096
+    lot, log = 36, 2048
     with Stage(device_blocks=16384, nic_pages=2 * log, prints=1 << 15, destage_delay_ms=10_000_000) as stage:
         volume, public = posting(stage, 2 * log * BLOCK)
         number = 0
@@ -308,7 +308,7 @@ def test_no_more_are_applied_than_leave_the_log() -> None:
 
 def test_the_log_stays_short_however_fast_they_come() -> None:
     """Each turn finds as many as nic may post; what they bring into the log leaves it, although there is more room."""
-    log, size = 4096, 16384
+    log, size = 2048, 16384
     with Stage(device_blocks=2 * size, nic_pages=4 * log, prints=1 << 16) as stage:
         volume, public = posting(stage, size * BLOCK)
         sent: list[Request] = []

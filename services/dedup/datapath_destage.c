@@ -46,7 +46,7 @@
 #define LOGGED_WARM 1024
 /* Where more is logged, clients are faster than destage: it gets its time first, and no more is taken from them than leaves the log meanwhile
  * (dedup.c). A longer log would be in no cache, which costs both of them more than the wait. */
-#define LOGGED_CROWDED (4 * LOGGED_WARM)
+#define LOGGED_CROWDED (2 * LOGGED_WARM)
 /* Pieces of one step there, while nobody waits for an answer: each step gives the processor to the others once. */
 #define STEP_PIECES_CROWDED 3
 /* Unless a log of full length spares this part of the writes. */
