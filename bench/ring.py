@@ -265,8 +265,8 @@ def ends(
 
 
 def served(arenas: Arenas, own: Role, turns: int = 1) -> Any:
-    """As `Arenas.open`, and it waits and is scheduled as the kernel has it of a domain with so many `turns`: a request and
-    its answer pass two of one that is between others (kernel/table.py)."""
+    """As `Arenas.open`, and it waits and is scheduled as a domain with so many `turns` (kernel/table.py), of which a
+    request and its answer pass two where it is between others."""
     domain = arenas.open(own)
     lib.atoll_domain_set_spin(domain, Kernel().spin_us * 1000)
     process.be_ordinary(own_slice_ns=process.slice_ns(0) // turns if turns > 1 else 0)
