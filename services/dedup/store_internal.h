@@ -246,7 +246,7 @@ struct store_area {
 /* --- Private to the process --------------------------------------------------------------------------------------- */
 /* A page and the frame that it lies in; UINT64_MAX: none. Of its own, so that a page that is looked at often needs no look at the frames. */
 struct store_memo { uint64_t page; uint32_t frame; };
-#define STORE_MEMO 1024 /* requests and batches go to and fro between pages: those of 2 GiB of a volume, of old and new places */
+#define STORE_MEMO 4096 /* requests and batches go to and fro between pages: fingerprints of 4 GiB of places, old and new; 8 GiB of a volume */
 
 struct store {
     struct dedup *dedup;
