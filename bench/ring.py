@@ -36,7 +36,7 @@ from atoll.bench import compiled
 from atoll.bench._bench import ffi, lib
 from atoll.ipc import physmap
 from atoll.ipc.roles import Role
-from atoll.kernel import process
+from atoll.kernel import process, table
 from atoll.kernel.config import Kernel
 
 BATCHES = (1, 8, 32, 256)
@@ -226,7 +226,7 @@ def ends(
             yield [
                 lambda: lib.bench_path_ask(served(arenas, ASKER), far, batch, duration_ns, result),
                 lambda: lib.bench_path_reply(served(arenas, ANSWERER), near),
-                *[lambda: lib.bench_path_pass(served(arenas, BETWEEN, turns=2), ASKER, ANSWERER)] * case.between,
+                *[lambda: lib.bench_path_pass(served(arenas, BETWEEN, row="nic"), ASKER, ANSWERER)] * case.between,
             ]
             return
 
@@ -264,12 +264,12 @@ def ends(
                 ]
 
 
-def served(arenas: Arenas, own: Role, turns: int = 1) -> Any:
-    """As `Arenas.open`, and it waits and is scheduled as a domain with so many `turns` (kernel/table.py), of which a
-    request and its answer pass two where it is between others."""
+def served(arenas: Arenas, own: Role, row: str = "nbd") -> Any:
+    """As `Arenas.open`, and it waits and is scheduled as the domain of that row of the kernel's table: nic's for who is
+    between others, since a request and its answer pass both of them."""
     domain = arenas.open(own)
     lib.atoll_domain_set_spin(domain, Kernel().spin_us * 1000)
-    process.be_ordinary(own_slice_ns=process.slice_ns(0) // turns if turns > 1 else 0)
+    process.be_ordinary(own_slice_ns=table.ROLES[row].slice_ns(process.slice_ns(0)))
     return domain
 
 

@@ -325,20 +325,20 @@ static enum store_want read_again(struct store *store, uint32_t frame)
 
 enum store_want store_get(struct store *store, uint64_t page, bool create, uint32_t *frame)
 {
-    uint32_t found = store_find(store, page), parent = STORE_NO_FRAME;
-    bool valid = found != STORE_NO_FRAME;
-    if (!valid) /* perhaps it is there, but not to be used */
+    uint32_t found = store_find(store, page), parent = STORE_NO_FRAME, state = FRAME_VALID;
+    if (found == STORE_NO_FRAME) { /* perhaps it is there, but not to be used */
         found = hash_find(store, page);
+        state = found == STORE_NO_FRAME ? FRAME_FREE : store->frames[found].state;
+    }
     *frame = STORE_NO_FRAME;
     if (found != STORE_NO_FRAME) {
-        const struct store_frame *f = &store->frames[found]; /* in no cache, perhaps: not looked at unless it must be */
         store->used[found] = 1;
         if (store->urgent)
             store->urgent_stamp[found] = store->stamp;
-        if (!valid && f->state == FRAME_LOADING)
+        if (state == FRAME_LOADING)
             return STORE_WAIT;
         store->fresh[found] = 0;
-        if (!valid && f->state == FRAME_BAD)
+        if (state == FRAME_BAD)
             return read_again(store, found);
         *frame = found;
         return STORE_HAVE;
