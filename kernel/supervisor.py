@@ -18,7 +18,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from atoll.ipc import objects, physmap, rolelock
@@ -526,6 +526,12 @@ class Supervisor:
             if progress != life.hang_progress or not self._has_work(life):
                 life.hang_progress, life.hang_since_ns, life.hang_ticks = progress, now, -1
             elif now - life.hang_since_ns >= self._hang_ns:
+                misleading = self._misleading(life)
+                if misleading is not None:
+                    misleading.detected_ns = now
+                    self.kill_active(misleading, blame=signal.SIGABRT)
+                    life.hang_progress = -1
+                    continue
                 found = life.active.look()
                 if found is None or found.gone or self._starved(life, found):
                     continue
@@ -559,16 +565,38 @@ class Supervisor:
             life.hang_ticks = found.cpu_ticks
         return (found.cpu_ticks - life.hang_ticks) * SECOND < self._hang_ns // 4 * CLOCK_TICKS
 
-    def _pending(self, life: Life) -> bool:
-        """True if a message waits on a ring to the role. Others wrote what is read: offsets are checked."""
+    def _rings_to(self, life: Life) -> Iterator[tuple[table.Role, Any, int]]:
+        """From whom a role has rings, with their producers' halves and the role's heads. Others wrote what is read:
+        offsets are checked."""
         own = physmap.header(life.role.number)
         for peer in table.ROLES.values():
             if life.role.name not in peer.rings_to:
                 continue
             offset = int(physmap.header(peer.number).tx_offset[life.role.number])
-            if not 0 < offset <= self.world.arenas[peer.name].arena_bytes - 4096:
+            if 0 < offset <= self.world.arenas[peer.name].arena_bytes - 4096:
+                producer = ffi.cast("struct atoll_ring_producer *", physmap.address(peer.number) + offset)
+                yield peer, producer, int(own.consumer[peer.number].head)
+
+    def _pending(self, life: Life) -> bool:
+        """True if a message waits on a ring to the role."""
+        return any(producer.tail != head for _, producer, head in self._rings_to(life))
+
+    def _misleading(self, life: Life) -> Life | None:
+        """Who has published more messages for a role than the ring holds, and not what it has committed. The role takes
+        none of them (I8) and is not to blame; a successor publishes what was committed."""
+        for peer, producer, head in self._rings_to(life):
+            tail, committed, entries = int(producer.tail), int(producer.tail_committed), int(producer.entry_count)
+            other = self.lives.get(peer.name)
+            if other is None or other.active is None or other.phase is not Phase.SERVING:
                 continue
-            producer = ffi.cast("struct atoll_ring_producer *", physmap.address(peer.number) + offset)
-            if producer.tail != own.consumer[peer.number].head:
-                return True
-        return False
+            if tail != committed and (tail - head) % (1 << 32) > entries:
+                log.warning(
+                    "%s: process %d has published %d messages to %s in a ring of %d: killed",
+                    peer.name,
+                    other.active.pid,
+                    (tail - head) % (1 << 32),
+                    life.role.name,
+                    entries,
+                )
+                return other
+        return None

@@ -3,6 +3,8 @@ let be; a death that takes its time is `dying`."""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import signal
 import time
@@ -13,6 +15,9 @@ import pytest
 from nbdclient import Command, Connection
 from recoverykit import DOMAINS, Eyes, Load, check_all, patiently, rows, send, settled
 from serverkit import Server, wait_for
+
+from atoll.ipc._ipc import ffi
+from atoll.kernel import table
 
 HANG_S = 0.5
 MODULES = {role: f"recoverybugs.{role}" for role in DOMAINS}
@@ -83,6 +88,42 @@ def test_bugs_in_control_code(hanging: Server, kind: str) -> None:
             noticed(eyes, before, 8 * HANG_S + 2)
             load.goes_on(f"{kind} of {role}")
     check_all(hanging)
+
+
+@pytest.mark.parametrize(("sender", "reader"), [("nic", "nbd"), ("dedup", "disk")])
+def test_who_publishes_what_it_has_not_is_replaced(hanging: Server, sender: str, reader: str) -> None:
+    """A tail that its ring cannot have: the reader takes nothing, and it is not the reader that is killed."""
+    settled(hanging)
+    with Eyes(hanging) as eyes, Connection.open(str(hanging.socket)) as connection:
+        connection.negotiate("disk")
+        connection.write(0, b"m" * 4096, flags=1)
+        settled(hanging)
+        before = {sender: eyes.incarnation(sender)}
+        left_alone = {role: eyes.pid(role) for role in DOMAINS if role != sender}
+        publish(hanging, sender, reader, beyond=1000)
+        noticed(eyes, before, 8 * HANG_S + 2)
+        assert connection.read(0, 4096) == b"m" * 4096
+        connection.write(4096, b"n" * 4096, flags=1)
+        assert connection.read(4096, 4096) == b"n" * 4096
+        assert {role: eyes.pid(role) for role in left_alone} == left_alone
+    assert f"messages to {reader} in a ring of " in hanging.log.read_text()
+    check_all(hanging)
+
+
+def publish(server: Server, sender: str, reader: str, beyond: int) -> None:
+    """Puts the tail of a ring `beyond` what the ring holds."""
+    (instance,) = server.instances
+    with contextlib.ExitStack() as held:
+        arenas = {}
+        for role in (sender, reader):
+            file = held.enter_context(open(f"/dev/shm/atoll-{instance}-{role}", "r+b"))
+            memory = held.enter_context(mmap.mmap(file.fileno(), 0))
+            arenas[role] = held.enter_context(ffi.from_buffer(memory))
+        header, peer = (ffi.cast("struct atoll_arena_header *", arenas[role]) for role in (sender, reader))
+        offset = header.tx_offset[table.ROLES[reader].number]
+        producer = ffi.cast("struct atoll_ring_producer *", arenas[sender] + offset)
+        head = peer.consumer[table.ROLES[sender].number].head
+        producer.tail = (head + producer.entry_count + beyond) % (1 << 32)
 
 
 def test_a_slow_device_is_no_hang(make_server: Callable[..., Server]) -> None:
