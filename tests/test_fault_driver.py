@@ -187,7 +187,7 @@ def test_record_and_power_loss(tmp_path):
                 stage.start()
             assert stage.complete(identity) == (OK, 0)
             state.update({place + at: data for at in range(count)})
-            if choose.random() < 0.1:
+            if choose.random() < 0.1 or number == 40:
                 assert stage.complete(stage.submit(DISCARD, 0, length=BLOCK)) == (OK, 0)
                 state[0] = bytes(BLOCK)
             if choose.random() < 0.15:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import subprocess
@@ -63,7 +64,9 @@ def test_a_scrub_reads_every_stored_block(make_server: Callable[..., Server]) ->
     status = server.json("status")
     assert status["scrub"]["number"] == 2 and status["scrub"]["state"] == "done"
     assert "4.69 MiB of 4.69 MiB are right" in server.cli("status").stdout
-    wait_for("the result is kept", lambda: (server.data / "scrub.json").exists())
+    kept = server.data / "scrub.json"
+    ended_s = status["scrub"]["ended_s"]
+    wait_for("the result is kept", lambda: kept.exists() and json.loads(kept.read_text())["ended_s"] == ended_s)
     server.stop()
     server.start()
     again = server.json("status")["scrub"]
@@ -84,9 +87,7 @@ def test_a_damaged_block_is_named_and_never_served(make_server: Callable[..., Se
     (damaged,) = found["damaged"]
     assert damaged["pba"] == bad and damaged["referrer_count"] == 2
     assert damaged["referrers"] == [{"volume": "disk", "lba": 17}, {"volume": "two", "lba": 67}]
-    assert (
-        f"block {bad} is not what was stored; it is disk block 17, two block 67" in server.cli("status").stdout or True
-    )
+    assert "1 blocks are damaged" in server.cli("status").stdout
     said = server.cli("scrub", "--rate", "0", status=1).stdout
     assert f"block {bad} is not what was stored; it is disk block 17, two block 67" in said
     server.stop()
