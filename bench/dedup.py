@@ -42,12 +42,13 @@ VOLUME = "bench"
 MAP_BLOCKS = 8192  # of one call
 MAP_PBA = 1  # enum map_kind of services/dedup/store.h
 RANDOM_READS = 4000  # of the second pass, at most
+COPIES_S = 60.0  # for copies to the fast device, after the last write
 # Metadata, and what overwritten blocks hold until their places are free again.
 DEVICE_LEAST, DEVICE_PER_BLOCK = 256 << 20, 1.3
 
 
 class MeasurementError(Exception):
-    """What came back is not what was written, or a request failed."""
+    """What came back is not what was written, a request failed, or something did not happen in its time."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
             server.ask("dedup", "flush", timeout_s=60.0)
             written_s = time.monotonic() - began
             cpu = server.cpu_s("dedup") - cpu
+            if cell.tier:
+                wait_for_copies(server)
             stored = server.call("status")["dedup"]
             places = workload.places()
             values, in_tier = block_map(server, workload.volume_blocks)
@@ -171,6 +174,18 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
         "write_bytes_per_s": workload.volume_blocks * BLOCK / written_s,
         "dedup_cpu_us_per_block": cpu * 1e6 / blocks,
     }
+
+
+def wait_for_copies(server: Server) -> None:
+    """Until all that belongs on the fast device is there. MeasurementError if that takes longer than COPIES_S."""
+    deadline = time.monotonic() + COPIES_S
+    while (tier := server.call("status")["tier"])["queued_blocks"] or tier["copying_blocks"]:
+        if time.monotonic() > deadline:
+            raise MeasurementError(
+                f"the fast device ({tier['state']}) has not got its blocks within {COPIES_S:g} s:"
+                f" {tier['queued_blocks']} wait, {tier['copying_blocks']} are being copied"
+            )
+        time.sleep(0.01)
 
 
 def read_back(server: Server, record: Path, workload: Workload, places: list[Place], drive: Drive) -> dict[str, Any]:
