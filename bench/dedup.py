@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 
 from atoll.bench.diskmodel import Drive
 from atoll.bench.duplicates import BLOCK
+from atoll.bench.peers import BenchError, wait_for
 from atoll.bench.server import Server, ServerError
 from atoll.bench.workload import Place, Unshared, Workload
 from atoll.drivers.fault.record import read_accesses
 from atoll.ipc._ipc import lib
 from atoll.kernel import chaos_nbd as nbd
 
-__all__ = ["Cell", "MeasurementError", "Options", "ServerError", "measure", "run"]
+__all__ = ["BenchError", "Cell", "MeasurementError", "Options", "ServerError", "measure", "run"]
 
 VOLUME = "bench"
 MAP_BLOCKS = 8192  # of one call
@@ -48,7 +49,7 @@ DEVICE_LEAST, DEVICE_PER_BLOCK = 256 << 20, 1.3
 
 
 class MeasurementError(Exception):
-    """What came back is not what was written, a request failed, or something did not happen in its time."""
+    """What came back is not what was written, or a request failed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Cell:
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """MeasurementError, ServerError, ControlError, OSError."""
+    """BenchError, MeasurementError, ServerError, ControlError, OSError."""
     scan = options.workload.scan()
     entries = options.entries or chosen_entries(scan.distinct)
     cells = [
@@ -151,7 +152,7 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
             written_s = time.monotonic() - began
             cpu = server.cpu_s("dedup") - cpu
             if cell.tier:
-                wait_for_copies(server)
+                wait_for("the fast device has its blocks", lambda: copied(server), COPIES_S)
             stored = server.call("status")["dedup"]
             places = workload.places()
             values, in_tier = block_map(server, workload.volume_blocks)
@@ -176,16 +177,10 @@ def measure(options: Options, cell: Cell, blocks: int) -> dict[str, Any]:
     }
 
 
-def wait_for_copies(server: Server) -> None:
-    """Until all that belongs on the fast device is there. MeasurementError if that takes longer than COPIES_S."""
-    deadline = time.monotonic() + COPIES_S
-    while (tier := server.call("status")["tier"])["queued_blocks"] or tier["copying_blocks"]:
-        if time.monotonic() > deadline:
-            raise MeasurementError(
-                f"the fast device ({tier['state']}) has not got its blocks within {COPIES_S:g} s:"
-                f" {tier['queued_blocks']} wait, {tier['copying_blocks']} are being copied"
-            )
-        time.sleep(0.01)
+def copied(server: Server) -> bool:
+    """Whether all that belongs on the fast device is there."""
+    tier = server.call("status")["tier"]
+    return not tier["queued_blocks"] and not tier["copying_blocks"]
 
 
 def read_back(server: Server, record: Path, workload: Workload, places: list[Place], drive: Drive) -> dict[str, Any]:

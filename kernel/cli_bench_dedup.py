@@ -113,7 +113,7 @@ def dedup(as_json: bool, plot: str | None, data: str | None, **options: Any) -> 
     end_in_order()
     try:
         document = measurement.run(wanted, lambda line: click.echo(line, err=True))
-    except (measurement.MeasurementError, measurement.ServerError) as error:
+    except (measurement.BenchError, measurement.MeasurementError, measurement.ServerError) as error:
         raise click.ClickException(str(error)) from None
     if plot:
         shown.draw(document, plot)

@@ -526,10 +526,7 @@ class Supervisor:
             if progress != life.hang_progress or not self._has_work(life):
                 life.hang_progress, life.hang_since_ns, life.hang_ticks = progress, now, -1
             elif now - life.hang_since_ns >= self._hang_ns:
-                misleading = self._misleading(life)
-                if misleading is not None:
-                    misleading.detected_ns = now
-                    self.kill_active(misleading, blame=signal.SIGABRT)
+                if self._kill_misleading(life, now):
                     life.hang_progress = -1
                     continue
                 found = life.active.look()
@@ -581,22 +578,26 @@ class Supervisor:
         """True if a message waits on a ring to the role."""
         return any(producer.tail != head for _, producer, head in self._rings_to(life))
 
-    def _misleading(self, life: Life) -> Life | None:
-        """Who has published more messages for a role than the ring holds, and not what it has committed. The role takes
-        none of them (I8) and is not to blame; a successor publishes what was committed."""
+    def _kill_misleading(self, life: Life, now: int) -> bool:
+        """Kills who has published more messages for a role than the ring holds, and not what it has committed. The role
+        takes none of them (I8) and is not to blame; a successor publishes what was committed."""
         for peer, producer, head in self._rings_to(life):
-            tail, committed, entries = int(producer.tail), int(producer.tail_committed), int(producer.entry_count)
-            other = self.lives.get(peer.name)
-            if other is None or other.active is None or other.phase is not Phase.SERVING:
+            sender = self.lives.get(peer.name)
+            if sender is None or sender.active is None or sender.phase is not Phase.SERVING:
                 continue
-            if tail != committed and (tail - head) % (1 << 32) > entries:
-                log.warning(
-                    "%s: process %d has published %d messages to %s in a ring of %d: killed",
-                    peer.name,
-                    other.active.pid,
-                    (tail - head) % (1 << 32),
-                    life.role.name,
-                    entries,
-                )
-                return other
-        return None
+            tail, entries = int(producer.tail), int(producer.entry_count)
+            claimed = (tail - head) % (1 << 32)
+            if claimed <= entries or tail == producer.tail_committed:
+                continue
+            log.warning(
+                "%s: process %d has published %d messages to %s in a ring of %d: killed",
+                peer.name,
+                sender.active.pid,
+                claimed,
+                life.role.name,
+                entries,
+            )
+            sender.detected_ns = now
+            self.kill_active(sender, blame=signal.SIGABRT)
+            return True
+        return False

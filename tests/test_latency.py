@@ -163,6 +163,7 @@ def test_the_machines_own(make_server: MakeServer) -> None:
                 server.kill("nic")
             wait_for("it is asked for", held)
             server.die()
+        # Its files leave /proc, by which `die` knows that it is gone, a moment before they are closed.
         wait_for("it is let go", lambda: bound_us() > 7)
         server.start()  # what it had acknowledged goes the orderly way
     finally:

@@ -3,7 +3,6 @@ let be; a death that takes its time is `dying`."""
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import signal
@@ -113,17 +112,11 @@ def test_who_publishes_what_it_has_not_is_replaced(hanging: Server, sender: str,
 def publish(server: Server, sender: str, reader: str, beyond: int) -> None:
     """Puts the tail of a ring `beyond` what the ring holds."""
     (instance,) = server.instances
-    with contextlib.ExitStack() as held:
-        arenas = {}
-        for role in (sender, reader):
-            file = held.enter_context(open(f"/dev/shm/atoll-{instance}-{role}", "r+b"))
-            memory = held.enter_context(mmap.mmap(file.fileno(), 0))
-            arenas[role] = held.enter_context(ffi.from_buffer(memory))
-        header, peer = (ffi.cast("struct atoll_arena_header *", arenas[role]) for role in (sender, reader))
-        offset = header.tx_offset[table.ROLES[reader].number]
-        producer = ffi.cast("struct atoll_ring_producer *", arenas[sender] + offset)
-        head = peer.consumer[table.ROLES[sender].number].head
-        producer.tail = (head + producer.entry_count + beyond) % (1 << 32)
+    path = f"/dev/shm/atoll-{instance}-{sender}"
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory, ffi.from_buffer(memory) as arena:
+        offset = ffi.cast("struct atoll_arena_header *", arena).tx_offset[table.ROLES[reader].number]
+        producer = ffi.cast("struct atoll_ring_producer *", arena + offset)
+        producer.tail = (producer.tail + producer.entry_count + beyond) % (1 << 32)
 
 
 def test_a_slow_device_is_no_hang(make_server: Callable[..., Server]) -> None:
