@@ -18,6 +18,7 @@ import pytest
 from diskkit import BLOCK, IO_COUNT, OK, READ, SYNC, WRITE, Stage, open_device
 
 from atoll.ipc import physmap, uring
+from atoll.ipc._ipc import lib
 
 ENGINES = ["io_uring", "threads"] if uring.available()[0] else ["threads"]
 RUN = 8  # blocks of one request
@@ -56,7 +57,8 @@ class Load:
                         if lane not in self.fresh_lanes:
                             assert stage.buffer_block(block) == PATTERN, f"late read into buffer {block}"
                     where = [(stage.buffers + (lane * RUN + at) * BLOCK, BLOCK) for at in self.order()]
-                    identity = stage.submit(READ, place * RUN * BLOCK, where, commit=False)
+                    flags = self.random.choice([0, lib.ATOLL_FLAG_AWAITED])
+                    identity = stage.submit(READ, place * RUN * BLOCK, where, commit=False, flags=flags)
                     row = (READ, place, lane)
                     self.fresh_lanes.discard(lane)
                 else:
@@ -114,7 +116,7 @@ def test_kills_under_load(tmp_path, engine, direct):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     choose = random.Random(seed)
-    depth, places = 48, 256
+    depth, places = 96, 256  # more bytes than the device may have beside reads that clients wait for
     path = tmp_path / "device"
     fd = open_device(path, places * RUN * BLOCK)
     if not direct:
@@ -142,6 +144,7 @@ def test_kills_under_load(tmp_path, engine, direct):
         counters = stage.counters()
         print(f"{load.done} requests, {in_flight} in flight at {kills} kills: {counters}")
         assert in_flight >= 32 * kills
+        assert counters["background_held"] != 0  # so some were killed with it
         for _ in range(200):  # the stage is whole: every slot and buffer is in use again
             load.fill()
             load.finish(1.0)

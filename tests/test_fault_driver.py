@@ -222,6 +222,22 @@ def test_a_record_of_accesses_tells_where_reads_and_writes_go(tmp_path):
         read_accesses(record)
 
 
+@pytest.mark.parametrize("awaited", [True, False])
+def test_reads_that_clients_wait_for_come_before_what_is_written(tmp_path, awaited):
+    """What came last is started first, and of eight times as much as the device may have beside it not all at once."""
+    record, large = tmp_path / "record", BLOCKS * BLOCK
+    with stage_with(tmp_path, record=str(record), record_accesses=True) as stage:
+        asked = [stage.submit(WRITE, 0, [(stage.source, large)], commit=False) for _ in range(8)]
+        flags = lib.ATOLL_FLAG_AWAITED if awaited else 0
+        asked.append(stage.submit(READ, 0, [(stage.buffers, 2 * BLOCK)], flags=flags, commit=False))
+        stage.commit()
+        stage.complete_all(asked)
+        end = stage.call("fault-status")["record_bytes"]
+        assert (stage.counters()["background_held"] != 0) == awaited
+    order = [int(row["opcode"]) for row in read_accesses(record, 0, end)]
+    assert order == ([READ] + [WRITE] * 8 if awaited else [WRITE] * 8 + [READ])
+
+
 def image_of(sectors):
     image = io.BytesIO(bytes(BLOCKS * BLOCK))
     apply(image, sectors)

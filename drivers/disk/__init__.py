@@ -39,6 +39,7 @@ COUNTERS = (
     "sleeps",
     "poisoned",
     "pinned",
+    "background_held",
 )
 assert len(COUNTERS) == lib.DISK_COUNTER_COUNT
 

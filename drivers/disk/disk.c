@@ -132,7 +132,7 @@ void disk_status(struct disk *disk, struct disk_status *status)
                                    .direct = disk->direct,
                                    .block_device = disk->block_device,
                                    .discards = disk->discards,
-                                   .queued = disk->queue_count,
+                                   .queued = io_queued(disk),
                                    .submitted = disk->submitted,
                                    .device_bytes = disk->device_bytes,
                                    .taken = disk->table->taken};

@@ -39,6 +39,14 @@ enum disk_state {
     DISK_SUBMITTED = 2  /* given to the engine at `position` */
 };
 
+/* What is started first. */
+enum disk_rank {
+    DISK_AWAITED = 0,    /* reads that clients wait for */
+    DISK_SMALL = 1,      /* other reads of a block, syncs, discards */
+    DISK_BACKGROUND = 2, /* other reads, writes: destage, mostly */
+    DISK_RANKS
+};
+
 enum disk_engine { DISK_ENGINE_NONE = 0, DISK_ENGINE_URING = 1, DISK_ENGINE_THREADS = 2 };
 
 /* Counters, in the order of COUNTERS in __init__.py. */
@@ -55,6 +63,7 @@ enum disk_counter {
     DISK_SLEEPS,
     DISK_POISONED,      /* requests refused because they crashed this role twice */
     DISK_PINNED,        /* writes of which the operating system had pinned all pages before */
+    DISK_BACKGROUND_HELD, /* steps in which transfers in the background waited, because clients wait for reads */
     DISK_COUNTER_COUNT
 };
 
@@ -130,6 +139,12 @@ struct disk_hook {
     void (*finished)(void *context, struct disk *disk, struct disk_slot *slot, uint32_t status);
 };
 
+/* Slots that are QUEUED, oldest first. */
+struct disk_queue {
+    uint32_t numbers[ATOLL_IO_COUNT];
+    uint32_t count;
+};
+
 /* Private to the process. */
 struct disk {
     struct atoll_domain *domain;
@@ -144,8 +159,11 @@ struct disk {
     struct thread_engine *threads;
     uint32_t in_flight;                  /* slots that are not FREE */
     uint32_t submitted;                  /* of these, SUBMITTED */
-    uint32_t queue[ATOLL_IO_COUNT];      /* slots that are QUEUED, oldest first */
-    uint32_t queue_count;
+    struct disk_queue queues[DISK_RANKS];
+    uint8_t ranks[ATOLL_IO_COUNT];       /* enum disk_rank, of slots that are not FREE */
+    uint64_t background_bytes;           /* of that rank, SUBMITTED */
+    uint32_t awaited;                    /* slots of the rank DISK_AWAITED */
+    uint64_t awaited_ns;                 /* the last of them was answered then (CLOCK_MONOTONIC) */
     uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */
     bool gives_way;                      /* what was taken in this step comes after the requests of clients */
     bool gathers;                        /* what was taken last was a small read that a client waits for */

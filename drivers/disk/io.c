@@ -7,6 +7,60 @@
 
 #include "ipc/crashpoint.h"
 
+/* While clients wait for reads, and for a while after, since who reads goes on reading, the device has no more than this of the
+ * background at a time, or one request. What it has already comes before a read, and this much keeps it nearly as busy as
+ * all that dedup has under way, which is up to 64 times as much. *Measured*: docs/experiments.md, Reads beside writes. */
+#define BACKGROUND_BYTES (1u << 20)
+#define AWAITED_NS 100000000u
+
+/* --- Ranks and queues -------------------------------------------------------------------------------------------- */
+
+/* `flags` of its message. */
+static enum disk_rank rank_of(const struct disk_slot *slot, uint32_t flags)
+{
+    switch (slot->opcode) {
+    case ATOLL_OP_IO_READ:
+        if (flags & ATOLL_FLAG_AWAITED)
+            return DISK_AWAITED;
+        return slot->length_bytes <= ATOLL_BLOCK_BYTES ? DISK_SMALL : DISK_BACKGROUND;
+    case ATOLL_OP_IO_WRITE: return DISK_BACKGROUND;
+    default: return DISK_SMALL;
+    }
+}
+
+uint32_t io_queued(const struct disk *disk)
+{
+    uint32_t sum = 0;
+    for (uint32_t rank = 0; rank < DISK_RANKS; rank++)
+        sum += disk->queues[rank].count;
+    return sum;
+}
+
+static void enqueue(struct disk *disk, const struct disk_slot *slot)
+{
+    uint32_t number = disk_slot_number(disk, slot);
+    struct disk_queue *queue = &disk->queues[disk->ranks[number]];
+    queue->numbers[queue->count++] = number;
+}
+
+static bool in_background(const struct disk *disk, const struct disk_slot *slot)
+{
+    return disk->ranks[disk_slot_number(disk, slot)] == DISK_BACKGROUND;
+}
+
+/* The device has it, or has it no longer. */
+static void note_given(struct disk *disk, const struct disk_slot *slot)
+{
+    disk->submitted++;
+    disk->background_bytes += in_background(disk, slot) ? slot->length_bytes : 0;
+}
+
+static void note_back(struct disk *disk, const struct disk_slot *slot)
+{
+    disk->submitted--;
+    disk->background_bytes -= in_background(disk, slot) ? slot->length_bytes : 0;
+}
+
 /* --- Answering --------------------------------------------------------------------------------------------------- */
 
 static void send_done(struct disk *disk, uint64_t identity, uint32_t status, uint32_t code)
@@ -49,7 +103,9 @@ static void answer(struct disk *disk, struct disk_slot *slot, uint32_t code)
         note_failure(disk, slot, code);
     send_done(disk, slot->identity, status, code);
     if (slot->state == DISK_SUBMITTED)
-        disk->submitted--;
+        note_back(disk, slot);
+    if (disk->ranks[disk_slot_number(disk, slot)] == DISK_AWAITED && --disk->awaited == 0)
+        disk->awaited_ns = atoll_now_ns();
     disk->in_flight--;
     atoll_set32(disk->domain->journal, &slot->state, DISK_FREE);
 }
@@ -280,7 +336,10 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message)
     atoll_set64(journal, &disk->table->taken, disk->table->taken + 1);
     atoll_set32(journal, &slot->state, DISK_QUEUED);
     disk->in_flight++;
-    disk->queue[disk->queue_count++] = (uint32_t)number;
+    enum disk_rank rank = rank_of(slot, message->flags);
+    disk->ranks[number] = (uint8_t)rank;
+    disk->awaited += rank == DISK_AWAITED;
+    enqueue(disk, slot);
 }
 
 /* --- Placing and starting ---------------------------------------------------------------------------------------- */
@@ -288,43 +347,52 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message)
 uint32_t io_place(struct disk *disk, struct disk_slot **started, uint32_t *answered)
 {
     struct atoll_journal *journal = disk->domain->journal;
-    uint32_t count = 0, kept = 0;
-    uint64_t now = 0;
-    bool full = false;
+    uint32_t count = 0;
+    bool full = false, held = false;
 
     disk->next_due_ns = UINT64_MAX;
-    for (uint32_t index = 0; index < disk->queue_count; index++) {
-        uint32_t number = disk->queue[index];
-        struct disk_slot *slot = &disk->table->slots[number];
-        uint32_t position = 0;
-        if (slot->fate_due_ns != 0) {
-            if (now == 0)
-                now = atoll_now_ns();
+    if (io_queued(disk) == 0)
+        return 0;
+    uint64_t now = atoll_now_ns();
+    bool awaited = disk->awaited != 0 || now - disk->awaited_ns < AWAITED_NS;
+    for (uint32_t rank = 0; rank < DISK_RANKS; rank++) {
+        struct disk_queue *queue = &disk->queues[rank];
+        uint32_t kept = 0;
+        for (uint32_t index = 0; index < queue->count; index++) {
+            uint32_t number = queue->numbers[index], position = 0;
+            struct disk_slot *slot = &disk->table->slots[number];
+            if (held) {
+                queue->numbers[kept++] = number;
+                continue;
+            }
             if (slot->fate_due_ns > now) {
                 if (slot->fate_due_ns < disk->next_due_ns)
                     disk->next_due_ns = slot->fate_due_ns;
-                disk->queue[kept++] = number;
+                queue->numbers[kept++] = number;
                 continue;
             }
+            if (slot->fate_bytes == 0) { /* the stand-in decided that nothing is done */
+                answer(disk, slot, slot->fate_error);
+                ++*answered;
+                continue;
+            }
+            held = rank == DISK_BACKGROUND && awaited && disk->background_bytes != 0 &&
+                   disk->background_bytes + slot->length_bytes > BACKGROUND_BYTES;
+            if (disk->engine == DISK_ENGINE_URING && !full && !held)
+                full = !uring_place(disk->uring, count, &position);
+            if (full || held) {
+                queue->numbers[kept++] = number;
+                continue;
+            }
+            atoll_set32(journal, &slot->position, position);
+            atoll_set32(journal, &slot->incarnation, disk->domain->incarnation);
+            atoll_set32(journal, &slot->state, DISK_SUBMITTED);
+            note_given(disk, slot);
+            started[count++] = slot;
         }
-        if (slot->fate_bytes == 0) { /* the stand-in decided that nothing is done */
-            answer(disk, slot, slot->fate_error);
-            ++*answered;
-            continue;
-        }
-        if (disk->engine == DISK_ENGINE_URING && !full)
-            full = !uring_place(disk->uring, count, &position);
-        if (full) {
-            disk->queue[kept++] = number;
-            continue;
-        }
-        atoll_set32(journal, &slot->position, position);
-        atoll_set32(journal, &slot->incarnation, disk->domain->incarnation);
-        atoll_set32(journal, &slot->state, DISK_SUBMITTED);
-        disk->submitted++;
-        started[count++] = slot;
+        queue->count = kept;
     }
-    disk->queue_count = kept;
+    atoll_count(disk->domain, DISK_BACKGROUND_HELD, held);
     return count;
 }
 
@@ -353,8 +421,8 @@ static bool again(struct disk *disk, struct disk_slot *slot)
         return false;
     atoll_set32(journal, &slot->attempt, slot->attempt + 1);
     atoll_set32(journal, &slot->state, DISK_QUEUED);
-    disk->submitted--;
-    disk->queue[disk->queue_count++] = disk_slot_number(disk, slot);
+    note_back(disk, slot);
+    enqueue(disk, slot);
     return true;
 }
 
@@ -449,9 +517,10 @@ void io_take_over(struct disk *disk)
         if (slot->state == DISK_FREE)
             continue;
         disk->in_flight++;
+        disk->ranks[number] = (uint8_t)rank_of(slot, 0); /* who waits is not known any more */
         if (slot->state == DISK_SUBMITTED) {
             if (disk->engine == DISK_ENGINE_URING && uring_consumed(disk->uring, slot->position)) {
-                disk->submitted++; /* its outcome is in the completion queue, or will be */
+                note_given(disk, slot); /* its outcome is in the completion queue, or will be */
                 continue;
             }
             atoll_count(disk->domain, DISK_REPEATED, 1);
@@ -462,8 +531,7 @@ void io_take_over(struct disk *disk)
     }
     qsort(found, count, sizeof found[0], compare_arrival);
     for (uint32_t index = 0; index < count; index++)
-        disk->queue[index] = disk_slot_number(disk, found[index]);
-    disk->queue_count = count;
+        enqueue(disk, found[index]);
     ATOLL_CRASH_POINT(disk->domain, "disk.recover.before");
     atoll_commit(disk->domain->journal);
     ATOLL_CRASH_POINT(disk->domain, "disk.recover.after");

@@ -16,6 +16,8 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message);
 /* Marks queued requests as submitted, as many as the engine has room for, and lists them in `started` (ATOLL_IO_COUNT
  * places). `*answered`: requests that ended here because nothing is to be done. In the running transaction. */
 uint32_t io_place(struct disk *disk, struct disk_slot **started, uint32_t *answered);
+/* Requests that are QUEUED. */
+uint32_t io_queued(const struct disk *disk);
 /* Gives placed requests to the engine. Outside of transactions: this starts I/O. */
 void io_start(struct disk *disk, struct disk_slot *const *started, uint32_t count);
 
