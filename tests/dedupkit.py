@@ -121,6 +121,7 @@ class Io:
     length: int
     segments: list[tuple[int, int]]
     role: int = DISK
+    flags: int = 0
 
 
 def _inherit(role: int, size: int) -> None:
@@ -581,7 +582,7 @@ class Stage:
             else:
                 segments = [(int(message.address), int(message.length))] if message.length else []
             io = Io(int(message.opcode), int(message.identity), int(message.words[0]), int(message.length), segments)
-            io.role = role
+            io.role, io.flags = role, int(message.flags)
             assert all(other.identity != io.identity for other in self.ios), "an I/O slot used twice"
             self.ios.append(io)
         lib.atoll_domain_commit(self.domains[role])

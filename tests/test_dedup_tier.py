@@ -572,3 +572,21 @@ def test_candidates_on_both_devices_when_few_reads_can_be_sent() -> None:
         assert all(request.status == OK for request in (write, *waiting))
         stage.drain()
         stage.verify()
+
+
+def test_no_client_waits_for_what_is_read_to_be_copied() -> None:
+    with Tiered() as stage:
+        stage.begin(tier=3, threshold=4)
+        data = [block(7000 + number) for number in range(8)]
+        for number, content in enumerate(data):
+            stage.put(100 + 2 * number, content)
+        stage.forget_cache()
+        stage.io_log.clear()
+        for copy in range(4):
+            for number, content in enumerate(data):
+                stage.put(400 + 100 * copy + 2 * number, content)
+            stage.settle()
+        assert stage.counters()["tier_copied_blocks"] == len(data)
+        reads = stage.reads(DISK)
+        assert len(reads) == len(data) and not any(io.flags & lib.ATOLL_FLAG_AWAITED for io in reads)
+        stage.verify()

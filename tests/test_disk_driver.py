@@ -219,6 +219,40 @@ def test_full_device(tmp_path, engine):
         assert stage.counters()["errors"] == 1
 
 
+def test_short_transfers_leave_nothing_counted(tmp_path, engine):
+    """What is to be continued is not with the device meanwhile: beside a client's read another write is started."""
+    large = 256 * BLOCK
+    with Stage(open_device(tmp_path / "device", 4 * large), engine) as stage:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (large + large // 2, before[1]))
+        try:
+            stage.start()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert stage.complete(stage.submit(WRITE, large, [(stage.source, large)])) == (EIO, 27)
+        assert stage.counters()["short"] == 1
+        read = stage.submit(READ, 0, [(stage.buffers, BLOCK)], flags=lib.ATOLL_FLAG_AWAITED, commit=False)
+        stage.complete_all([read, stage.submit(WRITE, 0, [(stage.source, large)])])
+
+
+def test_writes_are_held_back_only_beside_reads_of_clients(tmp_path, engine):
+    large = 256 * BLOCK
+    with Stage(open_device(tmp_path / "device", large), engine) as stage:
+        stage.start()
+
+        def held(*asked: int) -> int:
+            before = stage.counters()["background_held"]
+            writes = [stage.submit(WRITE, 0, [(stage.source, large)], commit=False) for _ in range(8)]
+            stage.commit()
+            stage.complete_all([*asked, *writes])
+            return stage.counters()["background_held"] - before
+
+        assert held() == 0
+        flags = lib.ATOLL_FLAG_AWAITED
+        assert held(stage.submit(READ, 0, [(stage.buffers, BLOCK)], flags=flags, commit=False)) != 0
+        stage.poll(lambda: held() == 0)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
 def test_no_space_left(tmp_path, engine):
     """A sparse file on a full file system: ENOSPC at the write, by its name."""

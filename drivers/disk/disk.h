@@ -43,7 +43,8 @@ enum disk_state {
 enum disk_rank {
     DISK_AWAITED = 0,    /* reads that clients wait for */
     DISK_SMALL = 1,      /* other reads of a block, syncs, discards */
-    DISK_BACKGROUND = 2, /* other reads, writes: destage, mostly */
+    DISK_BACKGROUND = 2, /* other reads: destage waits for them, and a client may come to */
+    DISK_DESTAGE = 3,    /* writes; in the background, too */
     DISK_RANKS
 };
 

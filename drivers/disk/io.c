@@ -8,10 +8,11 @@
 #include "ipc/crashpoint.h"
 
 /* While clients wait for reads, and for a while after, since who reads goes on reading, the device has no more than this of the
- * background at a time, or one request. What it has already comes before a read, and this much keeps it nearly as busy as
- * all that dedup has under way, which is up to 64 times as much. *Measured*: docs/experiments.md, Reads beside writes. */
+ * background at a time. What it has already comes before a read, and this much keeps it nearly as busy as
+ * all that dedup has under way, which is up to 64 times as much. *Measured*: docs/experiments.md, reads before destage. */
 #define BACKGROUND_BYTES (1u << 20)
 #define AWAITED_NS 100000000u
+_Static_assert(ATOLL_IO_BLOCKS * ATOLL_BLOCK_BYTES <= BACKGROUND_BYTES, "each has a turn when the device has nothing else");
 
 /* --- Ranks and queues -------------------------------------------------------------------------------------------- */
 
@@ -23,7 +24,7 @@ static enum disk_rank rank_of(const struct disk_slot *slot, uint32_t flags)
         if (flags & ATOLL_FLAG_AWAITED)
             return DISK_AWAITED;
         return slot->length_bytes <= ATOLL_BLOCK_BYTES ? DISK_SMALL : DISK_BACKGROUND;
-    case ATOLL_OP_IO_WRITE: return DISK_BACKGROUND;
+    case ATOLL_OP_IO_WRITE: return DISK_DESTAGE;
     default: return DISK_SMALL;
     }
 }
@@ -45,7 +46,7 @@ static void enqueue(struct disk *disk, const struct disk_slot *slot)
 
 static bool in_background(const struct disk *disk, const struct disk_slot *slot)
 {
-    return disk->ranks[disk_slot_number(disk, slot)] == DISK_BACKGROUND;
+    return disk->ranks[disk_slot_number(disk, slot)] >= DISK_BACKGROUND;
 }
 
 /* The device has it, or has it no longer. */
@@ -376,8 +377,7 @@ uint32_t io_place(struct disk *disk, struct disk_slot **started, uint32_t *answe
                 ++*answered;
                 continue;
             }
-            held = rank == DISK_BACKGROUND && awaited && disk->background_bytes != 0 &&
-                   disk->background_bytes + slot->length_bytes > BACKGROUND_BYTES;
+            held = rank >= DISK_BACKGROUND && awaited && disk->background_bytes + slot->length_bytes > BACKGROUND_BYTES;
             if (disk->engine == DISK_ENGINE_URING && !full && !held)
                 full = !uring_place(disk->uring, count, &position);
             if (full || held) {

@@ -53,7 +53,7 @@
 #define DP_SEGMENTS (2 * ATOLL_PART_BLOCKS)
 /* Zeros that holes refer to. */
 #define DP_ZERO_BYTES 65536
-/* Batches under way, in comparison or in gather writes; with ATOLL_IO_BLOCKS each this is 32 MiB in flight: with half as many large
+/* Batches under way, in comparison or in gather writes; with ATOLL_IO_BLOCKS each this is 64 MiB in flight: with half as many large
  * writes waited for the device while it waited for them. */
 #define DP_RUNS 64
 /* Records of a run: those written and those found equal to one of them (followers). */
@@ -543,7 +543,8 @@ void cache_prefetch(const struct datapath *dp, uint64_t pba); /* what cache_find
 void cache_pin(struct datapath *dp, uint32_t page);
 void cache_unpin(struct datapath *dp, uint32_t page);
 /* Finds or begins to load `count` blocks and pins their pages. All or none: false if pages or I/O slots are short or a place holds
- * no stored block (*failed = its PBA, else 0). `who`: IO_FILL for a client's read, IO_DESTAGE to match (io_room). */
+ * no stored block (*failed = its PBA, else 0). `who`: IO_FILL: a client waits; IO_TIER: to be copied; IO_DESTAGE: to match
+ * (io_room). */
 bool cache_load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, uint32_t count, uint32_t *pages, uint64_t *failed);
 /* Of a page that was read for destage: what it holds is equal to a block of its fingerprint; or is not, so it is compared with the
  * fingerprint now. False: it is damaged, and nobody finds it any more. */

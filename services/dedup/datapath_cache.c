@@ -300,7 +300,7 @@ static bool load(struct datapath *dp, enum io_kind who, const uint64_t *pbas, ui
     /* Look first: nothing is changed until it is known that all can be had. */
     for (uint32_t index = 0; index < count; index++) {
         pages[index] = cache_find(dp, pbas[index]);
-        if (pages[index] != DP_NONE && who == IO_FILL && !for_client(dp, pages[index]))
+        if (pages[index] != DP_NONE && who != IO_DESTAGE && !for_client(dp, pages[index]))
             pages[index] = DP_NONE;
         missing[index] = pages[index] == DP_NONE;
         for (uint32_t earlier = 0; missing[index] && earlier < index; earlier++)

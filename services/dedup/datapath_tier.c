@@ -325,7 +325,7 @@ bool tier_copies_step(struct datapath *dp)
             continue;
         }
         if (want == STORE_HAVE && store_references(dp->dedup, pba) != 0 && tier_find(dp, pba) == TIER_NONE &&
-            !cache_load(dp, IO_FILL, &pba, 1, &page, &failed)) {
+            !cache_load(dp, IO_TIER, &pba, 1, &page, &failed)) {
             if (failed == 0) { /* no page or no I/O slot: later */
                 begin = false;
                 continue;
