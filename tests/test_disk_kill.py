@@ -143,7 +143,7 @@ def test_kills_under_load(tmp_path, engine, direct):
         assert stage.completions() == []
         counters = stage.counters()
         print(f"{load.done} requests, {in_flight} in flight at {kills} kills: {counters}")
-        assert in_flight >= 32 * kills
+        assert counters["adopted"] + counters["repeated"] >= kills  # what those who died had begun
         assert counters["background_held"] != 0  # so some were killed with it
         for _ in range(200):  # the stage is whole: every slot and buffer is in use again
             load.fill()
