@@ -162,7 +162,7 @@ struct disk {
     uint32_t submitted;                  /* of these, SUBMITTED */
     struct disk_queue queues[DISK_RANKS];
     uint8_t ranks[ATOLL_IO_COUNT];       /* enum disk_rank, of slots that are not FREE */
-    uint64_t background_bytes;           /* of that rank, SUBMITTED */
+    uint64_t background_bytes;           /* of DISK_BACKGROUND and DISK_DESTAGE, SUBMITTED */
     uint32_t awaited;                    /* slots of the rank DISK_AWAITED */
     uint64_t awaited_ns;                 /* the last of them was answered then (CLOCK_MONOTONIC) */
     uint64_t next_due_ns;                /* of requests that are held back; UINT64_MAX: none */

@@ -44,22 +44,23 @@ static void enqueue(struct disk *disk, const struct disk_slot *slot)
     queue->numbers[queue->count++] = number;
 }
 
-static bool in_background(const struct disk *disk, const struct disk_slot *slot)
+/* What it adds to the background's bytes when the device has it. */
+static uint64_t background_bytes(const struct disk *disk, const struct disk_slot *slot)
 {
-    return disk->ranks[disk_slot_number(disk, slot)] >= DISK_BACKGROUND;
+    return disk->ranks[disk_slot_number(disk, slot)] >= DISK_BACKGROUND ? slot->length_bytes : 0;
 }
 
 /* The device has it, or has it no longer. */
 static void note_given(struct disk *disk, const struct disk_slot *slot)
 {
     disk->submitted++;
-    disk->background_bytes += in_background(disk, slot) ? slot->length_bytes : 0;
+    disk->background_bytes += background_bytes(disk, slot);
 }
 
 static void note_back(struct disk *disk, const struct disk_slot *slot)
 {
     disk->submitted--;
-    disk->background_bytes -= in_background(disk, slot) ? slot->length_bytes : 0;
+    disk->background_bytes -= background_bytes(disk, slot);
 }
 
 /* --- Answering --------------------------------------------------------------------------------------------------- */
@@ -345,55 +346,65 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message)
 
 /* --- Placing and starting ---------------------------------------------------------------------------------------- */
 
-uint32_t io_place(struct disk *disk, struct disk_slot **started, uint32_t *answered)
+/* What places requests in one step. */
+struct placing {
+    struct disk_slot **started;
+    uint32_t count, answered;
+    uint64_t now_ns;
+    bool awaited;  /* clients wait for reads, or did a moment ago */
+    bool held;     /* something in the background waits for them, and so does all that comes after it */
+    bool full;     /* the engine has no room left */
+};
+
+/* Places the request, or answers it. False: it stays in its queue. */
+static bool place(struct disk *disk, struct disk_slot *slot, struct placing *placing)
 {
     struct atoll_journal *journal = disk->domain->journal;
-    uint32_t count = 0;
-    bool full = false, held = false;
+    uint32_t position = 0;
+    if (slot->fate_due_ns > placing->now_ns) {
+        if (slot->fate_due_ns < disk->next_due_ns)
+            disk->next_due_ns = slot->fate_due_ns;
+        return false;
+    }
+    if (slot->fate_bytes == 0) { /* the stand-in decided that nothing is done */
+        answer(disk, slot, slot->fate_error);
+        placing->answered++;
+        return true;
+    }
+    uint64_t bytes = background_bytes(disk, slot);
+    placing->held = placing->awaited && bytes != 0 && disk->background_bytes + bytes > BACKGROUND_BYTES;
+    if (disk->engine == DISK_ENGINE_URING && !placing->full && !placing->held)
+        placing->full = !uring_place(disk->uring, placing->count, &position);
+    if (placing->full || placing->held)
+        return false;
+    atoll_set32(journal, &slot->position, position);
+    atoll_set32(journal, &slot->incarnation, disk->domain->incarnation);
+    atoll_set32(journal, &slot->state, DISK_SUBMITTED);
+    note_given(disk, slot);
+    placing->started[placing->count++] = slot;
+    return true;
+}
 
+uint32_t io_place(struct disk *disk, struct disk_slot **started, uint32_t *answered)
+{
     disk->next_due_ns = UINT64_MAX;
     if (io_queued(disk) == 0)
         return 0;
-    uint64_t now = atoll_now_ns();
-    bool awaited = disk->awaited != 0 || now - disk->awaited_ns < AWAITED_NS;
+    struct placing placing = {.started = started, .now_ns = atoll_now_ns()};
+    placing.awaited = disk->awaited != 0 || placing.now_ns - disk->awaited_ns < AWAITED_NS;
     for (uint32_t rank = 0; rank < DISK_RANKS; rank++) {
         struct disk_queue *queue = &disk->queues[rank];
         uint32_t kept = 0;
         for (uint32_t index = 0; index < queue->count; index++) {
-            uint32_t number = queue->numbers[index], position = 0;
-            struct disk_slot *slot = &disk->table->slots[number];
-            if (held) {
+            uint32_t number = queue->numbers[index];
+            if (placing.held || !place(disk, &disk->table->slots[number], &placing))
                 queue->numbers[kept++] = number;
-                continue;
-            }
-            if (slot->fate_due_ns > now) {
-                if (slot->fate_due_ns < disk->next_due_ns)
-                    disk->next_due_ns = slot->fate_due_ns;
-                queue->numbers[kept++] = number;
-                continue;
-            }
-            if (slot->fate_bytes == 0) { /* the stand-in decided that nothing is done */
-                answer(disk, slot, slot->fate_error);
-                ++*answered;
-                continue;
-            }
-            held = rank >= DISK_BACKGROUND && awaited && disk->background_bytes + slot->length_bytes > BACKGROUND_BYTES;
-            if (disk->engine == DISK_ENGINE_URING && !full && !held)
-                full = !uring_place(disk->uring, count, &position);
-            if (full || held) {
-                queue->numbers[kept++] = number;
-                continue;
-            }
-            atoll_set32(journal, &slot->position, position);
-            atoll_set32(journal, &slot->incarnation, disk->domain->incarnation);
-            atoll_set32(journal, &slot->state, DISK_SUBMITTED);
-            note_given(disk, slot);
-            started[count++] = slot;
         }
         queue->count = kept;
     }
-    atoll_count(disk->domain, DISK_BACKGROUND_HELD, held);
-    return count;
+    atoll_count(disk->domain, DISK_BACKGROUND_HELD, placing.held);
+    *answered += placing.answered;
+    return placing.count;
 }
 
 void io_start(struct disk *disk, struct disk_slot *const *started, uint32_t count)
