@@ -351,6 +351,10 @@ struct datapath {
     uint32_t looked;            /* records of the next batch that have been looked up this time */
     bool look_waits;            /* some of them wait */
     uint64_t flush_target;      /* largest of waiting flushes */
+    uint64_t flushed_ms;        /* when all that some waited for was destaged; 0: none has waited, in this process */
+    uint64_t flush_gap_ms;      /* between one such time and the next, lately */
+    uint64_t flush_posted;      /* blocks of posted writes since */
+    uint64_t shorter_ms;        /* when the log was last as short as flushes would have it, or became shorter */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
     uint64_t destage_failures;  /* failed writes, damaged pages; counted by this process */
     uint64_t failures_told;     /* to the flushes that wait */
@@ -388,7 +392,7 @@ struct datapath {
 #define DP_INFLIGHT_HEADS 16384
 
 enum dp_resource { RESOURCE_CACHE = 1, RESOURCE_MERGE = 2, RESOURCE_LOG_ROOM = 4, RESOURCE_RUN = 8, RESOURCE_SPACE = 16,
-                   RESOURCE_PAGE = 32 /* a place in memory for a page of metadata */ };
+                   RESOURCE_PAGE = 32 /* a place in memory for a page of metadata */, RESOURCE_SHORT_LOG = 64 /* see flush_crowded */ };
 
 /* What executing a request ended in. */
 enum dp_outcome {
@@ -427,6 +431,7 @@ struct fingerprint dp_fingerprint(const void *block);
 static inline void dp_note_leaving(struct datapath *dp, bool repeat)
 {
     dp->repeats += (repeat ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
+    dp->shorter_ms = dp->now_ms;
 }
 /* Asks for the cache lines of a block. */
 static inline void dp_prefetch(const void *block)
@@ -456,6 +461,10 @@ bool flush_step(struct datapath *dp);
 /* Of one of `volume` that comes after a posted write, which waits: true if what was logged could not be destaged since it was asked, so that
  * it fails. */
 bool flush_in_vain(struct datapath *dp, struct dp_slot *slot, uint32_t volume);
+/* Records that may be logged so that flushes, which wait for them, take little of the time of those who ask for them. */
+uint64_t flush_allows(const struct datapath *dp);
+/* More is logged than that, and it is becoming less: writes wait; `posted` ones, which are not held, are taken more slowly. */
+bool flush_crowded(struct datapath *dp, bool posted);
 
 /* --- datapath.c: acceptance, execution ------------------------------------------------------------------------------- */
 void datapath_commit(struct datapath *dp);                            /* in the middle of a step; what is freed is given back in it */
@@ -620,7 +629,7 @@ uint64_t destage_pending_order(const struct datapath *dp);
 /* As much is logged as may wait there for more. */
 bool destage_due(const struct datapath *dp);
 /* Clients are faster than destage, and what is logged is about to leave the processor's cache. */
-bool destage_crowded(const struct datapath *dp);
+bool destage_crowded(struct datapath *dp);
 /* What is logged is to go, whether more of it would come or not. */
 bool destage_pressed(const struct datapath *dp);
 /* Somebody asks for what a back-off holds up: tried again at once. */

@@ -17,8 +17,8 @@
  * took; so a request waits for a few of them, not for all. What one piece has shared is committed. One batch at a time is being shared,
  * so that what is left of it has no equal that was written meanwhile.
  *
- * When: a record is old enough, a flush waits, so much is logged that it leaves the processor's cache, or a quarter of the pages (or
- * less, where nothing comes of waiting), or someone asks for all (drain).
+ * When: a record is old enough, a flush waits, so much is logged that it leaves the processor's cache, or that who flushes often would
+ * wait for it, or a quarter of the pages (or less, where nothing comes of waiting), or someone asks for all (drain).
  * A failed write leaves its records logged; after a back-off, or when a flush is asked, they go to another place. While one is
  * unplaced, flushes fail (I7).
  *
@@ -169,11 +169,15 @@ static uint64_t in_runs(const struct datapath *dp)
 bool destage_due(const struct datapath *dp)
 {
     uint64_t logged = dp->arena->log_records;
-    return (is_short(dp) && logged > LOGGED_WARM + in_runs(dp)) ||
+    uint64_t warm = is_short(dp) ? LOGGED_WARM : UINT64_MAX, flushes = flush_allows(dp) / 2;
+    return logged > in_runs(dp) + (flushes < warm ? flushes : warm) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
-bool destage_crowded(const struct datapath *dp) { return is_short(dp) && dp->arena->log_records > LOGGED_CROWDED; }
+bool destage_crowded(struct datapath *dp)
+{
+    return (is_short(dp) && dp->arena->log_records > LOGGED_CROWDED) || flush_crowded(dp, true);
+}
 
 bool destage_pressed(const struct datapath *dp)
 {
@@ -300,7 +304,7 @@ static bool collect_one(struct datapath *dp, uint64_t *wake_ms)
 
 /* Whether the requests of clients come first for a moment: as long as the last pieces of work took, or, one by one, until none comes;
  * unless somebody waits for destage, or soon will. */
-static bool gives_way(const struct datapath *dp, uint64_t now_ns)
+static bool gives_way(struct datapath *dp, uint64_t now_ns)
 {
     const struct dp_arena *arena = dp->arena;
     return dp->shared && dp->asked && (dp->alone || now_ns < dp->resume_ns) && dp->flush_count == 0 && dp->retry_count == 0 && !dp->drain &&

@@ -1,6 +1,10 @@
 /*
  * Flushes: a flush, or a write with FUA, waits until all that was logged before it is destaged, then for the store's sync.
  *
+ * All is what everybody has written. So who flushes often would wait for the log of those who write as fast as they can: for as long as the
+ * device takes for three quarters of nic's pages. While somebody flushes the log is short, therefore, and it may be the longer the longer
+ * nobody has. Writes that would make it longer wait.
+ *
  * It fails for what could not be destaged since it was asked, or for a failed sync; of blocks that were set aside it fails for those of its
  * own volume.
  *
@@ -8,6 +12,46 @@
  */
 #include "ipc/crashpoint.h"
 #include "services/dedup/datapath.h"
+
+/* Two batches: the device has one while the other is prepared. */
+#define LOGGED_MIN (2 * ATOLL_IO_BLOCKS)
+/* What a device of 1 GiB/s takes in a twentieth of the time between flushes. */
+#define LOGGED_PER_MS 13
+/* When nothing leaves the log for so long (the device, or its driver, is away) it is of no use to flushes that writes wait. */
+#define STALLED_MS 20
+
+/* --- How much is logged -------------------------------------------------------------------------------------------------- */
+
+uint64_t flush_allows(const struct datapath *dp)
+{
+    uint64_t since_ms = dp->now_ms - dp->flushed_ms;
+    return LOGGED_MIN + LOGGED_PER_MS * (since_ms > dp->flush_gap_ms ? since_ms : dp->flush_gap_ms);
+}
+
+/* Posted writes are never held, only taken more slowly. Where many of them come others may make the log twice as long: else they would wait
+ * for what these have made of it. */
+bool flush_crowded(struct datapath *dp, bool posted)
+{
+    bool beside = !posted && dp->flush_posted > LOGGED_MIN / 2;
+    if (dp->arena->log_records - dp->arena->failed_records > flush_allows(dp) << beside)
+        return dp->now_ms - dp->shorter_ms < STALLED_MS;
+    dp->shorter_ms = dp->now_ms;
+    return false;
+}
+
+/* A sync for flushes begins. A short gap halves what is remembered: one among long ones is soon forgotten, and a log that many in a row make
+ * short becomes so step by step, while writes go on. */
+static void note_sync(struct datapath *dp)
+{
+    uint64_t gap_ms = dp->now_ms - dp->flushed_ms, most_ms = dp->arena->nic_pages / LOGGED_PER_MS;
+    if (gap_ms > most_ms)
+        gap_ms = most_ms;
+    dp->flush_gap_ms = gap_ms > dp->flush_gap_ms / 2 ? gap_ms : dp->flush_gap_ms / 2;
+    dp->flushed_ms = dp->now_ms;
+    dp->flush_posted = 0;
+}
+
+/* --- Flushes ------------------------------------------------------------------------------------------------------------- */
 
 void flush_begin(struct datapath *dp, uint32_t number)
 {
@@ -57,8 +101,10 @@ bool flush_step(struct datapath *dp)
             over = true;
             status = ATOLL_EUNFLUSHED;
         } else if (slot->phase == PHASE_DESTAGE && slot->target < pending) {
-            if (ticket == 0)
+            if (ticket == 0) {
                 ticket = store_sync(dp->dedup);
+                note_sync(dp);
+            }
             ATOLL_CRASH_POINT(dp->domain, "dedup.flush.sync");
             slot->phase = PHASE_SYNC;
             slot->ticket = ticket;

@@ -48,6 +48,7 @@ void posted_message(struct datapath *dp, const struct atoll_descriptor *message)
         return;
     }
     dp->posted_ms = dp->now_ms;
+    dp->flush_posted += length / DP_BLOCK;
     datapath_message(dp, message);
 }
 

@@ -5,6 +5,8 @@
  * of dedup out of the old content and the payload (the only copy between arenas, counted). What it needs is
  * had before anything is changed: old content of ragged ends, merge pages, space. Else it waits and is executed again.
  *
+ * Who flushes does not wait for too much: while that is logged a write waits (datapath_flush.c).
+ *
  * Space: each block needs a reservation unless it overwrites a logged one. If none can be had while the log holds some
  * (which a match or an overwrite may give back), the request waits until what was logged before it has been destaged; only
  * then it is ENOSPC. So it is if it waits for pages that logged blocks hold which find no place.
@@ -286,6 +288,8 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     uint64_t values[ATOLL_PART_BLOCKS], offset = request->words[0], end = offset + request->words[1], needed = 0;
     struct ragged ragged[2];
 
+    if (!posted_request(request) && ((dp->blocked & RESOURCE_SHORT_LOG) || flush_crowded(dp, false)))
+        return wait_for(dp, RESOURCE_SHORT_LOG);
     if (!payload_pages(dp, request, pages, &count)) {
         atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
         slot->status = ATOLL_EINVAL;
