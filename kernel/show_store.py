@@ -71,16 +71,23 @@ def scrub(document: Mapping[str, Any]) -> None:
     out.print(scrub_line(document))
 
 
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number} {one if number == 1 else more}"
+
+
 def scrub_line(document: Mapping[str, Any]) -> str:
     """One line, for `atoll status` too."""
     if document["state"] == "never":
         return "never"
     seen = f"{size(document['verified_bytes'])} of {size(document['stored_bytes'])} are right"
-    bad = f"[red]{document['damaged_count']} blocks are damaged[/]" if document["damaged_count"] else "none is damaged"
+    bad = "none is damaged"
+    if document["damaged_count"]:
+        bad = f"[red]{_count(document['damaged_count'], 'block is', 'blocks are')} damaged[/]"
     if document["repaired_pages"]:
-        bad += f", {document['repaired_pages']} pages of metadata were repaired from their second copy"
+        pages = _count(document["repaired_pages"], "page of metadata was", "pages of metadata were")
+        bad += f", {pages} repaired from the second copy"
     if document["lost_pages"]:
-        bad += f", [red]{document['lost_pages']} pages of metadata are lost[/]"
+        bad += f", [red]{_count(document['lost_pages'], 'page of metadata is', 'pages of metadata are')} lost[/]"
     when = f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(document['ended_s']))}" if document["ended_s"] else ""
     state = document["state"] if document["ended_s"] else f"running ({document['state']})"
     return f"{state}{when}: {seen}, {bad}"

@@ -87,7 +87,7 @@ def test_a_damaged_block_is_named_and_never_served(make_server: Callable[..., Se
     (damaged,) = found["damaged"]
     assert damaged["pba"] == bad and damaged["referrer_count"] == 2
     assert damaged["referrers"] == [{"volume": "disk", "lba": 17}, {"volume": "two", "lba": 67}]
-    assert "1 blocks are damaged" in server.cli("status").stdout
+    assert "1 block is damaged" in server.cli("status").stdout
     said = server.cli("scrub", "--rate", "0", status=1).stdout
     assert f"block {bad} is not what was stored; it is disk block 17, two block 67" in said
     server.stop()
