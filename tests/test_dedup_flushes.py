@@ -168,3 +168,22 @@ def test_nobody_waits_for_a_device_that_takes_nothing(stage: TimedStage) -> None
     assert stage.counters()["waits"] > waits, "it was not seen at once"
     stage.run_until_idle()
     stage.check()
+
+
+def test_pages_that_readers_still_send_from_are_in_no_flushs_way(stage: TimedStage) -> None:
+    """Neither do writes wait for them, nor does destage begin with less than else."""
+    volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
+    stage.turns_until_done(write_all(stage, volume, parts[:16]))
+    reads = [stage.read(volume, number * PART * BLOCK, PART * BLOCK) for number in range(16)]
+    stage.turns_until_done(reads, send=False)
+    for number in range(16):
+        write = stage.write(volume, (4000 + number) * BLOCK, parts[40][:BLOCK])
+        stage.turns_until_done([write], completions=1, send=False)
+        stage.turns_until_done([stage.flush(volume)], completions=1, send=False)
+    assert stage.figures().log_records == 16 * PART
+    waits = stage.counters()["waits"]
+    for number in range(10):
+        stage.turns_until_done([stage.write(volume, (5000 + number) * BLOCK, parts[41][:BLOCK])], send=False)
+    assert stage.counters()["waits"] == waits and not stage.ios
+    stage.run_until_idle()
+    stage.check()

@@ -170,7 +170,7 @@ bool destage_due(const struct datapath *dp)
 {
     uint64_t logged = dp->arena->log_records;
     uint64_t warm = is_short(dp) ? LOGGED_WARM : UINT64_MAX, flushes = flush_allows(dp) / 2;
-    return logged > in_runs(dp) + (flushes < warm ? flushes : warm) ||
+    return logged - dp->arena->pinned_records > in_runs(dp) + (flushes < warm ? flushes : warm) ||
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 

@@ -32,8 +32,9 @@ uint64_t flush_allows(const struct datapath *dp)
  * for what these have made of it. */
 bool flush_crowded(struct datapath *dp, bool posted)
 {
+    const struct dp_arena *arena = dp->arena;
     bool beside = !posted && dp->flush_posted > LOGGED_MIN / 2;
-    if (dp->arena->log_records - dp->arena->failed_records > flush_allows(dp) << beside)
+    if (arena->log_records - arena->failed_records - arena->pinned_records > flush_allows(dp) << beside)
         return dp->now_ms - dp->shorter_ms < STALLED_MS;
     dp->shorter_ms = dp->now_ms;
     return false;
