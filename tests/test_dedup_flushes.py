@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-from dedupkit import BLOCK, OK, Request, Stage
+from dedupkit import BLOCK, FUA, OK, Request, Stage
 
 PART = 64  # blocks of a write
 PARTS = 96
@@ -185,5 +185,16 @@ def test_pages_that_readers_still_send_from_are_in_no_flushs_way(stage: TimedSta
     for number in range(10):
         stage.turns_until_done([stage.write(volume, (5000 + number) * BLOCK, parts[41][:BLOCK])], send=False)
     assert stage.counters()["waits"] == waits and not stage.ios
+    stage.run_until_idle()
+    stage.check()
+
+
+def test_a_write_with_fua_does_not_wait_for_those_of_others(stage: TimedStage) -> None:
+    volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
+    flush_often(stage, volume)
+    writes = write_all(stage, volume, parts[:-1])
+    write = stage.write(volume, 8000 * BLOCK, parts[-1][:BLOCK], FUA)
+    stage.turns_until_done([write], completions=1)
+    assert sum(other.done for other in writes) < len(writes) // 2
     stage.run_until_idle()
     stage.check()

@@ -288,7 +288,8 @@ enum dp_outcome exec_write(struct datapath *dp, uint32_t number, const struct at
     uint64_t values[ATOLL_PART_BLOCKS], offset = request->words[0], end = offset + request->words[1], needed = 0;
     struct ragged ragged[2];
 
-    if (!posted_request(request) && ((dp->blocked & RESOURCE_SHORT_LOG) || flush_crowded(dp, false)))
+    bool held = !posted_request(request) && !(request->flags & ATOLL_FLAG_FUA); /* one with FUA is a flush, too */
+    if (held && ((dp->blocked & RESOURCE_SHORT_LOG) || flush_crowded(dp, false)))
         return wait_for(dp, RESOURCE_SHORT_LOG);
     if (!payload_pages(dp, request, pages, &count)) {
         atoll_count(dp->domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
