@@ -163,9 +163,36 @@ def test_nobody_waits_for_a_device_that_takes_nothing(stage: TimedStage) -> None
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
     waits = stage.counters()["waits"]
-    stage.turns_until_done(write_all(stage, volume, parts))
+    turns = stage.turns_until_done(write_all(stage, volume, parts))
     assert stage.figures().log_records == PARTS * PART
     assert stage.counters()["waits"] > waits, "it was not seen at once"
+    assert turns <= 300, "they waited for more than 30 ms"
+    stage.run_until_idle()
+    stage.check()
+
+
+def test_after_that_no_write_waits_until_all_of_it_has_been_written(stage: TimedStage) -> None:
+    volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
+    flush_often(stage, volume)
+    stage.turns_until_done(write_all(stage, volume, parts[:-1]))
+    flush = stage.flush(volume)
+    while not stage.ios:
+        stage.turn()
+        stage.take_ios()
+    stage.complete(stage.ios[0])
+    stage.turn()
+    write = stage.write(volume, 8000 * BLOCK, parts[-1])
+    for turns in range(100_000):
+        if write.done:
+            break
+        stage.turn()
+        stage.take_ios()
+        if turns % 10 == 0 and stage.ios:  # 1 GiB/s
+            stage.complete(stage.ios[0])
+        stage.answers()
+        if flush.done:
+            flush = stage.flush(volume)
+    assert stage.figures().log_records > PARTS * PART // 2
     stage.run_until_idle()
     stage.check()
 
@@ -196,5 +223,22 @@ def test_a_write_with_fua_does_not_wait_for_those_of_others(stage: TimedStage) -
     write = stage.write(volume, 8000 * BLOCK, parts[-1][:BLOCK], FUA)
     stage.turns_until_done([write], completions=1)
     assert sum(other.done for other in writes) < len(writes) // 2
+    stage.run_until_idle()
+    stage.check()
+
+
+def test_what_is_overwritten_in_the_log_does_not_make_it_shorter(stage: TimedStage) -> None:
+    """The device takes nothing, and the same block is written again and again."""
+    volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
+    flush_often(stage, volume)
+    writes = write_all(stage, volume, parts)
+    for turns in range(100_000):
+        if all(write.done for write in writes):
+            break
+        if turns % 100 == 0:
+            stage.post(volume, 8000 * BLOCK, parts[90][turns // 100 % PART * BLOCK :][:BLOCK])
+        stage.turn()
+        stage.answers()
+    assert turns <= 300, "they waited for more than 30 ms"
     stage.run_until_idle()
     stage.check()

@@ -352,9 +352,9 @@ struct datapath {
     bool look_waits;            /* some of them wait */
     uint64_t flush_target;      /* largest of waiting flushes */
     uint64_t flushed_ms;        /* when all that some waited for was destaged; 0: none has waited, in this process */
-    uint64_t flush_gap_ms;      /* between one such time and the next, lately */
+    uint64_t flush_gap_ms;      /* between one such time and the next, lately; or what allows as much as was logged when nothing left the log */
     uint64_t flush_posted;      /* blocks of posted writes since */
-    uint64_t shorter_ms;        /* when the log was last as short as flushes would have it, or became shorter */
+    uint64_t shorter_ms;        /* when the log was last so short that destage was not due, or something of it was written or shared */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */
     uint64_t destage_failures;  /* failed writes, damaged pages; counted by this process */
     uint64_t failures_told;     /* to the flushes that wait */
@@ -431,7 +431,6 @@ struct fingerprint dp_fingerprint(const void *block);
 static inline void dp_note_leaving(struct datapath *dp, bool repeat)
 {
     dp->repeats += (repeat ? DP_REPEATS_WEIGHT : 0) - dp->repeats / DP_REPEATS_WEIGHT;
-    dp->shorter_ms = dp->now_ms;
 }
 /* Asks for the cache lines of a block. */
 static inline void dp_prefetch(const void *block)

@@ -132,6 +132,7 @@ void destage_settled(struct datapath *dp, uint32_t record)
     store_unreserve(dp->dedup, 1);
     log_release(dp, record);
     dp_note_leaving(dp, true);
+    dp->shorter_ms = dp->now_ms;
 }
 
 void destage_failed(struct datapath *dp)

@@ -73,6 +73,8 @@ void destage_io_done(struct datapath *dp, const struct io_slot *slot, uint32_t s
     struct dp_run *run = &dp->arena->runs[slot->argument % DP_RUNS];
     assert(slot->argument < DP_RUNS && run->state == RUN_WRITING);
     ATOLL_CRASH_POINT(dp->domain, "dedup.destage.done");
+    if (status == ATOLL_OK)
+        dp->shorter_ms = dp->now_ms;
     dp_set32(dp, &run->status, status);
     batch_set_state(dp, (uint32_t)slot->argument, RUN_WRITTEN);
 }

@@ -34,9 +34,14 @@ bool flush_crowded(struct datapath *dp, bool posted)
 {
     const struct dp_arena *arena = dp->arena;
     bool beside = !posted && dp->flush_posted > LOGGED_MIN / 2;
-    if (arena->log_records - arena->failed_records - arena->pinned_records > flush_allows(dp) << beside)
-        return dp->now_ms - dp->shorter_ms < STALLED_MS;
-    dp->shorter_ms = dp->now_ms;
+    uint64_t logged = arena->log_records - arena->failed_records - arena->pinned_records, allowed = flush_allows(dp);
+    if (logged <= allowed / 2) /* none of it is due */
+        dp->shorter_ms = dp->now_ms;
+    if (logged <= allowed << beside)
+        return false;
+    if (dp->now_ms - dp->shorter_ms < STALLED_MS)
+        return true;
+    dp->flush_gap_ms = logged / LOGGED_PER_MS; /* or all would wait for it when the device is back: flushes make it short again */
     return false;
 }
 
