@@ -351,8 +351,9 @@ struct datapath {
     uint32_t looked;            /* records of the next batch that have been looked up this time */
     bool look_waits;            /* some of them wait */
     uint64_t flush_target;      /* largest of waiting flushes */
+    uint64_t flush_asked_ms;    /* when the first of those that wait, or did last, began */
     uint64_t flushed_ms;        /* when all that some waited for was destaged; 0: none has waited, in this process */
-    uint64_t flush_gap_ms;      /* between one such time and the next, lately; or what allows as much as was logged when nothing left the log */
+    uint64_t flush_gap_ms;      /* from that to the next one asked for, lately; or what allows as much as was logged when nothing left the log */
     uint64_t flush_posted;      /* blocks of posted writes since */
     uint64_t shorter_ms;        /* when the log was last so short that destage was not due, or something of it was written or shared */
     uint64_t space_target;      /* largest of writes that wait for the reservations of what was logged before them */

@@ -17,14 +17,18 @@
 #define LOGGED_MIN (2 * ATOLL_IO_BLOCKS)
 /* What a device of 1 GiB/s takes in a twentieth of the time between flushes. */
 #define LOGGED_PER_MS 13
-/* When nothing leaves the log for so long (the device, or its driver, is away) it is of no use to flushes that writes wait. */
-#define STALLED_MS 20
+/* When nothing leaves the log for so long (the device, or its driver, is away) it is of no use to flushes that writes wait. A device takes
+ * less for a batch. */
+#define STALLED_MS 100
 
 /* --- How much is logged -------------------------------------------------------------------------------------------------- */
 
+/* From a flush to the first that waits; how long that waits says nothing of how often it is asked for. */
+static uint64_t gap_until(const struct datapath *dp, uint64_t asked_ms) { return asked_ms > dp->flushed_ms ? asked_ms - dp->flushed_ms : 0; }
+
 uint64_t flush_allows(const struct datapath *dp)
 {
-    uint64_t since_ms = dp->now_ms - dp->flushed_ms;
+    uint64_t since_ms = gap_until(dp, dp->flush_count != 0 ? dp->flush_asked_ms : dp->now_ms);
     return LOGGED_MIN + LOGGED_PER_MS * (since_ms > dp->flush_gap_ms ? since_ms : dp->flush_gap_ms);
 }
 
@@ -49,7 +53,7 @@ bool flush_crowded(struct datapath *dp, bool posted)
  * short becomes so step by step, while writes go on. */
 static void note_sync(struct datapath *dp)
 {
-    uint64_t gap_ms = dp->now_ms - dp->flushed_ms, most_ms = dp->arena->nic_pages / LOGGED_PER_MS;
+    uint64_t gap_ms = gap_until(dp, dp->flush_asked_ms), most_ms = dp->arena->nic_pages / LOGGED_PER_MS;
     if (gap_ms > most_ms)
         gap_ms = most_ms;
     dp->flush_gap_ms = gap_ms > dp->flush_gap_ms / 2 ? gap_ms : dp->flush_gap_ms / 2;
@@ -62,6 +66,8 @@ static void note_sync(struct datapath *dp)
 void flush_begin(struct datapath *dp, uint32_t number)
 {
     dp->flush_since[number] = dp->destage_failures;
+    if (dp->flush_count == 0)
+        dp->flush_asked_ms = dp->now_ms;
     destage_hurry(dp);
     slot_queue_flush(dp, number);
 }
