@@ -66,7 +66,7 @@ def write_all(stage: Stage, volume: int, parts: list[bytes]) -> list[Request]:
     return [stage.write(volume, number * PART * BLOCK, part) for number, part in enumerate(parts)]
 
 
-def write_beside(stage: Stage, volume: int, parts: list[bytes], flushing: bool) -> int:
+def write_beside(stage: Stage, volume: int, parts: list[bytes], flushing: bool, turns_of_batch: int = 4) -> int:
     """Much more than a slow device has written meanwhile; the longest log."""
     writes = write_all(stage, volume, parts)
     flush, longest, turns = stage.flush(volume) if flushing else None, 0, 0
@@ -74,8 +74,9 @@ def write_beside(stage: Stage, volume: int, parts: list[bytes], flushing: bool) 
         stage.turn()
         turns += 1
         stage.take_ios()
-        if stage.ios and turns % 4 == 0:
-            stage.complete(stage.ios[0])
+        if turns % turns_of_batch == 0:
+            for io in [io for io in stage.ios if io.length < PART * BLOCK] or stage.ios[:1]:
+                stage.complete(io)
         stage.answers()
         longest = max(longest, stage.figures().log_records)
         if flush is not None and flush.done:
@@ -248,20 +249,4 @@ def test_a_slow_device_does_not_make_the_log_longer(stage: TimedStage) -> None:
     """100 MiB/s. How long flushes take then says nothing of how often they are asked for."""
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
-    writes = write_all(stage, volume, parts)
-    flush, longest = stage.flush(volume), 0
-    for turns in range(100_000):
-        if all(write.done for write in writes):
-            break
-        stage.turn()
-        stage.take_ios()
-        if turns % 100 == 0:
-            for io in [io for io in stage.ios if io.length < BLOCK * PART] or stage.ios[:1]:
-                stage.complete(io)
-        stage.answers()
-        longest = max(longest, stage.figures().log_records)
-        if flush.done:
-            flush = stage.flush(volume)
-    assert longest < 1024
-    stage.run_until_idle()
-    stage.check()
+    assert write_beside(stage, volume, parts, flushing=True, turns_of_batch=100) < 1024
