@@ -169,9 +169,10 @@ static uint64_t in_runs(const struct datapath *dp)
 
 bool destage_due(const struct datapath *dp)
 {
-    uint64_t logged = dp->arena->log_records;
-    uint64_t warm = is_short(dp) ? LOGGED_WARM : UINT64_MAX, flushes = flush_allows(dp) / 2;
-    return logged - dp->arena->pinned_records > in_runs(dp) + (flushes < warm ? flushes : warm) ||
+    uint64_t logged = dp->arena->log_records, waiting = logged - dp->arena->pinned_records, enough = flush_allows(dp) / 2;
+    if (is_short(dp) && enough > LOGGED_WARM)
+        enough = LOGGED_WARM;
+    return (waiting > enough && waiting > enough + in_runs(dp)) || /* mostly there are not so many, and runs need not be counted */
            logged * (is_eager(dp) ? LOGGED_PART_EAGER : LOGGED_PART) > dp->arena->nic_pages;
 }
 
