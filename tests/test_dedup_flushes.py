@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -24,16 +25,23 @@ class TimedStage(Stage):
         self.lib.hook_set_clock(self.now_ns)
         return super().turn()
 
-    def turns_until_done(self, requests: list[Request], completions: int = 0, send: bool = True) -> int:
-        """The device completes so many of its I/Os in each turn."""
+    def turns_until_done(
+        self, requests: list[Request], completions: int = 0, every: int = 1, send: bool = True,
+        beside: Callable[[], None] | None = None,
+    ) -> int:  # fmt: skip
+        """In one of `every` turns the device completes so many of its I/Os, or all small ones; `beside` is first."""
         for turns in range(100_000):
             if all(request.done for request in requests):
                 assert all(request.status == OK for request in requests)
                 return turns
+            if beside is not None:
+                beside()
             self.turn()
             self.take_ios()
-            for io in self.ios[:completions]:
-                self.complete(io)
+            if completions != 0 and turns % every == 0:
+                small = [io for io in self.ios if io.length < PART * BLOCK]
+                for io in small or self.ios[:completions]:
+                    self.complete(io)
             self.answers(send)
         raise AssertionError("not answered")
 
@@ -66,23 +74,33 @@ def write_all(stage: Stage, volume: int, parts: list[bytes]) -> list[Request]:
     return [stage.write(volume, number * PART * BLOCK, part) for number, part in enumerate(parts)]
 
 
-def write_beside(stage: Stage, volume: int, parts: list[bytes], flushing: bool, turns_of_batch: int = 4) -> int:
-    """Much more than a slow device has written meanwhile; the longest log."""
-    writes = write_all(stage, volume, parts)
-    flush, longest, turns = stage.flush(volume) if flushing else None, 0, 0
-    while not all(write.done for write in writes):
-        stage.turn()
-        turns += 1
-        stage.take_ios()
-        if turns % turns_of_batch == 0:
-            for io in [io for io in stage.ios if io.length < PART * BLOCK] or stage.ios[:1]:
-                stage.complete(io)
-        stage.answers()
-        longest = max(longest, stage.figures().log_records)
-        if flush is not None and flush.done:
+def flushing(stage: Stage, volume: int) -> Callable[[], None]:
+    """A client that asks for the next flush when it has been told of the last one."""
+    flush = stage.flush(volume)
+
+    def again() -> None:
+        nonlocal flush
+        if flush.done:
             assert flush.status == OK
             flush = stage.flush(volume)
-    assert all(write.status == OK for write in writes)
+
+    return again
+
+
+def write_beside(
+    stage: TimedStage, volume: int, parts: list[bytes], every: int = 4, others: Callable[[], None] | None = None
+) -> int:
+    """Much more than a slow device, one I/O in so many turns, has written meanwhile; the longest log."""
+    longest = 0
+
+    def look() -> None:
+        nonlocal longest
+        longest = max(longest, stage.figures().log_records)
+        if others is not None:
+            others()
+
+    stage.turns_until_done(write_all(stage, volume, parts), completions=1, every=every, beside=look)
+    longest = max(longest, stage.figures().log_records)
     stage.run_until_idle()
     stage.check()
     return longest
@@ -92,7 +110,7 @@ def test_the_log_is_short_while_somebody_flushes(stage: TimedStage) -> None:
     """How short depends on how long a flush takes: 512 blocks, and 13 for each millisecond."""
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
-    assert write_beside(stage, volume, parts, flushing=True) < 1024
+    assert write_beside(stage, volume, parts, others=flushing(stage, volume)) < 1024
 
 
 def test_it_is_as_short_where_blocks_are_stored_already(stage: TimedStage) -> None:
@@ -100,7 +118,7 @@ def test_it_is_as_short_where_blocks_are_stored_already(stage: TimedStage) -> No
     parts = contents()
     stage.turns_until_done(write_all(stage, volume, parts), completions=100)
     flush_often(stage, volume)
-    assert write_beside(stage, copy, parts, flushing=True) < 1024
+    assert write_beside(stage, copy, parts, every=24, others=flushing(stage, copy)) < 1024
 
 
 def test_one_flush_now_and_then_makes_no_write_wait(stage: TimedStage) -> None:
@@ -109,7 +127,7 @@ def test_one_flush_now_and_then_makes_no_write_wait(stage: TimedStage) -> None:
     stage.run_until_idle()
     assert flush.status == OK
     waits = stage.counters()["waits"]
-    assert write_beside(stage, volume, parts, flushing=False) > PARTS * PART // 2
+    assert write_beside(stage, volume, parts) > PARTS * PART // 2
     assert stage.counters()["waits"] == waits
 
 
@@ -176,23 +194,14 @@ def test_after_that_no_write_waits_until_all_of_it_has_been_written(stage: Timed
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
     stage.turns_until_done(write_all(stage, volume, parts[:-1]))
-    flush = stage.flush(volume)
+    others = flushing(stage, volume)
     while not stage.ios:
         stage.turn()
         stage.take_ios()
     stage.complete(stage.ios[0])
     stage.turn()
     write = stage.write(volume, 8000 * BLOCK, parts[-1])
-    for turns in range(100_000):
-        if write.done:
-            break
-        stage.turn()
-        stage.take_ios()
-        if turns % 10 == 0 and stage.ios:  # 1 GiB/s
-            stage.complete(stage.ios[0])
-        stage.answers()
-        if flush.done:
-            flush = stage.flush(volume)
+    stage.turns_until_done([write], completions=1, every=10, beside=others)  # 1 GiB/s
     assert stage.figures().log_records > PARTS * PART // 2
     stage.run_until_idle()
     stage.check()
@@ -232,14 +241,14 @@ def test_what_is_overwritten_in_the_log_does_not_make_it_shorter(stage: TimedSta
     """The device takes nothing, and the same block is written again and again."""
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
-    writes = write_all(stage, volume, parts)
-    for turns in range(100_000):
-        if all(write.done for write in writes):
-            break
-        if turns % 100 == 0:
-            stage.post(volume, 8000 * BLOCK, parts[90][turns // 100 % PART * BLOCK :][:BLOCK])
-        stage.turn()
-        stage.answers()
+    writes, overwrites = write_all(stage, volume, parts), itertools.count()
+
+    def overwrite() -> None:
+        number = next(overwrites)
+        if number % 100 == 0:
+            stage.post(volume, 8000 * BLOCK, parts[90][number // 100 % PART * BLOCK :][:BLOCK])
+
+    turns = stage.turns_until_done(writes, beside=overwrite)
     assert turns <= 1200, "they waited for more than 120 ms"
     stage.run_until_idle()
     stage.check()
@@ -249,4 +258,4 @@ def test_a_slow_device_does_not_make_the_log_longer(stage: TimedStage) -> None:
     """100 MiB/s. How long flushes take then says nothing of how often they are asked for."""
     volume, parts = stage.create_volume("v", 8192 * BLOCK), contents()
     flush_often(stage, volume)
-    assert write_beside(stage, volume, parts, flushing=True, turns_of_batch=100) < 1024
+    assert write_beside(stage, volume, parts, every=100, others=flushing(stage, volume)) < 1024
