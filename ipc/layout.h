@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 16
+#define ATOLL_LAYOUT_VERSION 17
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -68,13 +68,16 @@ struct atoll_descriptor {
     uint64_t address;        /* reference into the physical map, or 0 */
     uint32_t length;         /* payload bytes in all */
     uint16_t status;         /* enum atoll_status in replies */
-    uint16_t part;           /* number of the request's part, modulo 65,536 */
+    uint16_t part;           /* number of the request's part, modulo 65,536; ATOLL_PART_NIC */
     union {
         uint8_t bytes[32];
         uint64_t words[4];
         uint32_t halves[8];
     };
 };
+
+/* The part of a READ that nic asks dedup for: before all others. */
+#define ATOLL_PART_NIC 0xffff
 
 /* A piece of a scattered payload. */
 struct atoll_segment {
@@ -99,7 +102,7 @@ enum atoll_descriptor_flag {
     ATOLL_FLAG_TAKEN = 128,      /* reply: the part's payload pages were lent on to dedup, which gives them back itself */
     ATOLL_FLAG_AWAITED = 1,      /* IO_READ: a client waits for it (a hint) */
     ATOLL_FLAG_POSTED = 2,       /* nic's WRITE: its client has been answered before; END follows, no DONE */
-    ATOLL_FLAG_ALONE = 128       /* nic -> dedup: no other request came with it; nbd -> dedup: no other waited when it was taken;
+    ATOLL_FLAG_ALONE = 128       /* nic -> dedup, a WRITE: no other request came with it; nbd -> dedup: no other waited when it was taken;
                                     dedup -> storage driver: clients' requests come one by one, and none waits for this (hints) */
 };
 
@@ -109,7 +112,8 @@ enum atoll_opcode {
     ATOLL_OP_OPTION = 2,     /* negotiation: bytes = header (4 bytes of client flags, or 16 of an option),
                                 halves[5] = header length; address,length = option data (contiguous) */
     ATOLL_OP_REQUEST = 3,    /* transmission: bytes = 28-byte or 32-byte header as received;
-                                address,length,segments = first part of the payload, part = 0 */
+                                address,length,segments = first part of the payload, part = 0. A READ that dedup has refused to nic:
+                                status, address = words[0] of its DONE, length = number of the failed block in it, from 1 on, 0: not known */
     ATOLL_OP_PART = 4,       /* next part of a payload */
     ATOLL_OP_CLOSED = 5,     /* the connection is gone; no other slot of it is in use any more */
     ATOLL_OP_SENT = 6,       /* a reply without ATOLL_FLAG_LAST is in the socket: `part` as in the reply */
@@ -119,16 +123,16 @@ enum atoll_opcode {
                                 requests, halves[1] = id + 1 of the volume that nic may answer for, 0 none, halves[2] = its generation,
                                 halves[3] = 1: replies may come between the parts of another one */
     ATOLL_OP_NEXT = 17,      /* write part `part` is taken: deliver the next part (no bytes, no flags but TAKEN) */
-    /* nbd -> dedup, and nic -> dedup a WRITE with POSTED: words[0] = offset in the volume (bytes), words[1] = length (bytes), halves[4] = volume id,
-     * halves[5] = volume generation */
-    ATOLL_OP_READ = 32,
+    /* nbd -> dedup, and nic -> dedup a WRITE with POSTED and a READ: words[0] = offset in the volume (bytes), words[1] = length (bytes),
+     * halves[4] = volume id, halves[5] = volume generation */
+    ATOLL_OP_READ = 32,      /* nic's has part ATOLL_PART_NIC: nbd may ask once more, with part 0 */
     ATOLL_OP_WRITE = 33,     /* payload: nic's pages; a block's bytes lie at their offset within the page */
     ATOLL_OP_FLUSH = 34,
     ATOLL_OP_TRIM = 35,
     ATOLL_OP_ZERO = 36,
     ATOLL_OP_CACHE = 37,
     ATOLL_OP_EXTENTS = 38,   /* answer: address,length = atoll_extent[] in dedup's arena */
-    /* dedup -> nbd */
+    /* dedup -> nbd, or nic: to whom has asked */
     ATOLL_OP_DONE = 48,      /* same identity and part; status; data by segments; words[0] = LBA or PBA that failed */
     /* dedup -> nic */
     ATOLL_OP_GIVE_BACK = 49, /* halves[0..7] = page indices of nic's buffers, segment_count of them */
@@ -274,11 +278,11 @@ struct atoll_volume {
 enum atoll_volume_state { ATOLL_VOLUME_FREE = 0, ATOLL_VOLUME_READY = 1, ATOLL_VOLUME_DELETING = 2 };
 enum atoll_volume_flag { ATOLL_VOLUME_READONLY = 1 };
 
-/* What nbd may answer by itself: a block that lies in memory. Written by dedup, looked at by nbd, never waited for.
+/* What nic and nbd may answer by themselves: a block that lies in memory. Written by dedup, looked at by them, never waited for.
  *
  *   dedup: takes a value away (0) before the block changes, puts one there after the change is committed, and
  *          adds 1 to a page's generation before it looks who uses the page (SP-USE)
- *   nbd:   takes the value, publishes that it uses the page, full_fence, and takes the page only if its generation is
+ *   they:  take the value, publish that they use the page, full_fence, and take the page only if its generation is
  *          that of the value
  *
  * A value that is there is true; none says nothing. So neither needs the journal: what a dead dedup has taken away or not
@@ -347,7 +351,7 @@ struct atoll_nic_public {
     uint32_t done[2048];      /* per slot: sequence of its last request that is finished for good (SP-DONE) */
     uint64_t posted_order;    /* transactional: the last one given */
     uint32_t posting;         /* not transactional. 1: posted writes may be on their way, or are just being posted (SP-POST) */
-    uint32_t reserved_a;
+    uint32_t asking;          /* not transactional. 1: clients wait for reads that dedup is asked for, perhaps behind such. A hint */
     uint64_t reserved[6];
     struct atoll_posted posted[2048]; /* per slot */
     uint32_t ending[2048];    /* per connection, published after the commit: 1: nothing more is received from it */

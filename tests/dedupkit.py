@@ -108,6 +108,7 @@ class Request:
     extents: list[tuple[int, int]] = field(default_factory=list)
     segments: list[tuple[int, int, int]] = field(default_factory=list)
     failed: int = 0
+    lba: int = 0  # + 1, of the block that failed; 0 not known
     message: bytes = b""
 
 
@@ -147,6 +148,7 @@ class Stage:
         fast_pages: int = 64,
         tier_entries: int = 1 << 20,
         prints: int = 4096,
+        asks: float = 0.0,
     ) -> None:
         if extension is None:
             extension = importlib.import_module("atoll.services.dedup._dedup")
@@ -189,6 +191,7 @@ class Stage:
         self.lent_pages: set[int] = set()
         self.requests: dict[int, Request] = {}  # by slot, until answered
         self.unsent: list[Request] = []  # answered reads whose slots nic has not finished
+        self.asks = asks  # share of reads that nic asks for
         self.ios: list[Io] = []
         self.io_rule: Callable[[Io], int] | None = None  # status instead of doing it
         self.io_log: list[Io] = []
@@ -378,15 +381,15 @@ class Stage:
 
     def submit(
         self, opcode: int, volume: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0,
-        scattered: bool = False, generation: int | None = None,
+        scattered: bool = False, generation: int | None = None, part: int = 0,
     ) -> Request:  # fmt: skip
         slot = self.free_slots.pop()
         self.sequences[slot] = (self.sequences[slot] + 1) % (1 << 32)
         identity = 3 << 48 | slot << 32 | self.sequences[slot]
-        request = Request(opcode, identity, slot, 0, offset, length, volume, payload)
+        request = Request(opcode, identity, slot, part, offset, length, volume, payload)
         message = self.message
         ffi.memmove(message, bytes(64), 64)
-        message.opcode, message.flags, message.identity = opcode, flags, identity
+        message.opcode, message.flags, message.identity, message.part = opcode, flags, identity, part
         message.words[0], message.words[1] = offset, length
         message.halves[4] = volume
         message.halves[5] = self.generation(volume) if generation is None else generation
@@ -407,9 +410,9 @@ class Stage:
         return request
 
     def _send(self, message: Any) -> None:
-        """From nbd; posted writes from nic."""
+        """From nbd; posted writes, and what has nic's part, from nic."""
         posted = message.opcode == lib.ATOLL_OP_WRITE and message.flags & lib.ATOLL_FLAG_POSTED
-        sender = self.domains[NIC if posted else NBD]
+        sender = self.domains[NIC if posted or message.part == lib.ATOLL_PART_NIC else NBD]
         assert lib.atoll_domain_put(sender, DEDUP, message)
         lib.atoll_domain_commit(sender)
 
@@ -462,7 +465,25 @@ class Stage:
         return request
 
     def read(self, volume: int, offset: int, length: int) -> Request:
+        """By chance (`asks`) nic's."""
+        by_nic = self.asks > 0 and self.random.random() < self.asks
+        return (self.ask if by_nic else self.read_by_nbd)(volume, offset, length)
+
+    def read_by_nbd(self, volume: int, offset: int, length: int) -> Request:
         return self.submit(lib.ATOLL_OP_READ, volume, offset, length)
+
+    def ask(self, volume: int, offset: int, length: int) -> Request:
+        """A read that nic asks for."""
+        return self.submit(lib.ATOLL_OP_READ, volume, offset, length, part=lib.ATOLL_PART_NIC)
+
+    def ask_again(self, request: Request) -> None:
+        """By nbd, for what nic could not send."""
+        request.done, request.part = False, 0
+        self.requests[request.slot] = request
+        ffi.memmove(self.message, request.message, 64)
+        self.message.part = 0
+        request.message = ffi.buffer(self.message, 64)[:]
+        self._send(self.message)
 
     def trim(self, volume: int, offset: int, length: int, flags: int = 0) -> Request:
         return self.submit(lib.ATOLL_OP_TRIM, volume, offset, length, flags=flags)
@@ -484,25 +505,28 @@ class Stage:
         found = 0
         message = ffi.new("struct atoll_descriptor *")
         while lib.atoll_domain_take(self.domains[NBD], DEDUP, message):
-            assert message.opcode == lib.ATOLL_OP_DONE
-            request = self._answered(message, repeated)
-            if request is None:
-                continue
-            request.status, request.failed = int(message.status), int(message.words[0])
-            found += 1
-            if request.opcode == lib.ATOLL_OP_READ and request.status == OK:
-                self._take_data(request, message)
-            if request.opcode == lib.ATOLL_OP_EXTENTS and request.status == OK:
-                table = ffi.cast("struct atoll_extent *", int(message.address))
-                count = int(message.length) // 16
-                request.extents = [(int(table[i].length_bytes), int(table[i].state)) for i in range(count)]
-            self.unsent.append(request)
+            assert message.opcode == lib.ATOLL_OP_DONE and message.part != lib.ATOLL_PART_NIC
+            found += self._done(message, repeated)
         if found:
             lib.atoll_domain_commit(self.domains[NBD])
         found += self.given_back(repeated)
         if send:
             self.send_all()
         return found
+
+    def _done(self, message: Any, repeated: bool) -> bool:
+        request = self._answered(message, repeated)
+        if request is None:
+            return False
+        request.status, request.failed, request.lba = int(message.status), int(message.words[0]), int(message.words[1])
+        if request.opcode == lib.ATOLL_OP_READ and request.status == OK:
+            self._take_data(request, message)
+        if request.opcode == lib.ATOLL_OP_EXTENTS and request.status == OK:
+            table = ffi.cast("struct atoll_extent *", int(message.address))
+            count = int(message.length) // 16
+            request.extents = [(int(table[i].length_bytes), int(table[i].state)) for i in range(count)]
+        self.unsent.append(request)
+        return True
 
     def _answered(self, message: Any, repeated: bool) -> Request | None:
         """The request that the message is an answer to. None: another one, which may be."""
@@ -540,7 +564,7 @@ class Stage:
         self.unsent.clear()
 
     def given_back(self, repeated: bool = False) -> int:
-        """Pages, and the ends of posted writes. How many of these there were."""
+        """Pages, the ends of posted writes, and reads that nic has asked for. How many of the latter two there were."""
         found = 0
         message = ffi.new("struct atoll_descriptor *")
         while lib.atoll_domain_take(self.domains[NIC], DEDUP, message):
@@ -552,6 +576,10 @@ class Stage:
                     self.nic_public.posted[request.slot].order = 0
                     self.unsent.append(request)
                     found += 1
+                continue
+            if message.opcode == lib.ATOLL_OP_DONE:
+                assert message.part == lib.ATOLL_PART_NIC
+                found += self._done(message, repeated)
                 continue
             assert message.opcode == lib.ATOLL_OP_GIVE_BACK
             for index in range(message.segment_count):

@@ -139,6 +139,7 @@ class Stage:
         self.waiting: list[Work] = []  # taken by dedup, not answered
         self.hold = False  # dedup answers nothing
         self.shuffle = False  # dedup answers in any order, with delays
+        self.failed_lba = 0  # + 1, of which dedup tells with an error; 0: of none
         self.rule: Rule | None = None  # status for a piece of work
         self.log: list[Work] = []
         self.remember = False
@@ -496,7 +497,7 @@ class Stage:
             use.failed = status
         self.put(
             DEDUP, opcode=lib.ATOLL_OP_DONE, identity=work.identity, part=work.part, status=status,
-            words={0: work.offset // BLOCK}, **fields,
+            words={0: work.offset // BLOCK, 1: self.failed_lba}, **fields,
         )  # fmt: skip
 
     def _apply(self, work: Work, slot: int, use: Use, volume: VolumeData) -> dict[str, Any]:
@@ -698,8 +699,9 @@ class Wire:
         flags: int = 0,
         payload: bytes = b"",
         magic: int | None = None,
+        failure: tuple[int, int, int] | None = None,
     ) -> int:
-        """Sends a request as nic would; returns its cookie."""
+        """Sends a request as nic would; returns its cookie. `failure`: status, place, block that nic was told of."""
         assert self.decoder is not None
         if self.decoder.extended and payload:
             flags |= 32
@@ -708,10 +710,16 @@ class Wire:
         request = Request(command, flags, cookie, offset, length or len(payload))
         if command != Command.DISC and magic is None:
             self.decoder.expect(request)
-        self.submit_raw(request, payload, magic)
+        self.submit_raw(request, payload, magic, failure)
         return cookie
 
-    def submit_raw(self, request: Request, payload: bytes = b"", magic: int | None = None) -> None:
+    def submit_raw(
+        self,
+        request: Request,
+        payload: bytes = b"",
+        magic: int | None = None,
+        failure: tuple[int, int, int] | None = None,
+    ) -> None:
         stage = self.stage
         assert self.decoder is not None
         head = request_bytes(request, b"", self.decoder.extended, magic)
@@ -724,6 +732,9 @@ class Wire:
         )
         self.outstanding += 1
         fields = stage.place_part(slot) if payload else {}
+        if failure is not None:
+            use.failed = failure[0]
+            fields |= dict(zip(("status", "address", "length"), failure, strict=True))
         assert not use.part
         stage.put(
             NIC, opcode=lib.ATOLL_OP_REQUEST, identity=stage.identity(slot), bytes=dict(enumerate(head)), **fields

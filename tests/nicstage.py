@@ -9,7 +9,8 @@ The stand-in for nbd is strict: identities must be new, parts must come in order
 may be used beyond its end. All data follow one pattern: the byte at volume offset o is PATTERN[o % period]. Pages are
 taken over by dedup at random and given back later, sometimes before the reply. Some writes nic posts (answers by
 itself, as dedup lets it at random, see `posts`): their END comes later. Blocks that were read are put into its table by
-chance (see `remember`; nbdmemory.py), so that nic answers by itself when they are read again. Single-threaded;
+chance (see `remember`; nbdmemory.py), so that nic answers by itself when they are read again. Reads that it asks dedup
+for are refused by chance (see `refuses`), and come to nbd then. Single-threaded;
 sockets do not block.
 """
 
@@ -64,6 +65,8 @@ _ONCE = random.Random(20).randbytes(_PERIOD)
 PATTERN = _ONCE * 18  # a part from any offset within a period
 SLOT_BYTES = 4096  # of the stand-in's area: header and segment list of one reply
 TABLE_AT = 1 << 18  # of dedup's look-up table in its role area
+LISTS_AT = TABLE_AT + TABLE_BYTES  # of its answers' segment lists
+LIST_BYTES = 1024  # of each
 GREETING = b"NBDMAGIC-this-is-a-stand-in"
 CONFIG: dict[str, Any] = {
     "max_connections": 1500,
@@ -183,14 +186,14 @@ class Stage:
         self.instance = secrets.randbits(63) + 1
         self.incarnation = self.pid = self.last_status = 0
         self.folder = tempfile.mkdtemp(prefix="nic")
-        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.eventfd, self.bell = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))  # nic's, dedup's
         self.uring = uring.create(4096, 8192, lib.ATOLL_CONNECTION_COUNT)
         self.sizes: dict[int, int] = {}
         shapes = {
             KERNEL: (4096, 0),
             NIC: nic.plan(self.config),
             NBD: (16384 + lib.ATOLL_SLOT_COUNT * SLOT_BYTES, len(PATTERN)),
-            DEDUP: (TABLE_AT + TABLE_BYTES, (TABLE_PAGES + 1) * BLOCK),
+            DEDUP: (LISTS_AT + lib.ATOLL_SLOT_COUNT * LIST_BYTES, (TABLE_PAGES + 1) * BLOCK),
         }
         for role, (role_bytes, buffer_bytes) in shapes.items():
             self._make(role, role_bytes, buffer_bytes)
@@ -222,6 +225,11 @@ class Stage:
         self.remember = 0.0  # share of reads whose blocks lie in memory afterwards
         self.posts: int | None = None  # blocks of posted writes that may be on their way; None: MOST or 0, by chance
         self.mixes = False  # the framing's replies may be mixed
+        self.named = True  # nbd names the volume: without a name all requests are its own
+        self.refuses = 0.2  # share of reads that dedup has no data for
+        self.refusals = 0
+        self.failures: dict[int, tuple[int, int, int]] = {}  # identity: what nbd is to be told of a read that failed
+        self.asked: dict[int, int] = {}  # slot: identity of a read that dedup has answered: nbd may get it yet
         self.hold_ends = False
         self.ends: list[tuple[Use, int]] = []  # posted writes, and the flags of their END
         self.service: Any = None  # (ffi, lib) of an extension that takes the real one's place in the child
@@ -257,7 +265,8 @@ class Stage:
         fd = objects.create(self._name(role), size)
         physmap.map_arena(role, fd, size, writable=True)
         base = ffi.cast("void *", physmap.address(role))
-        kind, eventfd = (lib.ATOLL_WAKE_EVENTFD, self.eventfd) if role == NIC else (lib.ATOLL_WAKE_FUTEX, -1)
+        eventfd = {NIC: self.eventfd, DEDUP: self.bell}.get(role, -1)
+        kind = lib.ATOLL_WAKE_FUTEX if eventfd < 0 else lib.ATOLL_WAKE_EVENTFD
         lib.atoll_arena_format(base, role, self.instance, size, mask, entries, role_bytes, buffer_bytes, kind, eventfd)
         os.close(fd)
         if role == NIC:
@@ -299,12 +308,12 @@ class Stage:
         words = ffi.cast("uint64_t *", physmap.address(NIC) + 8192)
         return {name: int(words[index]) for index, name in enumerate(nic.COUNTERS)}
 
-    def sent_to_nbd(self) -> int:
-        """Messages to nbd that are published and not taken. (What atoll_domain_pending says is how many its first look
+    def sent(self, role: int = NBD) -> int:
+        """Messages to it that are published and not taken. (What atoll_domain_pending says is how many its first look
         found.)"""
-        place = physmap.address(NIC) + int(physmap.header(NIC).tx_offset[NBD])
+        place = physmap.address(NIC) + int(physmap.header(NIC).tx_offset[role])
         tail = int(ffi.cast("struct atoll_ring_producer *", place).tail)
-        return (tail - int(physmap.header(NBD).consumer[NIC].head)) & 0xFFFFFFFF
+        return (tail - int(physmap.header(role).consumer[NIC].head)) & 0xFFFFFFFF
 
     def nic_public(self) -> Any:
         return ffi.cast("struct atoll_nic_public *", physmap.address(NIC) + int(physmap.header(NIC).role_offset))
@@ -448,10 +457,10 @@ class Stage:
         message = ffi.new("struct atoll_descriptor *")
         while not self.hold and lib.atoll_domain_take(self.peers[NBD].domain, NIC, message):
             busy = True
-            self._take(message)
+            self.take(message)
         while not self.hold and lib.atoll_domain_take(self.peers[DEDUP].domain, NIC, message):
             busy = True
-            self._take_posted(message)
+            self._take_read(message) if message.opcode == lib.ATOLL_OP_READ else self._take_posted(message)
         self._give_back(0.3)
         self.end_posted(0.3)
         for role in (NBD, DEDUP):
@@ -524,12 +533,13 @@ class Stage:
         identity = int(message.identity)
         slot, sequence = identity >> 32 & 0xFFFF, identity & 0xFFFFFFFF
         assert slot not in self.uses, f"slot {slot} is in use"
-        assert sequence > self.seen.get(slot, 0), "a sequence came twice"
+        again = self.asked.pop(slot, 0) == identity and message.opcode == lib.ATOLL_OP_REQUEST
+        assert sequence > self.seen.get(slot, 0) - again, "a sequence came twice"
         self.seen[slot] = sequence
         use = self.uses[slot] = Use(identity, message.opcode)
         return use
 
-    def _take(self, message: Any) -> None:
+    def take(self, message: Any) -> None:
         identity = int(message.identity)
         slot, connection = identity >> 32 & 0xFFFF, identity >> 48
         opcode = message.opcode
@@ -554,6 +564,9 @@ class Stage:
             self.reply(use, **self.on_option(message, data))
         elif opcode == lib.ATOLL_OP_REQUEST:
             assert connection in self.connections
+            failure = self.failures.pop(identity, None)
+            assert message.status == (failure[0] if failure else lib.ATOLL_OK)
+            assert failure is None or (message.status, message.address, message.length) == failure
             header = bytes(message.bytes)
             magic, _, use.type = struct.unpack_from(">IHH", header)
             if self.on_request is not None:
@@ -581,6 +594,65 @@ class Stage:
             self._read_part(use)
         else:
             raise AssertionError(f"opcode {opcode}")
+
+    def _take_read(self, message: Any) -> None:
+        use = self._use(message)
+        slot = use.identity >> 32 & 0xFFFF
+        assert use.identity >> 48 in self.connections
+        use.offset, use.length = int(message.words[0]), int(message.words[1])
+        assert (message.flags & ~ALONE, message.part) == (0, lib.ATOLL_PART_NIC)
+        assert message.address == message.length == message.segment_count == 0
+        assert (message.halves[4], message.halves[5]) == (VOLUME, GENERATION)
+        assert 0 < use.length <= 16 * BLOCK
+        del self.uses[slot]
+        self.asked[slot] = use.identity
+        if self.random.random() < self.refuses:
+            self.refusals += 1
+            first, last = use.offset // BLOCK, (use.offset + use.length - 1) // BLOCK
+            lba = self.random.randint(first - 1, last + 1) if first else 0
+            fields = self.random.choice(
+                (
+                    {"status": lib.ATOLL_EIO},
+                    {"status": lib.ATOLL_ECORRUPT, "words": [77, lba + 1]},
+                    {"length": use.length - 1, "address": self.pattern_area},
+                    {"length": use.length, "segment_count": 2, "address": self.pattern_area},
+                    {"length": use.length, "segment_count": 66, "address": self.peers[DEDUP].role_area + LISTS_AT},
+                )
+            )
+            if fields.get("status"):
+                place, block = fields.get("words", [0, 0])
+                known = first < block <= last + 1
+                self.failures[use.identity] = (fields["status"], place, block - first if known else 0)
+        else:
+            fields = self.data_of(slot, use.offset, use.length)
+            if self.random.random() < self.remember:
+                self.put_in_memory(use.offset, use.length)
+        self.put(DEDUP, opcode=lib.ATOLL_OP_DONE, identity=use.identity, part=lib.ATOLL_PART_NIC, **fields)
+
+    def data_of(self, slot: int, offset: int, length: int) -> dict[str, int]:
+        """Of a DONE with the pattern's bytes, scattered by chance."""
+        runs = self._runs(self.pattern_area + offset % _PERIOD, length, 16)
+        if len(runs) == 1:
+            return {"address": runs[0][0], "length": length}
+        address = self.peers[DEDUP].role_area + LISTS_AT + slot * LIST_BYTES
+        self._list(address, runs)
+        return {"address": address, "length": length, "segment_count": len(runs)}
+
+    def _runs(self, begin: int, left: int, most: int) -> list[tuple[int, int]]:
+        runs = []
+        while left:
+            length = min(left, self.random.choice((left, left, self.random.randint(1, left))))
+            if len(runs) == most - 1:
+                length = left
+            runs.append((begin, length))
+            begin, left = begin + length, left - length
+        return runs
+
+    @staticmethod
+    def _list(address: int, runs: list[tuple[int, int]]) -> None:
+        segments = ffi.cast("struct atoll_segment *", address)
+        for index, (begin, length) in enumerate(runs):
+            segments[index].address, segments[index].length, segments[index].kind = begin, length, 0
 
     def _take_posted(self, message: Any) -> None:
         use = self._use(message)
@@ -662,22 +734,14 @@ class Stage:
         ffi.memmove(ffi.cast("char *", area), header, len(header))
         assert len(header) <= 1024
         runs = [(area, len(header))] if header else []
-        begin, left = self.pattern_area + data[0] % _PERIOD, data[1]
-        while left:
-            length = min(left, self.random.choice((left, left, self.random.randint(1, left))))
-            if len(runs) == 100:
-                length = left
-            runs.append((begin, length))
-            begin, left = begin + length, left - length
+        runs += self._runs(self.pattern_area + data[0] % _PERIOD, data[1], 100)
         if flags & LAST:
             del self.uses[slot]
         fields: dict[str, Any] = {"segment_count": 0, "address": 0, "length": sum(length for _, length in runs)}
         if len(runs) == 1:
             fields["address"] = runs[0][0]
         elif runs:
-            segments = ffi.cast("struct atoll_segment *", area + 1024)
-            for index, (address, length) in enumerate(runs):
-                segments[index].address, segments[index].length = address, length
+            self._list(area + 1024, runs)
             fields.update(address=area + 1024, segment_count=len(runs))
         self.put(
             NBD,
@@ -685,7 +749,7 @@ class Stage:
             identity=use.identity,
             flags=flags,
             part=use.part & 0xFFFF,
-            halves=[framing, VOLUME + 1, GENERATION, int(self.mixes)],
+            halves=[framing, VOLUME + 1 if self.named else 0, GENERATION, int(self.mixes)],
             **fields,
         )
 
@@ -705,6 +769,7 @@ class Stage:
             listener.close()
         self.uring.close()
         os.close(self.eventfd)
+        os.close(self.bell)
         Path(self.unix_path).unlink()
         Path(self.folder).rmdir()
         for role in RINGS:

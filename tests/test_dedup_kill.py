@@ -104,7 +104,7 @@ def test_death_after_each_store(hooked: ModuleType) -> None:
     shared = mmap.mmap(-1, 8)
     count = memoryview(shared).cast("Q")
     kills = 0
-    with Stage(nic_pages=256, merge_pages=16, extension=hooked, seed=1) as stage:
+    with Stage(nic_pages=256, merge_pages=16, extension=hooked, seed=1, asks=0.5) as stage:
         stage.open()
         load = Load(stage, stage.create_volume("v", SIZE), seed=1)
         stage.run_until_idle()
@@ -138,7 +138,7 @@ def test_death_after_each_store(hooked: ModuleType) -> None:
 def test_death_again_and_again(hooked: ModuleType, seed: int) -> None:
     """Successors die too, some while they recover; I/O completes late, to whoever plays dedup then."""
     chance = random.Random(seed)
-    with Stage(device_blocks=2048, nic_pages=256, merge_pages=16, extension=hooked, seed=seed) as stage:
+    with Stage(device_blocks=2048, nic_pages=256, merge_pages=16, extension=hooked, seed=seed, asks=0.5) as stage:
         stage.open()
         load = Load(stage, stage.create_volume("v", SIZE), seed)
         stage.run_until_idle()
@@ -170,7 +170,7 @@ def test_dies_where_a_batch_ends_and_the_next_begins(hooked: ModuleType) -> None
     shared = mmap.mmap(-1, 8)
     count = memoryview(shared).cast("Q")
     try:
-        with Stage(nic_pages=256, merge_pages=16, extension=hooked) as stage:
+        with Stage(nic_pages=256, merge_pages=16, extension=hooked, asks=0.5) as stage:
             stage.open()
             volume = stage.create_volume("v", SIZE)
             expected, nth = bytearray(SIZE), 1
@@ -204,7 +204,7 @@ def test_dies_between_the_pieces_of_a_batch(hooked: ModuleType) -> None:
     shared already beside others that are not."""
     chance = random.Random(11)
     count = 48
-    with Stage(device_blocks=2048, nic_pages=512, extension=hooked, seed=11) as stage:
+    with Stage(device_blocks=2048, nic_pages=512, extension=hooked, seed=11, asks=0.5) as stage:
         stage.open()
         volume = stage.create_volume("v", 8 * count * BLOCK)
         expected: dict[int, bytes] = {4 * i: block(i) for i in range(count)}
@@ -236,7 +236,7 @@ def test_dies_between_the_pieces_of_a_batch(hooked: ModuleType) -> None:
 
 
 def test_places_in_flight_are_not_used_before_they_complete(hooked: ModuleType) -> None:
-    with Stage(device_blocks=1024, nic_pages=256, extension=hooked, seed=5) as stage:
+    with Stage(device_blocks=1024, nic_pages=256, extension=hooked, seed=5, asks=0.5) as stage:
         stage.open()
         volume = stage.create_volume("v", SIZE)
         stage.write(volume, 0, b"".join(block(i) for i in range(4)))
@@ -389,7 +389,7 @@ def test_an_innocent_request_is_carried_out_at_the_second_try(hooked: ModuleType
 def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None:
     """Arenas of nic and dedup are adopted: what was acknowledged is there."""
     chance = random.Random(seed)
-    with Stage(device_blocks=4096, nic_pages=256, merge_pages=16, extension=hooked, seed=seed) as stage:
+    with Stage(device_blocks=4096, nic_pages=256, merge_pages=16, extension=hooked, seed=seed, asks=0.5) as stage:
         stage.open()
         volume = stage.create_volume("v", SIZE)
         stage.run_until_idle()

@@ -96,6 +96,7 @@ def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
             stage.write(volume, 4 * BLOCK + 100, b"!" * 100),
             stage.extents(volume, 0, SIZE),
             stage.flush(volume),
+            stage.ask(volume, 2 * BLOCK, 3 * BLOCK),
         ]
         turns(stage)  # or `last`, which is posted, would be taken before them
         last = stage.post(volume, 3 * BLOCK, block(102))
@@ -104,11 +105,11 @@ def test_nothing_overtakes_one_that_waits(dies: bool) -> None:
         if dies:
             stage.attach()
             turns(stage)
-        assert [request.done for request in (flush, posted, last, *behind)] == [False] * 7
+        assert [request.done for request in (flush, posted, last, *behind)] == [False] * 8
         assert [request.done for request in beside] == [True] * 2
         stage.run_until_idle()
         assert all(request.status == OK for request in (flush, posted, last, *behind))
-        assert behind[0].data == block(2) + block(100) + block(101)
+        assert behind[0].data == behind[-1].data == block(2) + block(100) + block(101)
         read = stage.read(volume, 2 * BLOCK, 3 * BLOCK)
         stage.run_until_idle()
         assert read.data == block(2) + block(102) + block(101)[:100] + b"!" * 100 + block(101)[200:]
@@ -296,6 +297,21 @@ def test_no_more_are_applied_than_leave_the_log() -> None:
         assert take(100) == lot
         read = stage.read(volume, 0, BLOCK)
         assert take(64) > lot and read.status == OK
+        for asking, behind in ((1, 70), (0, 70), (1, 0)):
+            stage.nic_public.asking = asking
+            late = [stage.post(volume, index * BLOCK, block(index)) for index in range(behind)]
+            read = stage.ask(volume, 0, BLOCK)
+            more = [stage.post(volume, (number + index) * BLOCK, block(number + index)) for index in range(100)]
+            number += 100
+            stage.turn()
+            stage.answers()
+            done = sum(request.done for request in (*late, read, *more))
+            assert done == (64 if asking else lot), "all that a turn may, where a read is among them"
+            stage.take_ios()
+            turns(stage, 10)
+            assert read.status == OK and all(request.status == OK for request in (*late, *more))
+        stage.nic_public.asking = 1  # for the device: nothing of it is on the ring
+        assert take(100) == lot
         assert public.crowded == 1 and public.posted_blocks != 0
         stage.run_until_idle()
         assert public.crowded == 0 and stage.figures().log_records <= log

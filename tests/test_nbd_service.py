@@ -331,6 +331,28 @@ def test_errors_of_dedup(stage: Stage, wire: Wire, status: str, code: int, word:
     stage.check_quiet()
 
 
+@pytest.mark.parametrize("status", ["EIO", "ECORRUPT", "ENOENT", "EPOISON", "EINVAL"])
+def test_errors_that_nic_was_told_of(stage: Stage, wire: Wire, status: str) -> None:
+    """The same that the client would hear if nbd had asked dedup, which it does not do any more."""
+    number = int(getattr(lib, f"ATOLL_{status}"))
+    offset, length = 8192 + 100, 3 * BLOCK
+    asked = len(stage.log)
+    for block, at in ((0, offset), (1, offset), (3, 4 * BLOCK), (4, 5 * BLOCK), (5, offset), (1 << 31, offset)):
+        told = wire.submit(Command.READ, offset, length, failure=(number, 2, block))
+        stage.settle()
+        found = wire.results.pop(told).error
+        assert len(stage.log) == asked
+        stage.rule = lambda _work: number
+        stage.failed_lba = 2 + block if block else 0
+        same = wire.call(Command.READ, offset, length).error
+        stage.rule, stage.failed_lba, asked = None, 0, len(stage.log)
+        assert found is not None and same is not None
+        assert (found.code, found.text, found.offset) == (same.code, same.text, same.offset)
+        assert not wire.has_chunks or found.code != ErrorCode.EIO or found.offset == at
+    assert wire.call(Command.READ, offset, length).error is None
+    stage.check_quiet()
+
+
 def test_error_in_a_later_part(stage: Stage, wire: Wire) -> None:
     stage.rule = lambda work: int(lib.ATOLL_EIO if work.part == 2 else lib.ATOLL_OK)
     expect_error(wire, ErrorCode.EIO, "LBA 128", command=Command.WRITE, offset=5, payload=pattern(4 * PART))

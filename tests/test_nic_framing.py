@@ -30,6 +30,7 @@ class Frame:
     offset: int = 0
     hold: bool = False
     deliver: bool = True
+    farewell: bool = False
 
 
 def oracle(framing: int, header: bytes) -> Frame:
@@ -50,7 +51,7 @@ def oracle(framing: int, header: bytes) -> Frame:
             return Frame(offset=offset, hold=True)
         length = int.from_bytes(header[24:32], "big") if header[5] & 32 else 0
     too_long = length > (64 << 20 if framing == REQUEST else 32 << 20)
-    return Frame(length, offset, too_long, not too_long)
+    return Frame(length, offset, too_long, not too_long, header[6:8] == b"\0\2")
 
 
 @st.composite
@@ -80,7 +81,7 @@ def test_headers(case: tuple[int, bytes]) -> None:
     expected = oracle(framing, header)
     assert frame.header_bytes == SIZES[framing] == nic.lib.nic_frame_header_bytes(framing)
     assert frame.opcode == (lib.ATOLL_OP_OPTION if framing in (FLAGS, OPTION) else lib.ATOLL_OP_REQUEST)
-    found = Frame(frame.payload_bytes, frame.volume_offset, frame.hold, frame.deliver_payload)
+    found = Frame(frame.payload_bytes, frame.volume_offset, frame.hold, frame.deliver_payload, frame.farewell)
     assert found == expected
 
 

@@ -34,6 +34,7 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
     at once. After how many replies that is, is nic's own affair: all are tried.
     """
     with Stage(buffer_bytes=64 * MIB) as stage:
+        stage.named = False
         stage.start()
         clients = [stage.connect() for _ in range(CLIENTS)]
         stage.until(lambda: not any(client.greeting for client in clients))
@@ -49,7 +50,7 @@ def test_writes_refused_while_many_receives_are_under_way() -> None:
                 rest.append(client.out[first:])
                 del client.out[first:]
             stage.until(lambda: stage.counters()["received_bytes"] == before + first * CLIENTS, "a part and a bit")  # noqa: B023
-            stage.until(lambda: stage.sent_to_nbd() == CLIENTS * (reads + 1), "the requests")  # noqa: B023
+            stage.until(lambda: stage.sent() == CLIENTS * (reads + 1), "the requests")  # noqa: B023
             stage.pause()
             requests = taken_requests(stage).values()
             for turn in range(reads):

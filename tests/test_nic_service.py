@@ -199,6 +199,7 @@ def test_peer_that_only_ends_its_half_gets_its_answers(stage: Stage) -> None:
 
 
 def test_reply_that_closes_is_sent_whole(stage: Stage) -> None:
+    stage.named = False
     stage.on_request = lambda message: {"header": b"bye", "data": (0, PART), "flags": LAST | CLOSE}
     for kind in ("unix", "tcp"):
         client = stage.connect(kind)
@@ -263,10 +264,10 @@ def test_who_waits_for_nbd_is_not_dropped() -> None:
         begin = time.monotonic()
         clients = [stage.connect(kind) for kind in ("unix", "tcp")]
         for said in (b"\0\0\0\3", b""):  # it is nbd's turn at once, and after the client's flags
-            stage.until(lambda: stage.sent_to_nbd() == len(clients), "nbd is asked")
+            stage.until(lambda: stage.sent() == len(clients), "nbd is asked")
             time.sleep(1.2)  # it is the clock that must have passed
             stage.hold = False
-            stage.until(lambda: not stage.sent_to_nbd() and not any(client.greeting for client in clients), "answered")
+            stage.until(lambda: not stage.sent() and not any(client.greeting for client in clients), "answered")
             stage.hold = True
             for client in clients:
                 client.out += said
@@ -359,6 +360,7 @@ def test_bad_reference_costs_the_connection_only(uring_stage: Stage, bad: str) -
         "sum": {"address": stage.list_area, "length": 10, "segment_count": 2},
         "long": {"address": stage.pattern_area, "length": 0xFFFFFFFF},
     }[bad]
+    stage.named = False
     other = stage.connect("unix")
     bad_client = stage.connect("unix")
     stage.until(lambda: len(stage.connections) == 2)
@@ -421,9 +423,10 @@ def test_stop_answers_what_is_under_way(stage: Stage) -> None:
     stage.hold = True
     for i in range(10):
         client.request(READ, i, 1000)
-    stage.until(lambda: not client.out and stage.counters()["requests"] == 10)
+    client.request(READ, 0, 1 << 20)  # dedup is asked for the others, nbd for this
+    stage.until(lambda: stage.sent(DEDUP) == 10 and stage.sent() == 1)
     stage.calls.start("nic", {"call": "stop"})
-    stage.until(lambda: stage.sent_to_nbd() == 10)
+    stage.until(lambda: stage.nic_public().ending[next(iter(stage.connections))])
     stage.hold = False
     deadline = time.monotonic() + 10
     while not (client.closed and stage.is_dead()):
@@ -432,7 +435,7 @@ def test_stop_answers_what_is_under_way(stage: Stage) -> None:
         stage.turn()
         assert time.monotonic() < deadline
         time.sleep(0.0005)
-    assert client.results == 10 and stage.last_status == 0
+    assert client.results == 11 and stage.last_status == 0
     (result,) = [each for each in stage.calls.receive() if each.kind == "result"]
     assert result.message["ok"] and result.message["connections_left"] == 0
 

@@ -306,7 +306,7 @@ class World(Stage):
     """dedupkit's stage with a disk of its own and deaths in this process."""
 
     def __init__(self, device: Device, fast: Device | None, clock: list[int], **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(asks=0.5, **settings)
         self.device.close()
         self.device, self.disks = device.memory, {DISK: device}
         if fast is not None:
@@ -354,10 +354,10 @@ class World(Stage):
 
     def submit(
         self, opcode: int, volume: int, offset: int = 0, length: int = 0, payload: bytes = b"", flags: int = 0,
-        scattered: bool = False, generation: int | None = None,
+        scattered: bool = False, generation: int | None = None, part: int = 0,
     ) -> Request:  # fmt: skip
         flags |= lib.ATOLL_FLAG_ALONE if self.is_alone() else 0
-        return super().submit(opcode, volume, offset, length, payload, flags, scattered, generation)
+        return super().submit(opcode, volume, offset, length, payload, flags, scattered, generation, part)
 
     # --- Faster than the stage's own --------------------------------------------------------------------------------
 

@@ -56,6 +56,8 @@ COUNTERS = (
     "bytes_from_memory",
     "posted_bytes",
     "posted_waits",
+    "reads_asked",
+    "bytes_asked",
 )
 assert len(COUNTERS) == lib.NIC_COUNTER_COUNT
 

@@ -21,7 +21,8 @@ void nic_put(struct nic *nic, uint32_t role, const struct atoll_descriptor *mess
     if (nic->message_budget > 0)
         nic->message_budget--;
     /* At most one message per slot is unanswered, and the ring holds more: only a wrong index of the peer makes it full. */
-    if (!(role == ATOLL_ROLE_DEDUP ? atoll_domain_put_unhurried(nic->domain, role, message) : atoll_domain_put(nic->domain, role, message)))
+    bool unhurried = role == ATOLL_ROLE_DEDUP && (message->flags & ATOLL_FLAG_POSTED);
+    if (!(unhurried ? atoll_domain_put_unhurried(nic->domain, role, message) : atoll_domain_put(nic->domain, role, message)))
         atoll_count(nic->domain, NIC_LOST_MESSAGES, 1);
 }
 

@@ -10,12 +10,14 @@
 #define MAGIC_EXTENDED 0x21e41c71u
 #define TYPE_READ 0
 #define TYPE_WRITE 1
+#define TYPE_DISC 2
 #define FLAG_PAYLOAD_LEN 32
 #define MAGIC_SIMPLE_REPLY 0x67446698u
 #define MAGIC_EXTENDED_REPLY 0x6e8a278cu
 #define REPLY_FLAG_DONE 1
 #define REPLY_TYPE_NONE 0
 #define REPLY_TYPE_OFFSET_DATA 1
+#define REPLY_TYPE_OFFSET_HOLE 2
 #define FLAG_DF 4
 #define MAGIC_STRUCTURED_REPLY 0x668e33efu
 
@@ -86,6 +88,7 @@ void nic_frame_read(uint32_t framing, const uint8_t *bytes, struct nic_frame *fr
             frame->reply_bytes = part_of(read64(bytes + 24));
         break;
     }
+    frame->farewell = header && frame->opcode == ATOLL_OP_REQUEST && read16(bytes + 6) == TYPE_DISC;
     if (!header) {
         frame->payload_bytes = 0;
         frame->hold = true;
@@ -129,21 +132,32 @@ uint64_t nic_frame_plain_read(uint32_t framing, bool chunks, const uint8_t *byte
     return extended ? read64(bytes + 24) : read32(bytes + 24);
 }
 
-uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint64_t length, uint8_t *answer)
+/* The header of the last chunk of the reply to a READ, and the offset with which its payload of so many bytes begins. */
+static uint8_t *put_chunk(bool extended, uint32_t type, const uint8_t *bytes, uint64_t payload, uint8_t *at)
 {
-    bool extended = framing == ATOLL_FRAMING_EXTENDED;
-    uint64_t payload = 8 + length; /* the offset, and data */
-    uint8_t *at = put32(answer, extended ? MAGIC_EXTENDED_REPLY : chunks ? MAGIC_STRUCTURED_REPLY : MAGIC_SIMPLE_REPLY);
-    at = put32(at, extended || chunks ? (uint32_t)REPLY_FLAG_DONE << 16 | REPLY_TYPE_OFFSET_DATA : 0); /* simple: no error */
+    at = put32(at, extended ? MAGIC_EXTENDED_REPLY : MAGIC_STRUCTURED_REPLY);
+    at = put32(at, (uint32_t)REPLY_FLAG_DONE << 16 | type);
     memcpy(at, bytes + 8, 8); /* cookie */
     at += 8;
-    if (!extended && !chunks)
-        return 16;
     if (extended) {
         memcpy(at, bytes + 16, 8); /* offset */
         at = put32(at + 8, (uint32_t)(payload >> 32));
     }
     at = put32(at, (uint32_t)payload);
     memcpy(at, bytes + 16, 8); /* offset */
-    return (uint32_t)(at + 8 - answer);
+    return at + 8;
+}
+
+uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint64_t length, uint8_t *answer)
+{
+    bool extended = framing == ATOLL_FRAMING_EXTENDED;
+    if (extended || chunks)
+        return (uint32_t)(put_chunk(extended, REPLY_TYPE_OFFSET_DATA, bytes, 8 + length, answer) - answer);
+    return nic_frame_done(framing, bytes, answer); /* the same, and the data behind it */
+}
+
+uint32_t nic_frame_hole(uint32_t framing, const uint8_t *bytes, uint32_t length, uint8_t *answer)
+{
+    uint8_t *at = put_chunk(framing == ATOLL_FRAMING_EXTENDED, REPLY_TYPE_OFFSET_HOLE, bytes, 12, answer);
+    return (uint32_t)(put32(at, length) - answer);
 }

@@ -5,7 +5,8 @@
  *   nic_frame_header_bytes(framing)     bytes of a header
  *   nic_frame_read(framing, bytes, &frame)
  *   nic_frame_is_plain_write(framing, bytes), nic_frame_done(framing, bytes, answer)     for posted writes (posted.c)
- *   nic_frame_plain_read(framing, chunks, bytes), nic_frame_data(framing, chunks, bytes, length, answer)  for reads from memory (answer.c)
+ *   nic_frame_plain_read(framing, chunks, bytes), nic_frame_data(framing, chunks, bytes, length, answer),
+ *   nic_frame_hole(framing, bytes, length, answer)          for small reads (answer.c)
  *
  * What the bytes mean is nbd's business. A header that is not one (wrong magic) is passed on without payload and
  * nothing behind it is parsed before nbd has answered.
@@ -26,7 +27,8 @@ struct nic_frame {
     uint64_t volume_offset;  /* bytes of a request; 0 for an option */
     bool hold;               /* nothing behind it is parsed before nbd's answer */
     bool deliver_payload;    /* false: too long, or not a header; delivered alone */
-    uint8_t reserved[2];
+    bool farewell;           /* a DISC: nothing is answered after it */
+    uint8_t reserved[1];
     uint32_t reply_bytes;    /* data that one reply to it may refer to: a part of a READ */
 };
 
@@ -42,6 +44,8 @@ uint32_t nic_frame_done(uint32_t framing, const uint8_t *bytes, uint8_t *answer)
 uint64_t nic_frame_plain_read(uint32_t framing, bool chunks, const uint8_t *bytes);
 /* Writes what stands before its `length` bytes of data in the one reply to it, at most 40 bytes, and returns how many. */
 uint32_t nic_frame_data(uint32_t framing, bool chunks, const uint8_t *bytes, uint64_t length, uint8_t *answer);
+/* Where replies are chunks: writes the one reply that says that all of its `length` bytes are a hole, at most 44 bytes, and returns how many. */
+uint32_t nic_frame_hole(uint32_t framing, const uint8_t *bytes, uint32_t length, uint8_t *answer);
 /* cffi:end */
 
 #endif

@@ -1,5 +1,5 @@
 /*
- * Messages from nbd (REPLY, NEXT) and dedup (GIVE_BACK, END): copied, checked against the slot they name, applied.
+ * Messages from nbd (REPLY, NEXT) and dedup (GIVE_BACK, END, DONE): copied, checked against the slot they name, applied.
  *
  * A message that fits no slot, or comes out of turn, is refused and counted; it changes nothing (I8).
  *
@@ -57,7 +57,7 @@ static void on_reply(struct nic *nic, struct nic_connection *connection, struct 
 {
     bool last = message->flags & ATOLL_FLAG_LAST;
     uint32_t place = (uint32_t)(slot - nic->area->slots) + 1;
-    if ((slot->flags & (NIC_SLOT_QUEUED | NIC_SLOT_ANSWERED)) || message->length > REPLY_BYTES ||
+    if ((slot->flags & (NIC_SLOT_QUEUED | NIC_SLOT_ANSWERED | NIC_SLOT_ASKED)) || message->length > REPLY_BYTES ||
         message->segment_count > ATOLL_REPLY_SEGMENTS) {
         refuse(nic);
         nic_gone(nic, connection);
@@ -134,13 +134,22 @@ static void from_nbd(struct nic *nic, const struct atoll_descriptor *message)
     nic->domain->self->current = 0;
 }
 
+/* Dedup has done what nic asked of it. */
+static void on_done(struct nic *nic, struct nic_slot *slot, const struct atoll_descriptor *message)
+{
+    if (slot->flags & NIC_SLOT_ASKED)
+        nic_read_done(nic, &nic->area->connections[slot->connection], slot, message);
+    else
+        refuse(nic);
+}
+
 static void from_dedup(struct nic *nic, const struct atoll_descriptor *message)
 {
-    if (message->opcode == ATOLL_OP_END) {
+    if (message->opcode == ATOLL_OP_END || message->opcode == ATOLL_OP_DONE) {
         struct nic_slot *slot = slot_in_use(nic, message);
         nic->domain->self->current = message->identity;
         if (slot != 0)
-            on_end(nic, slot, message);
+            message->opcode == ATOLL_OP_END ? on_end(nic, slot, message) : on_done(nic, slot, message);
         nic->domain->self->current = 0;
     } else if (message->opcode == ATOLL_OP_GIVE_BACK && message->segment_count <= 8) {
         for (uint32_t index = 0; index < message->segment_count; index++)

@@ -98,7 +98,9 @@ enum nic_counter {
     NIC_BYTES_FROM_MEMORY = 34, /* of these */
     NIC_POSTED_BYTES = 35,
     NIC_POSTED_WAITS = 36,     /* a write had to wait until others that had been posted were applied */
-    NIC_COUNTER_COUNT = 37
+    NIC_READS_ASKED = 37,      /* READs answered with what dedup had been asked for: answer.c */
+    NIC_BYTES_ASKED = 38,      /* of these */
+    NIC_COUNTER_COUNT = 39
 };
 
 enum nic_phase {
@@ -172,14 +174,15 @@ struct nic_connection {
 
 enum nic_slot_state { NIC_SLOT_FREE = 0, NIC_SLOT_OPEN = 1, NIC_SLOT_OPTION = 2, NIC_SLOT_REQUEST = 3, NIC_SLOT_CLOSED = 4 };
 enum nic_slot_flag {
-    NIC_SLOT_DELIVERED = 1, /* nbd knows it */
+    NIC_SLOT_DELIVERED = 1, /* nbd knows it, or it is ASKED */
     NIC_SLOT_WANTED = 2,    /* nbd waits for the next part */
     NIC_SLOT_LENT = 4,      /* nbd has part `lent_part` */
     NIC_SLOT_COMPLETE = 8,  /* part `part` is received */
     NIC_SLOT_ABORTED = 16,  /* no more payload will come */
     NIC_SLOT_QUEUED = 32,   /* its reply is in the send queue */
     NIC_SLOT_ANSWERED = 64, /* nbd sent LAST */
-    NIC_SLOT_POSTED = 128   /* and END is still to come: the part stays lent until then */
+    NIC_SLOT_POSTED = 128,  /* and END is still to come: the part stays lent until then */
+    NIC_SLOT_ASKED = 256    /* dedup was asked, and nbd does not know it */
 };
 
 struct nic_slot {
@@ -378,6 +381,7 @@ struct nic_hint {
     uint32_t asked_send;
     uint32_t reply_pages;      /* of its slots */
     uint32_t posted;           /* of its slots: answered, END to come; they count for none of its limit */
+    uint32_t asked_reads;      /* of its slots: NIC_SLOT_ASKED */
     uint64_t linger_until_ns;
     uint64_t poll;             /* user_data of its poll in the ring */
 };
@@ -472,6 +476,7 @@ struct nic {
     uint32_t posted_most;      /* that there may be of them, as looked up since the last commit */
     bool posted_looked;
     uint32_t posted_in_step;   /* slots that were posted since then */
+    uint32_t asked_reads;      /* slots that it is being asked for */
     uint32_t free_slot_count, free_connection_count, free_stream_count;
     uint16_t free_slots[ATOLL_SLOT_COUNT];
     uint16_t free_connections[ATOLL_CONNECTION_COUNT];
@@ -499,7 +504,7 @@ struct nic {
     struct nic_outcome outcomes[NIC_TURN_OPERATIONS * 2];
     uint32_t turns_since_look;
     uint64_t replies_at_spin;            /* the counter when it began to spin or sleep */
-    struct atoll_spin peer_spin, client_spin; /* requests are under way with nbd; none is */
+    struct atoll_spin peer_spin, client_spin; /* requests are under way with nbd or dedup; none is */
     uint64_t next_deadline_ns; /* no timeout can fire before; UINT64_MAX none */
     uint8_t *scratch;          /* NIC_STREAM_BYTES: what is drained */
 };
@@ -584,6 +589,8 @@ void nic_connection_freed(struct nic *nic, struct nic_connection *connection);
 void nic_receive(struct nic *nic, struct nic_connection *connection);
 void nic_received(struct nic *nic, struct nic_connection *connection, int32_t result);
 void nic_receive_next(struct nic *nic, struct nic_slot *slot);
+/* Passes the slot's request, or the next part of its payload, on to nbd. `failure`: status, address and length of a READ's (ATOLL_OP_REQUEST), or NULL. */
+void nic_deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *failure);
 /* nbd wants no more payload of this slot, or the connection will not deliver it. */
 bool nic_receive_discard(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
 void nic_receive_abort(struct nic *nic, struct nic_connection *connection);
@@ -615,8 +622,12 @@ bool nic_volume_allows(const struct atoll_dedup_public *dedup, const struct nic_
                        bool change);
 
 /* --- answer.c --- */
-/* Answers the request in `slot`, which nobody else has seen, if it is a READ of what lies in memory. */
+/* Answers the request in `slot`, which nobody else has seen, if it is a READ of what lies in memory, or asks dedup. False: it is for nbd. */
 bool nic_answer(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot);
+/* One more slot is NIC_SLOT_ASKED (1), or one less (-1). */
+void nic_asked_count(struct nic *nic, const struct nic_slot *slot, int change);
+/* Dedup has done the READ that it was asked for. */
+void nic_read_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *message);
 
 /* messages.c: takes at most `limit` messages from nbd and dedup; returns how many. */
 uint32_t nic_messages(struct nic *nic, uint32_t limit);

@@ -167,6 +167,8 @@ static void make_lists(struct nic *nic)
             nic->hints[slot->connection].reply_pages += slot->reply_pages;
             if (slot->flags & NIC_SLOT_POSTED)
                 nic_posted_count(nic, slot, 1);
+            if (slot->flags & NIC_SLOT_ASKED)
+                nic_asked_count(nic, slot, 1);
         }
     }
     for (uint32_t index = NIC_STREAM_COUNT; index-- > 0;)

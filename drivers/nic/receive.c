@@ -110,17 +110,10 @@ static uint32_t part_bytes(const struct nic_slot *slot)
     return left < most ? left : most;
 }
 
-/* `alone`: nothing else of the client's has been received yet. False: later. */
-static bool deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
+void nic_deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *failure)
 {
-    if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST) {
-        if (nic_answer(nic, connection, slot))
-            return true;
-        enum nic_posting posting = nic_post(nic, connection, slot, alone);
-        if (posting != NIC_POST_NEVER)
-            return posting == NIC_POST_DONE;
-    }
-    struct atoll_descriptor message = {.identity = nic_identity(nic, slot)};
+    struct atoll_descriptor message = failure == 0 ? (struct atoll_descriptor){0} : *failure;
+    message.identity = nic_identity(nic, slot);
     uint32_t bank = slot->part % NIC_PART_LISTS;
     uint32_t flags = slot->flags & ~(uint32_t)(NIC_SLOT_WANTED | NIC_SLOT_COMPLETE);
     if (slot->segments[bank] != 0) {
@@ -150,6 +143,19 @@ static bool deliver(struct nic *nic, struct nic_connection *connection, struct n
     }
     nic_set32(nic, &slot->flags, flags);
     nic_put(nic, ATOLL_ROLE_NBD, &message);
+}
+
+/* To whom it is for. `alone`: nothing else of the client's has been received yet. False: later. */
+static bool deliver(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, bool alone)
+{
+    if (!(slot->flags & NIC_SLOT_DELIVERED) && slot->state == NIC_SLOT_REQUEST) {
+        if (nic_answer(nic, connection, slot))
+            return true;
+        enum nic_posting posting = nic_post(nic, connection, slot, alone);
+        if (posting != NIC_POST_NEVER)
+            return posting == NIC_POST_DONE;
+    }
+    nic_deliver(nic, connection, slot, 0);
     return true;
 }
 
@@ -402,6 +408,8 @@ static enum parsed parse_header(struct nic *nic, struct nic_connection *connecti
     nic_frame_read(connection->framing, base + window->begin, &frame);
     uint32_t pages = frame.reply_bytes == 0 ? 0 :
         (uint32_t)((frame.volume_offset % ATOLL_BLOCK_BYTES + frame.reply_bytes + ATOLL_BLOCK_BYTES - 1) / ATOLL_BLOCK_BYTES);
+    if (frame.farewell && nic->hints[nic_index(nic, connection)].asked_reads != 0)
+        return PARSED_BLOCKED; /* looked at again when they are done: nbd, which does not know of them, would close the connection */
     if (!nic_slot_share(nic, connection, pages))
         return PARSED_BLOCKED;
     struct nic_slot *slot =

@@ -199,7 +199,7 @@ void datapath_expect(struct datapath *dp, const struct atoll_descriptor *message
         __builtin_prefetch(&dp->records[page], 1);
 }
 
-void datapath_message(struct datapath *dp, const struct atoll_descriptor *message)
+void datapath_message(struct datapath *dp, uint32_t role, const struct atoll_descriptor *message)
 {
     struct dp_arena *arena = dp->arena;
     uint32_t number = atoll_identity_slot(message->identity);
@@ -220,7 +220,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     }
     uint32_t sequence = atoll_identity_sequence(message->identity);
     int32_t newer = (int32_t)(sequence - atoll_identity_sequence(slot->identity));
-    /* Most uses of a slot never come here (nbd reads from memory): after 2^31 of them, hours, the next one looks like an older one, but nic
+    /* Most uses of a slot never come here (nic and nbd read from memory): after 2^31 of them, hours, the next one looks like an older one, but nic
      * has not done with it. */
     if (newer < 0 && (int32_t)(atoll_load_acquire(&dp->nic_public->done[number]) - sequence) < 0) /* SP-DONE */
         newer = 1;
@@ -236,6 +236,7 @@ void datapath_message(struct datapath *dp, const struct atoll_descriptor *messag
     slot->phase = PHASE_START;
     slot->status = ATOLL_OK;
     slot->posted = posted_request(message);
+    slot->asker = role;
     slot->result_bytes = slot->extent_count = 0;
     slot->progress = slot->failed_address = slot->failed_lba = slot->target = 0;
     slot->acceptance = arena->next_acceptance;

@@ -6,7 +6,7 @@
  *                 struct dp_record[]       write log; record i is page i of nic's buffers, then of dedup's merge pages
  *                 struct dp_page[]         read cache: pages of the disk driver's buffers, then of llrrm's
  *                 uint8_t held[]           published: which of nic's pages the log refers to
- *                 look-up table            published: what nbd answers by itself (datapath_lookup.c)
+ *                 look-up table            published: what nic and nbd answer by themselves (datapath_lookup.c)
  *                 the fast tier            datapath_tier.h
  *   buffer area:  merge pages, then 64 KiB of zeros (what holes are read from), then the tier's staging pages
  *
@@ -74,7 +74,7 @@
 #define DP_SCRUB_PAGES 64
 #define DP_SCRUB_DAMAGED 64
 #define DP_SCRUB_REFERRERS 4
-/* Request slots: nbd's, and dedup's own for posted writes (datapath_posted.c). */
+/* Request slots: nbd's and nic's, and dedup's own for posted writes (datapath_posted.c). */
 #define DP_SLOTS (ATOLL_SLOT_COUNT + ATOLL_POSTED_BLOCKS)
 /* Records whose sets of equal ones are asked for before they are entered there: those of a large write lie in memory that is in no
  * cache, beside a page that is being asked for at the same time. */
@@ -195,7 +195,7 @@ struct dp_slot {
     uint32_t segment_count;          /* in `segments`; their pages are pinned */
     uint32_t pinned_place;           /* in dp_arena.pinned, or DP_NONE */
     uint32_t posted;                 /* 1: nobody waits for its answer */
-    uint32_t reserved;
+    uint32_t asker;                  /* role that does */
     struct atoll_segment segments[DP_SEGMENTS];
 };
 #define DP_SLOT_HOT_BYTES (offsetof(struct dp_slot, segments) - offsetof(struct dp_slot, identity))
@@ -710,10 +710,10 @@ void datapath_note_suspect(struct datapath *dp);
 #define DP_CHECK_WAITS UINT32_MAX
 uint32_t datapath_check(struct datapath *dp, char *text, uint64_t bytes);
 void datapath_check_cancel(struct datapath *dp); /* one that waits */
-/* A message from nbd that will soon be taken: nothing but cache lines on their way. It may be anything. */
+/* A message that will soon be taken: nothing but cache lines on their way. It may be anything. */
 void datapath_expect(struct datapath *dp, const struct atoll_descriptor *message);
-/* One message from nbd. */
-void datapath_message(struct datapath *dp, const struct atoll_descriptor *message);
+/* One message, from nbd or from nic. */
+void datapath_message(struct datapath *dp, uint32_t role, const struct atoll_descriptor *message);
 /* Waiting requests, flushes, destage, pages to give back: end of a step before its commit. True if something was done.
  * *wake_ms as destage_step. */
 bool datapath_step(struct datapath *dp, uint64_t *wake_ms);

@@ -359,7 +359,7 @@ bool destage_step(struct datapath *dp, uint64_t *wake_ms)
         *wake_ms = 1;
         return false;
     }
-    uint32_t pieces = !dp->shared ? STEP_PIECES : destage_crowded(dp) && dp->dedup->admitted == 0 ? STEP_PIECES_CROWDED : 1;
+    uint32_t pieces = !dp->shared ? STEP_PIECES : destage_crowded(dp) && !dedup_awaited(dp->dedup) ? STEP_PIECES_CROWDED : 1;
     did = piece(dp, wake_ms);
     for (uint32_t more = 1; did && more < pieces && dp->journal->count < DP_STEP_JOURNAL; more++)
         if (!piece(dp, wake_ms))

@@ -49,7 +49,7 @@ void posted_message(struct datapath *dp, const struct atoll_descriptor *message)
     }
     dp->posted_ms = dp->now_ms;
     dp->flush_posted += length / DP_BLOCK;
-    datapath_message(dp, message);
+    datapath_message(dp, ATOLL_ROLE_NIC, message);
 }
 
 /* --- Order ------------------------------------------------------------------------------------------------------------ */

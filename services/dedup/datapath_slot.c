@@ -150,7 +150,7 @@ static bool done(struct datapath *dp, const struct dp_slot *slot)
             message.segment_count = (uint16_t)slot->segment_count;
         }
     }
-    return atoll_domain_put(dp->domain, ATOLL_ROLE_NBD, &message);
+    return atoll_domain_put(dp->domain, slot->asker, &message);
 }
 
 void slot_answer(struct datapath *dp, uint32_t number)

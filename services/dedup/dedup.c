@@ -158,10 +158,34 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
 
 /* --- The loop ------------------------------------------------------------------------------------------------------------ */
 
-/* Nobody else waited beside it, and it is small: a large one takes longer than what it might wait for. */
-static bool comes_alone(const struct atoll_descriptor *message)
+static bool asked_by_nic(uint32_t role, const struct atoll_descriptor *message)
 {
-    return message->flags & ATOLL_FLAG_ALONE && message->length <= ATOLL_POSTED_WRITE_BLOCKS * ATOLL_BLOCK_BYTES;
+    return role == ATOLL_ROLE_NIC && message->opcode == ATOLL_OP_READ && message->part == ATOLL_PART_NIC;
+}
+
+/* Nobody else waited beside it, and it is small: a large one takes longer than what it might wait for. `waiting`: messages on its ring. */
+static bool comes_alone(uint32_t role, const struct atoll_descriptor *message, uint32_t waiting)
+{
+    bool alone = asked_by_nic(role, message) ? waiting <= 1 : (message->flags & ATOLL_FLAG_ALONE) != 0;
+    return alone && message->length <= ATOLL_POSTED_WRITE_BLOCKS * ATOLL_BLOCK_BYTES;
+}
+
+bool dedup_awaited(const struct dedup *dedup) { return dedup->admitted != 0 || dedup->reads != 0; }
+
+/* Messages on the ring: those of one commit can be seen before its tail has moved. */
+static uint32_t messages_from(const struct dedup *dedup, uint32_t role)
+{
+    uint32_t seen = atoll_domain_pending(dedup->domain, role), waiting = atoll_ring_waiting(&dedup->domain->rings->rx[role]);
+    return seen > waiting ? seen : waiting;
+}
+
+/* How many of nic's there are up to the last READ; 0: there is none. */
+static uint32_t count_to_reads(const struct dedup *dedup)
+{
+    uint32_t count = messages_from(dedup, ATOLL_ROLE_NIC);
+    while (count != 0 && !asked_by_nic(ATOLL_ROLE_NIC, atoll_ring_entry(&dedup->domain->rings->rx[ATOLL_ROLE_NIC], count - 1)))
+        count--;
+    return count;
 }
 
 /* How many of at most `most` messages were taken. */
@@ -170,18 +194,20 @@ static uint32_t take_from(struct dedup *dedup, uint32_t role, uint32_t most)
     struct atoll_domain *domain = dedup->domain;
     struct datapath *dp = dedup->datapath;
     struct atoll_descriptor message;
-    uint32_t waiting = atoll_domain_pending(domain, role), taken = 0;
-    for (uint32_t index = 0; index < waiting && index < most && index < DP_STEP_MESSAGES / 2; index++)
+    uint32_t waiting = messages_from(dedup, role), seen = atoll_domain_pending(domain, role), taken = 0;
+    for (uint32_t index = 0; index < seen && index < most && index < DP_STEP_MESSAGES / 2; index++)
         datapath_expect(dp, atoll_ring_entry(&domain->rings->rx[role], index));
     for (; taken < most && domain->journal->count < DP_STEP_JOURNAL && atoll_domain_take(domain, role, &message); taken++) {
-        dedup->crowd += (comes_alone(&message) ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
+        dedup->crowd += (comes_alone(role, &message, waiting) ? 0 : CROWD_WEIGHT) - dedup->crowd / CROWD_WEIGHT;
         place_note(&dedup->place, &message);
-        if (role == ATOLL_ROLE_NIC)
+        if (asked_by_nic(role, &message))
+            datapath_message(dp, role, &message);
+        else if (role == ATOLL_ROLE_NIC)
             posted_message(dp, &message);
         else if (posted_request(&message))
             atoll_count(domain, DEDUP_COUNTER_BAD_REQUESTS, 1);
         else
-            datapath_message(dp, &message);
+            datapath_message(dp, role, &message);
     }
     return taken;
 }
@@ -196,17 +222,19 @@ static bool take_requests(struct dedup *dedup)
     struct atoll_rx_ring *rings = domain->rings->rx;
     uint32_t most = dedup->datapath->alone ? TAKE_ALONE : DP_STEP_MESSAGES, posted = 0, others = 0;
     if (dedup->admitted == 0) {
-        uint32_t seen = atoll_domain_pending(domain, ATOLL_ROLE_NBD), waiting = atoll_ring_waiting(&rings[ATOLL_ROLE_NBD]);
-        dedup->admitted = seen > waiting ? seen : waiting; /* those of one commit can be seen before the tail has moved */
+        dedup->admitted = messages_from(dedup, ATOLL_ROLE_NBD);
         dedup->ahead = atoll_ring_waiting(&rings[ATOLL_ROLE_NIC]); /* after that */
     }
-    if (dedup->admitted == 0 && destage_crowded(dedup->datapath) && most > TAKE_CROWDED)
+    bool crowded = destage_crowded(dedup->datapath);
+    dedup->reads = crowded && atoll_load_relaxed(&dedup->datapath->nic_public->asking) ? count_to_reads(dedup) : 0;
+    if (crowded && !dedup_awaited(dedup) && most > TAKE_CROWDED)
         most = TAKE_CROWDED; /* of writes that have been answered: nobody waits for them */
     /* None is left when fewer are taken than there is room for, whatever the tails said (I8). */
     if (dedup->ahead != 0 || dedup->admitted == 0) { /* else nbd's are due: those of nic's that came since may have no end */
         posted = take_from(dedup, ATOLL_ROLE_NIC, most);
         bool empty = posted < most && domain->journal->count < DP_STEP_JOURNAL;
         dedup->ahead = empty || posted > dedup->ahead ? 0 : dedup->ahead - posted;
+        dedup->reads = posted > dedup->reads ? 0 : dedup->reads - posted;
     }
     if (dedup->ahead == 0 && posted < most) {
         uint32_t due = most - posted < dedup->admitted ? most - posted : dedup->admitted;

@@ -17,9 +17,13 @@ struct dedup {
     struct datapath *datapath;    /* process-private, owned by datapath.c; points into the arena */
     struct dedup_place place;     /* process-private */
     uint32_t ahead, admitted;     /* messages of nic's to be taken before so many of nbd's */
+    uint32_t reads;               /* and, where destage is behind, up to the last READ among them; 0: none */
     uint64_t offered_ns;          /* when others were last let go first */
     uint32_t crowd;               /* how many of CROWD_ALL requests were not alone, on average */
 };
+
+/* Where destage is behind: somebody waits for an answer to what is still on the rings. */
+bool dedup_awaited(const struct dedup *dedup);
 
 /* Counters of dedup (names in services/dedup/__init__.py, same order). store.c uses those from 64 on. */
 #define DEDUP_COUNTER_STORE_FIRST 64

@@ -12,7 +12,7 @@ struct dedup_place {
     uint64_t until_ms;         /* no decision before */
 };
 
-void place_note(struct dedup_place *place, const struct atoll_descriptor *message); /* one from nbd has been taken */
+void place_note(struct dedup_place *place, const struct atoll_descriptor *message); /* a request has been taken */
 bool place_shared(const struct dedup_place *place);                                 /* it is, or may be, on the path's processor */
 void place_settle(struct dedup_place *place, uint64_t now_ms);                      /* between steps */
 

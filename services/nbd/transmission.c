@@ -72,6 +72,15 @@ static bool read_from_memory(struct nbd *nbd, struct nbd_slot *slot)
     return true;
 }
 
+/* Dedup has failed at the slot's part. `block`: its LBA + 1, or 0; believed where it lies in the request. */
+static void finish_failed(struct nbd *nbd, struct nbd_slot *slot, uint32_t status, uint64_t place, uint64_t block)
+{
+    uint64_t first = slot->offset >> ATOLL_BLOCK_SHIFT, lba = block - 1, offset = slot->offset + slot->done_bytes;
+    if (block != 0 && slot->length != 0 && lba >= first && lba <= (slot->offset + slot->length - 1) >> ATOLL_BLOCK_SHIFT)
+        offset = lba == first ? slot->offset : lba << ATOLL_BLOCK_SHIFT;
+    nbd_finish_error_at(nbd, slot, status, place, offset, 1);
+}
+
 static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descriptor *message)
 {
     struct atoll_journal *journal = nbd->domain->journal;
@@ -158,11 +167,16 @@ static enum nbd_outcome take_request(struct nbd *nbd, const struct atoll_descrip
     if (request.type == NBD_CMD_WRITE)
         atoll_count(nbd->domain, NBD_COUNTER_WRITE_BYTES, request.length);
     atoll_set64(journal, &connection->requests, connection->requests + 1);
-    if (request.type == NBD_CMD_READ && read_from_memory(nbd, slot))
+    bool failed = request.type == NBD_CMD_READ && message->status != ATOLL_OK; /* nic has asked dedup */
+    if (request.type == NBD_CMD_READ && !failed && read_from_memory(nbd, slot))
         return NBD_OUTCOME_TAKEN;
     atoll_set32(journal, &slot->state, NBD_SLOT_DEDUP);
     atoll_set32(journal, &connection->in_flight, connection->in_flight + 1);
-    nbd_send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
+    if (failed)
+        finish_failed(nbd, slot, message->status, message->address,
+                      message->length == 0 ? 0 : (slot->offset >> ATOLL_BLOCK_SHIFT) + message->length);
+    else
+        nbd_send_part(nbd, slot, request.type == NBD_CMD_WRITE ? message : 0);
     return NBD_OUTCOME_TAKEN;
 }
 
@@ -411,11 +425,7 @@ void nbd_take_done(struct nbd *nbd, const struct atoll_descriptor *message)
         return;
     uint32_t status = nbd_poisoned(nbd, slot->identity) ? ATOLL_EPOISON : message->status;
     if (status != ATOLL_OK) {
-        /* words[1]: the block's LBA + 1, if dedup knows it; believed where it lies in the request. */
-        uint64_t first = slot->offset >> ATOLL_BLOCK_SHIFT, lba = message->words[1] - 1, offset = slot->offset + slot->done_bytes;
-        if (message->words[1] != 0 && slot->length != 0 && lba >= first && lba <= (slot->offset + slot->length - 1) >> ATOLL_BLOCK_SHIFT)
-            offset = lba == first ? slot->offset : lba << ATOLL_BLOCK_SHIFT;
-        nbd_finish_error_at(nbd, slot, status, message->words[0], offset, 1);
+        finish_failed(nbd, slot, status, message->words[0], message->words[1]);
         return;
     }
     switch (slot->type) {
