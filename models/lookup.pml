@@ -1,5 +1,5 @@
 /*
- * Reads that nbd answers by itself (ipc/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that the look-up table
+ * Reads that nic or nbd answers by itself, here nbd (ipc/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that the look-up table
  * names; it is overwritten, and its page given back and filled anew; nbd and dedup are killed at any point. Can a
  * client be sent another content than it asked for, or one older than it has been told of?
  *
