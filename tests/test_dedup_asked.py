@@ -193,3 +193,24 @@ def test_one_that_crashes_dedup_twice(hooked: ModuleType) -> None:
         assert (before.status, poison.status, after.status) == (OK, lib.ATOLL_EPOISON, OK)
         assert (poison.part, stage.counters()["poisoned"], stage.counters()["errors"]) == (lib.ATOLL_PART_NIC, 1, 1)
         stage.check()
+
+
+@pytest.mark.parametrize("part", ["nic", "nbd"])
+def test_it_is_not_tried_again_whenever_dedup_is_killed(hooked: ModuleType, part: str) -> None:
+    """After any store of the step that refuses it."""
+    stores = 1
+    refused = False
+    while not refused:
+        with Stage(extension=hooked) as stage:
+            volume = stored(stage)
+            poison = (stage.ask if part == "nic" else stage.read_by_nbd)(volume, BLOCK, BLOCK)
+            for crashed in (False, True):
+                assert stage.turns_in_child(poison=poison.identity, crashed=crashed, turns=20) == -signal.SIGSEGV
+            refused = stage.turns_in_child(die_after=stores, crashed=True) == 0
+            assert stage.turns_in_child(poison=poison.identity, turns=20) == 0, f"tried again, killed after {stores}"
+            stage.attach()
+            stage.run_until_idle()
+            assert poison.status == lib.ATOLL_EPOISON
+            stage.check()
+        stores += 1
+    assert stores > 20

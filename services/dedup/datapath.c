@@ -302,6 +302,7 @@ static void execute_again(struct datapath *dp, uint32_t number)
     if (suspect->crashes >= 2) {
         atoll_count(dp->domain, DEDUP_COUNTER_POISONED, 1);
         refuse(dp, number, &slot->request, ATOLL_EPOISON);
+        datapath_commit(dp); /* before it is forgotten: a successor must not try it again */
         suspect->crashes = 0;
         return;
     }
