@@ -394,6 +394,26 @@ int atoll_domain_sleep(struct atoll_domain *domain, uint32_t ignored_roles, int6
 
 /* --- Messages ---------------------------------------------------------------------------------------------------- */
 
+uint32_t atoll_copy_data(const struct atoll_domain *domain, const struct atoll_descriptor *message, uint64_t bytes, uint32_t most,
+                         struct atoll_segment *data)
+{
+    uint32_t count = message->segment_count;
+    uint64_t total = 0;
+    if (count == 0) {
+        data[count++] = (struct atoll_segment){.address = message->address, .length = message->length, .kind = ATOLL_SEGMENT_DATA};
+    } else {
+        if (count > most || !atoll_reference_in(domain, ATOLL_ROLE_DEDUP, message->address, count * sizeof *data))
+            return 0;
+        memcpy(data, (const void *)(uintptr_t)message->address, count * sizeof *data);
+    }
+    for (uint32_t index = 0; index < count; index++) {
+        if (data[index].length == 0 || data[index].kind > ATOLL_SEGMENT_HOLE)
+            return 0;
+        total += data[index].length;
+    }
+    return total == bytes ? count : 0;
+}
+
 static void trace_record(struct atoll_domain *domain, uint32_t peer, uint32_t direction,
                          const struct atoll_descriptor *message, uint64_t address, uint32_t length)
 {

@@ -148,6 +148,11 @@ static inline uint32_t atoll_reference_role(const struct atoll_domain *domain, u
     return (uint32_t)role;
 }
 
+/* Copies where the data of a DONE of dedup's lie to `data`, at most `most` segments, which make up `bytes`. Returns how many; 0: they are not
+ * what they may be. That each lies in an arena is looked at by who uses it. */
+uint32_t atoll_copy_data(const struct atoll_domain *domain, const struct atoll_descriptor *message, uint64_t bytes, uint32_t most,
+                         struct atoll_segment *data);
+
 /* Counters are statistics: not transactional, a few may be lost or counted twice at a crash. */
 static inline void atoll_count(struct atoll_domain *domain, uint32_t counter, uint64_t amount)
 {

@@ -68,8 +68,7 @@ bool atoll_lookup_take(const struct atoll_domain *domain, struct atoll_looker *l
 {
     struct atoll_uses *uses = looker->uses;
     uint32_t *pages = &uses->pages[read->slot * ATOLL_USE_PAGES];
-    uint64_t first = read->offset / ATOLL_BLOCK_BYTES, end = read->offset + read->length;
-    uint64_t blocks = (end - 1) / ATOLL_BLOCK_BYTES - first + 1;
+    uint64_t first = atoll_read_first(read), blocks = atoll_read_blocks(read), end = read->offset + read->length;
 
     taken->pages = 0;
     if (looker->entries == 0 || blocks > ATOLL_PART_BLOCKS)

@@ -40,6 +40,12 @@ struct atoll_read {
     uint32_t length; /* bytes, not 0; at most ATOLL_PART_BLOCKS blocks are touched */
 };
 
+static inline uint64_t atoll_read_first(const struct atoll_read *read) { return read->offset / ATOLL_BLOCK_BYTES; }
+static inline uint64_t atoll_read_blocks(const struct atoll_read *read)
+{
+    return (read->offset + read->length - 1) / ATOLL_BLOCK_BYTES - atoll_read_first(read) + 1;
+}
+
 void atoll_lookup_attach(const struct atoll_domain *domain, struct atoll_looker *looker, struct atoll_uses *uses);
 /* A new dedup may have another table. */
 static inline bool atoll_lookup_is_stale(const struct atoll_domain *domain, const struct atoll_looker *looker)

@@ -1,6 +1,6 @@
 /*
- * Reads that nic or nbd answers by itself, here nbd (ipc/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that the look-up table
- * names; it is overwritten, and its page given back and filled anew; nbd and dedup are killed at any point. Can a
+ * Reads that nic or nbd answers by itself, here nbd (ipc/lookup.c, services/dedup/datapath_lookup.c): a block lies in a page that
+ * the look-up table names; it is overwritten, and its page given back and filled anew; nbd and dedup are killed at any point. Can a
  * client be sent another content than it asked for, or one older than it has been told of?
  *
  * Version v of the block lies in page v % 2, so each page is used again. Spin is sequentially consistent, processors are not:

@@ -483,7 +483,7 @@ class Stage:
         ffi.memmove(self.message, request.message, 64)
         self.message.part = 0
         request.message = ffi.buffer(self.message, 64)[:]
-        self._send(self.message)
+        self.repeat(request)
 
     def trim(self, volume: int, offset: int, length: int, flags: int = 0) -> Request:
         return self.submit(lib.ATOLL_OP_TRIM, volume, offset, length, flags=flags)

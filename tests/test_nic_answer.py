@@ -425,6 +425,13 @@ def wait_asked(stage: Stage) -> int:
     return int(message.identity)
 
 
+def held(stage: Stage, client: Client) -> int:
+    """The identity of a read of block 100 that dedup has been asked for, and keeps."""
+    stage.hold = True
+    client.request(READ, 100 * BLOCK, BLOCK)
+    return wait_asked(stage)
+
+
 def answer(stage: Stage, identity: int, offset: int, length: int = BLOCK) -> None:
     fields = stage.data_of(identity >> 32 & 0xFFFF, offset, length)
     stage.put(DEDUP, opcode=DONE, identity=identity, part=lib.ATOLL_PART_NIC, **fields)
@@ -458,9 +465,7 @@ def test_what_dedup_refuses_nbd_is_asked_for(stage: Stage) -> None:
 
 def test_data_that_lie_nowhere_cost_the_connection(stage: Stage) -> None:
     client, other = stage.ready(), stage.ready()
-    stage.hold = True
-    client.request(READ, 100 * BLOCK, BLOCK)
-    identity = wait_asked(stage)
+    identity = held(stage, client)
     stage.put(DEDUP, opcode=DONE, identity=identity, part=lib.ATOLL_PART_NIC, address=1 << 46, length=BLOCK)
     stage.until(lambda: client.closed)
     assert stage.counters()["bad_reference"] == 1
@@ -531,9 +536,7 @@ def test_the_farewell_waits_for_them(stage: Stage, extended: bool) -> None:
 
 def test_a_client_that_leaves_before_the_answer(stage: Stage) -> None:
     client, other = stage.ready(), stage.ready()
-    stage.hold = True
-    client.request(READ, 100 * BLOCK, BLOCK)
-    identity = wait_asked(stage)
+    identity = held(stage, client)
     client.close()
     stage.hold = False
     assert read(stage, other, 0) == MEMORY
@@ -547,9 +550,7 @@ def test_a_client_that_leaves_before_the_answer(stage: Stage) -> None:
 def test_an_answer_between_the_parts_of_a_simple_reply(stage: Stage) -> None:
     """It must not go there; nbd, which puts replies in order, asks again."""
     client = stage.ready()
-    stage.hold = True
-    client.request(READ, 100 * BLOCK, BLOCK)
-    identity = wait_asked(stage)
+    identity = held(stage, client)
     client.request(READ, 0, 3 * PART)
     client.reads = False
     sends = stage.counters()["send_operations"]
@@ -566,9 +567,7 @@ def test_an_answer_between_the_parts_of_a_simple_reply(stage: Stage) -> None:
 
 def test_answers_out_of_turn_are_refused(stage: Stage) -> None:
     client = stage.ready()
-    stage.hold = True
-    client.request(READ, 100 * BLOCK, BLOCK)
-    identity = wait_asked(stage)
+    identity = held(stage, client)
     stage.put(DEDUP, opcode=lib.ATOLL_OP_END, identity=identity)  # it is not posted
     answer(stage, identity ^ 1, 100 * BLOCK)  # another use of the slot
     answer(stage, identity, 100 * BLOCK)
@@ -588,9 +587,7 @@ def test_answers_out_of_turn_are_refused(stage: Stage) -> None:
 
 def test_nbd_may_not_answer_what_dedup_was_asked_for(stage: Stage) -> None:
     client = stage.ready()
-    stage.hold = True
-    client.request(READ, 100 * BLOCK, BLOCK)
-    identity = wait_asked(stage)
+    identity = held(stage, client)
     stage.put(NBD, opcode=lib.ATOLL_OP_REPLY, identity=identity, flags=lib.ATOLL_FLAG_LAST)
     stage.until(lambda: client.closed)
     assert stage.counters()["bad_message"] == 1

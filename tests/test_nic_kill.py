@@ -183,6 +183,7 @@ def test_a_request_that_crashes_nic_twice_costs_its_connection() -> None:
         stage.hold = True
         bad.request(READ, 0, 10)
         stage.until(lambda: stage.sent(DEDUP) == 1)
+        assert stage.counters()["requests"] == 2, "the third counts when it is answered"
         stage.kill()
         for expected in (0, 1):
             # What a crash during the request would have left.

@@ -427,6 +427,7 @@ def test_stop_answers_what_is_under_way(stage: Stage) -> None:
     stage.until(lambda: stage.sent(DEDUP) == 10 and stage.sent() == 1)
     stage.calls.start("nic", {"call": "stop"})
     stage.until(lambda: stage.nic_public().ending[next(iter(stage.connections))])
+    assert stage.sent(DEDUP) == 10 and stage.sent() == 1
     stage.hold = False
     deadline = time.monotonic() + 10
     while not (client.closed and stage.is_dead()):

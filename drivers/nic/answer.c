@@ -47,7 +47,7 @@ static bool may_answer(struct nic *nic, const struct nic_connection *connection,
                                 .generation = connection->generation,
                                 .offset = offset,
                                 .length = (uint32_t)length};
-    return (offset + length - 1) / ATOLL_BLOCK_BYTES - offset / ATOLL_BLOCK_BYTES < ANSWER_BLOCKS;
+    return atoll_read_blocks(read) <= ANSWER_BLOCKS;
 }
 
 /* The reply to a READ whose data lie in `count` segments at data_of; 0: a chunk that says that all of it is a hole. */
@@ -77,9 +77,8 @@ enum found { FOUND_NOT, FOUND, FOUND_MIXED };
 static enum found look_up(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot, const struct atoll_read *read,
                           uint32_t *count)
 {
-    uint64_t first = read->offset / ATOLL_BLOCK_BYTES, last = (read->offset + read->length - 1) / ATOLL_BLOCK_BYTES;
     struct atoll_taken taken;
-    if (nic_posted_covers(nic, read->volume, first, last - first + 1))
+    if (nic_posted_covers(nic, read->volume, atoll_read_first(read), atoll_read_blocks(read)))
         return FOUND_NOT;
     if (atoll_lookup_is_stale(nic->domain, &nic->looker))
         atoll_lookup_attach(nic->domain, &nic->looker, &nic->public->uses);
@@ -141,28 +140,25 @@ bool nic_answer(struct nic *nic, struct nic_connection *connection, struct nic_s
 
 /* Copies where the data lie, in `count` segments as `answer` takes them. False: it is for nbd. */
 static bool take_data(struct nic *nic, const struct nic_connection *connection, const struct nic_slot *slot,
-                      const struct atoll_descriptor *message, uint64_t length, uint32_t *counted)
+                      const struct atoll_descriptor *message, uint64_t length, uint32_t *count)
 {
-    struct atoll_segment *data = data_of(nic, slot);
-    uint32_t count = message->segment_count, holes = 0;
-    uint64_t total = 0;
-    if (message->status != ATOLL_OK || connection->streaming != 0 || count > ANSWER_BLOCKS)
+    const struct atoll_segment *data = data_of(nic, slot);
+    if (message->status != ATOLL_OK || connection->streaming != 0)
         return false;
-    if (count == 0) {
-        data[count++] = (struct atoll_segment){.address = message->address, .length = message->length, .kind = ATOLL_SEGMENT_DATA};
-    } else {
-        if (!atoll_reference_in(nic->domain, ATOLL_ROLE_DEDUP, message->address, count * sizeof *data))
-            return false;
-        memcpy(data, (const void *)(uintptr_t)message->address, count * sizeof *data);
-    }
-    for (uint32_t index = 0; index < count; index++) { /* where they lie is looked at when they are sent */
-        if (data[index].length == 0)
-            return false;
-        total += data[index].length;
-        holes += connection->mixes && data[index].kind != ATOLL_SEGMENT_DATA;
-    }
-    *counted = holes == count ? 0 : count;
-    return total == length && (holes == 0 || holes == count);
+    uint32_t copied = atoll_copy_data(nic->domain, message, length, ANSWER_BLOCKS, data_of(nic, slot)), holes = 0;
+    for (uint32_t index = 0; index < copied; index++)
+        holes += connection->mixes && data[index].kind == ATOLL_SEGMENT_HOLE;
+    *count = holes == copied ? 0 : copied;
+    return copied != 0 && (holes == 0 || holes == copied);
+}
+
+/* What nbd is told of a READ that dedup has refused: `message` says why, and which block it was, if it knows that. */
+static struct atoll_descriptor failure_of(const struct nic_slot *slot, uint64_t length, const struct atoll_descriptor *message)
+{
+    uint64_t first = slot->volume_offset / ATOLL_BLOCK_BYTES, last = (slot->volume_offset + length - 1) / ATOLL_BLOCK_BYTES;
+    bool known = message->words[1] > first && message->words[1] <= last + 1; /* the block + 1 */
+    return (struct atoll_descriptor){
+        .status = message->status, .address = message->words[0], .length = known ? (uint32_t)(message->words[1] - first) : 0};
 }
 
 void nic_read_done(struct nic *nic, struct nic_connection *connection, struct nic_slot *slot, const struct atoll_descriptor *message)
@@ -176,10 +172,7 @@ void nic_read_done(struct nic *nic, struct nic_connection *connection, struct ni
     nic_schedule(nic, slot->connection); /* a DISC may have waited */
     uint32_t count;
     if (!take_data(nic, connection, slot, message, length, &count)) {
-        uint64_t lba = message->words[1] - 1, block = lba - slot->volume_offset / ATOLL_BLOCK_BYTES; /* of the request, if dedup knows it */
-        bool known = message->words[1] != 0 && block <= (slot->volume_offset % ATOLL_BLOCK_BYTES + length - 1) / ATOLL_BLOCK_BYTES;
-        struct atoll_descriptor failure = {
-            .status = message->status, .address = message->words[0], .length = known ? (uint32_t)block + 1 : 0};
+        struct atoll_descriptor failure = failure_of(slot, length, message);
         nic_set32(nic, &slot->flags, 0);
         nic_deliver(nic, connection, slot, failure.status == ATOLL_OK ? 0 : &failure);
         return;

@@ -327,24 +327,11 @@ enum nbd_outcome nbd_take_nic(struct nbd *nbd, const struct atoll_descriptor *me
 static uint32_t copy_data(struct nbd *nbd, const struct nbd_slot *slot, const struct atoll_descriptor *message,
                           struct atoll_segment *data)
 {
-    uint32_t count = message->segment_count;
-    uint64_t total = 0;
-    if (count == 0) {
-        data[0] = (struct atoll_segment){.address = message->address, .length = message->length, .kind = ATOLL_SEGMENT_DATA};
-        count = 1;
-    } else {
-        if (count > NBD_PART_SEGMENTS ||
-            !atoll_reference_in(nbd->domain, ATOLL_ROLE_DEDUP, message->address, count * sizeof *data))
+    uint32_t count = atoll_copy_data(nbd->domain, message, slot->part_bytes, NBD_PART_SEGMENTS, data);
+    for (uint32_t i = 0; i < count; i++)
+        if (atoll_reference_role(nbd->domain, data[i].address, data[i].length) == 0)
             return 0;
-        memcpy(data, (const void *)(uintptr_t)message->address, count * sizeof *data);
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        if (data[i].length == 0 || data[i].kind > ATOLL_SEGMENT_HOLE ||
-            atoll_reference_role(nbd->domain, data[i].address, data[i].length) == 0)
-            return 0;
-        total += data[i].length;
-    }
-    return total == slot->part_bytes ? count : 0;
+    return count;
 }
 
 static void finish_read(struct nbd *nbd, struct nbd_slot *slot, const struct atoll_descriptor *message)
