@@ -162,6 +162,16 @@ def hole(mixes: bool, extended: bool, offset: int, length: int) -> bytes:
     return chunk(extended, 2, offset, 12) + struct.pack(">I", length)
 
 
+def raw_client(stage: Stage, mixes: bool, extended: bool) -> Client:
+    """One whose replies are such, and are only collected; from now on nbd and dedup are held."""
+    stage.mixes = mixes
+    if extended:
+        stage.framing = lib.ATOLL_FRAMING_EXTENDED
+    client = stage.ready()
+    client.raw = stage.hold = True
+    return client
+
+
 def raw_read(client: Client, extended: bool, offset: int, length: int, flags: int = 0) -> None:
     head = struct.pack(">IHHQQ", EXTENDED_MAGIC if extended else REQUEST_MAGIC, flags, READ, COOKIE, offset)
     client.out += head + struct.pack(">Q" if extended else ">I", length)
@@ -173,14 +183,10 @@ HOLES = pytest.mark.parametrize(("mixes", "extended"), [(False, False), (True, F
 @HOLES
 def test_holes(stage: Stage, mixes: bool, extended: bool) -> None:
     """One after another; beside data, where replies are chunks, they are nbd's business."""
-    stage.mixes = mixes
-    if extended:
-        stage.framing = lib.ATOLL_FRAMING_EXTENDED
     for lba in (200, 201, 203):
         stage.memory.put(VOLUME, GENERATION, lba, bytes(BLOCK))
     stage.memory.put(VOLUME, GENERATION, 202, b"x" * BLOCK)
-    client = stage.ready()
-    client.raw = stage.hold = True
+    client = raw_client(stage, mixes, extended)
     offset, length = 200 * BLOCK + 5, BLOCK + 1000
     raw_read(client, extended, offset, length)
     expected = hole(mixes, extended, offset, length)
@@ -195,11 +201,7 @@ def test_holes(stage: Stage, mixes: bool, extended: bool) -> None:
 @pytest.mark.parametrize("flags", [0, DF])
 @pytest.mark.parametrize("extended", [False, True])
 def test_the_answer_in_chunks(stage: Stage, extended: bool, flags: int) -> None:
-    stage.mixes = True
-    if extended:
-        stage.framing = lib.ATOLL_FRAMING_EXTENDED
-    client = stage.ready()
-    client.raw = stage.hold = True
+    client = raw_client(stage, True, extended)
     offset, length = 5 * BLOCK + 512, 2 * BLOCK
     raw_read(client, extended, offset, length, flags)
     begin = chunk(extended, 1, offset, 8 + length)
@@ -477,11 +479,7 @@ def test_data_that_lie_nowhere_cost_the_connection(stage: Stage) -> None:
 @HOLES
 def test_holes_that_dedup_tells_of(stage: Stage, mixes: bool, extended: bool) -> None:
     """As in test_holes."""
-    stage.mixes = mixes
-    if extended:
-        stage.framing = lib.ATOLL_FRAMING_EXTENDED
-    client = stage.ready()
-    client.raw = stage.hold = True
+    client = raw_client(stage, mixes, extended)
     offset, length = 100 * BLOCK + 5, BLOCK
     area = stage.peers[DEDUP].role_area + LISTS_AT
     segments = ffi.cast("struct atoll_segment *", area)
@@ -505,11 +503,8 @@ def test_holes_that_dedup_tells_of(stage: Stage, mixes: bool, extended: bool) ->
 @pytest.mark.parametrize("extended", [False, True])
 def test_the_farewell_waits_for_them(stage: Stage, extended: bool) -> None:
     """Nbd, which does not know of them, would close the connection. Over a death of nic, too."""
-    if extended:
-        stage.mixes, stage.framing = True, lib.ATOLL_FRAMING_EXTENDED
     magic, length = (EXTENDED_MAGIC, ">Q") if extended else (REQUEST_MAGIC, ">I")
-    client = stage.ready()
-    client.raw = stage.hold = True
+    client = raw_client(stage, extended, extended)
     raw_read(client, extended, 100 * BLOCK, BLOCK)
     client.out += struct.pack(">IHHQQ", magic, 0, DISC, COOKIE, 0) + struct.pack(length, 0)
     identity = wait_asked(stage)
