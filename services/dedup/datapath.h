@@ -423,7 +423,6 @@ static inline const void *page_memory(const struct datapath *dp, uint32_t page)
 {
     return (const void *)(uintptr_t)page_address(dp, page);
 }
-static inline bool print_equal(struct fingerprint a, struct fingerprint b) { return a.low == b.low && a.high == b.high; }
 static inline void dp_set32(struct datapath *dp, uint32_t *word, uint32_t value) { atoll_set32(dp->journal, word, value); }
 static inline void dp_set64(struct datapath *dp, uint64_t *word, uint64_t value) { atoll_set64(dp->journal, word, value); }
 

@@ -22,10 +22,12 @@
 #ifndef ATOLL_DEDUP_FORMAT_H
 #define ATOLL_DEDUP_FORMAT_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define FORMAT_VERSION 2
+#define FORMAT_VERSION 3
+#define FORMAT_VERSION_OLDEST 2 /* that is read; its log blocks have no flags. A root of this version is written before anybody is served */
 #define FORMAT_SUPER_MAGIC 0x3142534c4c4f5441u /* "ATOLLSB1" */
 #define FORMAT_LOG_MAGIC 0x31474c4c4c4f5441u   /* "ATOLLLG1" */
 
@@ -46,6 +48,8 @@
 #define FORMAT_DEVICE_BLOCKS_MAX ((uint64_t)1 << 36) /* 256 TiB; a PBA has its place in a fingerprint cache entry */
 #define FORMAT_LOG_BLOCKS_MIN 64
 #define FORMAT_VOLUME_BYTES_MAX ((uint64_t)1 << 60)  /* an LBA has 48 bits; a record has room for 52 */
+
+static inline bool format_version_read(uint32_t version) { return version >= FORMAT_VERSION_OLDEST && version <= FORMAT_VERSION; }
 
 /* Where a page of metadata is, and what is right there. */
 struct format_pointer {
@@ -87,7 +91,7 @@ enum format_super_flag { FORMAT_SUPER_CLEAN = 1 /* closed: the log behind log_st
 struct format_super {
     uint64_t checksum;      /*   0  of bytes 8..511, seeded with (FORMAT_SEED_SUPER, place 0..3) and no store */
     uint64_t magic;         /*   8  FORMAT_SUPER_MAGIC, in all versions */
-    uint32_t version;       /*  16  FORMAT_VERSION, in all versions here */
+    uint32_t version;       /*  16  in all versions here */
     uint32_t flags;         /*  20  enum format_super_flag */
     uint64_t uuid_low;      /*  24  of the store */
     uint64_t uuid_high;     /*  32 */
@@ -122,11 +126,18 @@ struct format_log_header {
     uint64_t generation;    /* 40  of the root at that time */
     uint32_t version;       /* 48 */
     uint32_t used_bytes;    /* 52  of records, a multiple of 8 */
-    uint64_t reserved;      /* 56  0 */
+    uint32_t flags;         /* 56  enum format_log_flag */
+    uint32_t reserved;      /* 60  0 */
+};
+enum format_log_flag {
+    /* Written before the device had been flushed: while no block follows, it counts only if the blocks that its BLOCK records name, and
+     * that it leaves with a reference, are there. */
+    FORMAT_LOG_UNFLUSHED = 1
 };
 /* Entries of one HOLES record: with their REFS records they fit a block. */
 #define FORMAT_HOLES_MAX 64
 #define FORMAT_LOG_RECORD_BYTES (4096 - sizeof(struct format_log_header))
+#define FORMAT_LOG_WORDS (FORMAT_LOG_RECORD_BYTES / 8)
 
 /* Records: words; type in the top 4 bits of the first. All values are absolute, so a record may be applied again. */
 enum format_record {
@@ -136,7 +147,8 @@ enum format_record {
     FORMAT_RECORD_BLOCK = 3,   /* pba; reference count; fingerprint low, high                   4 words */
     FORMAT_RECORD_HOLES = 4,   /* volume << 52 | first lba; FORMAT_HOLES: blocks (<= 64, in one leaf) -> HOLE, of
                                 * which so many named a block, so many were promised zeros           2 words */
-    FORMAT_RECORD_VOLUME = 5   /* id; struct format_volume                                     65 words */
+    FORMAT_RECORD_VOLUME = 5,  /* id; struct format_volume                                     65 words */
+    FORMAT_RECORD_NOTHING = 6  /* 0; 0: there is a block, so the one before it counts              2 words */
 };
 #define FORMAT_RECORD(type, rest) ((uint64_t)(type) << 60 | (uint64_t)(rest))
 #define FORMAT_RECORD_TYPE(word) ((uint32_t)((word) >> 60))

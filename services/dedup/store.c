@@ -96,7 +96,7 @@ void store_attach(struct dedup *dedup, void *memory, const struct store_geometry
 enum store_state store_state(struct dedup *dedup)
 {
     const struct store_area *area = dedup->store->area;
-    return area->state == STORE_READY && area->growing ? STORE_LOADING : (enum store_state)area->state;
+    return area->state == STORE_READY && area->root_first ? STORE_LOADING : (enum store_state)area->state;
 }
 const char *store_reason(struct dedup *dedup) { return dedup->store->area->reason; }
 
@@ -121,6 +121,12 @@ bool store_all_zero(const void *memory, uint64_t bytes)
 uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, uint64_t number, const void *bytes, uint64_t count)
 {
     return XXH3_64bits_withSeed(bytes, count, format_seed(kind, store == 0 ? 0 : store_identity(store), number));
+}
+
+struct fingerprint store_print_of(const void *block)
+{
+    XXH128_hash_t hash = XXH3_128bits(block, ATOLL_BLOCK_BYTES);
+    return (struct fingerprint){.low = hash.low64, .high = hash.high64};
 }
 
 const uint8_t *store_bounce(const struct store *store)
@@ -359,6 +365,8 @@ uint64_t store_wake_ms(struct dedup *dedup)
 {
     const struct store_area *area = dedup->store->area;
     uint64_t due = area->sync_wanted && area->sync_phase == SYNC_IDLE ? area->sync_retry_ns : 0;
+    if (area->follow_ns != 0 && area->sync_phase == SYNC_IDLE && !area->closing && (due == 0 || area->follow_ns < due))
+        due = area->follow_ns;
     if (area->checkpoint_retry_ns != 0 && (due == 0 || area->checkpoint_retry_ns < due))
         due = area->checkpoint_retry_ns;
     if (area->given_up_blocks != 0 && !area->closing && (due == 0 || dedup->store->regain_ns < due))

@@ -30,6 +30,7 @@ enum map_kind {
 #define MAP_VALUE(kind, number) ((uint64_t)(kind) << 60 | (uint64_t)(number))
 
 struct fingerprint { uint64_t low, high; }; /* XXH3-128 of the block */
+static inline bool print_equal(struct fingerprint a, struct fingerprint b) { return a.low == b.low && a.high == b.high; }
 
 /* --- Sizes and life ---------------------------------------------------------------------------------------------- */
 struct store_geometry {
@@ -254,7 +255,8 @@ enum store_counter {
     STORE_COUNTER_IO_ERRORS = 6,
     STORE_COUNTER_LEAVES_MADE = 7,
     STORE_COUNTER_CACHE_EVICTIONS = 8,  /* fingerprint cache */
-    STORE_COUNTER_COUNT = 9
+    STORE_COUNTER_LOG_BLOCKS_DROPPED = 9, /* the last one, whose data were not there when the store was loaded */
+    STORE_COUNTER_COUNT = 10
 };
 
 #endif

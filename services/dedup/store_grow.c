@@ -45,11 +45,12 @@ static void add_groups(struct store *store, uint64_t before)
 
 bool store_grow(struct store *store)
 {
+    struct store_load *load = store->load;
     struct store_area *area = store->area;
     uint64_t before = area->device_blocks, after = area->geometry.device_blocks, slots = area->slots;
-    if (!area->growing && (!area->geometry.grow || after < before + STORE_GROUP_BLOCKS))
+    if (!load->grown && (!area->geometry.grow || after < before + STORE_GROUP_BLOCKS))
         return true;
-    if (!area->growing) { /* else the directories below were not all there the last time */
+    if (!load->grown) { /* else the directories below were not all there the last time */
         if (area->extent_count == FORMAT_EXTENTS) {
             store_fail(store, "the store has been grown %u times, and cannot be grown again: copy its volumes to a new one", FORMAT_EXTENTS - 1);
             return false;
@@ -67,7 +68,8 @@ bool store_grow(struct store *store)
         memset(store->table_dirty, 0, (store->tables.count + 63) / 64 * 8);
         for (uint64_t number = 0; number < store->tables.count; number++)
             store->table_dirty[number / 64] |= (uint64_t)1 << number % 64;
-        area->growing = 1;
+        load->grown = true;
+        area->root_first = 1;
     }
     return load_pin(store);
 }

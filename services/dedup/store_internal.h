@@ -35,6 +35,7 @@
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
 #define STORE_PLACES_PER_PRINT 4       /* copies of one content that it remembers: where a run threshold keeps several */
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write, or read of a page */
+#define STORE_FOLLOW_NS 1000000000u    /* store_log.c */
 #define STORE_QUARANTINE 1024          /* runs of places that late I/O may hit */
 #define STORE_SWEEP_FRAMES 1024        /* looked at in one step */
 #define STORE_REGAIN_LAST_NS 30000000000u /* longest pause between two attempts at pages of counts that could not be read */
@@ -161,7 +162,7 @@ struct store_area {
     struct format_extent extents[FORMAT_EXTENTS];
     struct format_pointer roots[FORMAT_TREES]; /* newest */
     uint64_t generation;        /* of the durable root */
-    uint64_t growing;           /* loaded, and the root of the larger store is not durable yet: nobody is served */
+    uint64_t root_first;        /* loaded, and nobody is served before a root is durable that knows what the old one does not */
     uint64_t format_phase;
     uint64_t format_error;
 
@@ -186,6 +187,8 @@ struct store_area {
     uint64_t sync_wanted;
     uint64_t sync_forced;       /* flush even if nothing changed: pages were written */
     uint64_t sync_retry_ns;     /* not before */
+    uint64_t sync_once;         /* the running one, or the last, flushes once only */
+    uint64_t follow_ns;         /* a block is to follow the last one of the log then; 0: there is no need */
     uint64_t changed;           /* since the last sync began */
     uint64_t data_unflushed;    /* blocks were placed since the last good flush began */
     uint64_t sync_failures;
@@ -337,6 +340,7 @@ bool store_submit(struct store *store, enum store_io what, uint64_t number, uint
 uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, uint64_t number, const void *bytes, uint64_t count);
 /* Fills a superblock copy (4096 bytes); `place` is 0..3: block 0, block 1, block N-2, block N-1. */
 void store_seal_super(struct format_super *super, uint64_t place, void *block);
+struct fingerprint store_print_of(const void *block);
 bool store_all_zero(const void *memory, uint64_t bytes);
 /* The STORE_BOUNCE_PAGES in the disk driver's buffer area, or NULL if that is too small. The first half is loading's and
  * store_rewrite.c's, the second store_cache.c's. */

@@ -106,7 +106,7 @@ static void look_at_super(struct store *store, uint64_t pba, uint64_t place, con
         return;
     load->magic = true;
     uint64_t checksum = store_checksum(0, FORMAT_SEED_SUPER, place, (uint8_t *)&super + 8, sizeof super - 8);
-    if (super.version != FORMAT_VERSION) {
+    if (!format_version_read(super.version)) {
         load->other_version = super.version;
         return;
     }
@@ -155,14 +155,14 @@ static bool take_super(struct store *store)
     if (!load->found) {
         if (load->other_version == 1)
             store_fail(store,
-                       "the device holds a store of format version 1, this program reads version %u: serve it with a server of version "
-                       "0.1.0, copy its volumes from there with nbdcopy, and make a new device",
-                       FORMAT_VERSION);
+                       "the device holds a store of format version 1, this program reads versions %u to %u: serve it with a server of "
+                       "version 0.1.0, copy its volumes from there with nbdcopy, and make a new device",
+                       FORMAT_VERSION_OLDEST, FORMAT_VERSION);
         else if (load->other_version != 0)
             store_fail(store,
-                       "the device holds a store of format version %u, this program reads version %u: serve it with the release that "
-                       "wrote it, or copy its volumes from there",
-                       load->other_version, FORMAT_VERSION);
+                       "the device holds a store of format version %u, this program reads versions %u to %u: serve it with the release "
+                       "that wrote it, or copy its volumes from there",
+                       load->other_version, FORMAT_VERSION_OLDEST, FORMAT_VERSION);
         else if (load->magic || load->unreadable)
             store_fail(store, "all copies of the superblock are damaged (blocks 0, 1 and the last two): nothing was changed");
         else if (load->nonzero)
@@ -195,6 +195,7 @@ static bool take_super(struct store *store)
     area->generation = super->generation;
     area->log_start = super->log_start;
     area->super_clean = (super->flags & FORMAT_SUPER_CLEAN) != 0;
+    area->root_first = super->version != FORMAT_VERSION; /* a program that reads that one only must not meet blocks of this one behind it */
     area->map_pages = super->map_pages;
     area->stored_blocks = super->stored_blocks;
     area->zero_promises = super->zero_promises;
@@ -444,7 +445,7 @@ static bool flush_step(struct store *store)
     STORE_SET(store, epoch, 1);
     STORE_SET(store, synced_epoch, 0);
     STORE_SET(store, cursor, store->ranges[0].first);
-    STORE_SET(store, checkpoint_wanted, load->repair || area->checkpoint_wanted || area->growing ||
+    STORE_SET(store, checkpoint_wanted, load->repair || area->checkpoint_wanted || area->root_first ||
                                             area->frames_held >= store_held_limit(store) / 2);
     STORE_SET(store, warm_group, (area->device_blocks + STORE_GROUP_BLOCKS - 1) / STORE_GROUP_BLOCKS);
     STORE_SET(store, warm_left, area->geometry.fingerprint_slots);
@@ -466,6 +467,7 @@ static bool ask(struct store *store)
             load->phase = LOAD_LOG;
         break;
     case LOAD_LOG: load_ask_log(store); break;
+    case LOAD_DATA: load_ask_data(store); break;
     case LOAD_TAIL: load_ask_tail(store); break;
     case LOAD_COUNT: count_step(store); break;
     case LOAD_GROW:
@@ -510,6 +512,7 @@ bool store_load_step(struct store *store)
         case LOAD_HEAD:
         case LOAD_SUPER: take_head(store); break;
         case LOAD_LOG: load_take_log(store); break;
+        case LOAD_DATA: load_take_data(store); break;
         case LOAD_TAIL: load_take_tail(store); break;
         default: assert(!"a phase that reads");
         }

@@ -14,7 +14,7 @@
 #define LOAD_STARVED 64 /* steps in a row in which no page could leave memory: there is too little of it */
 
 enum load_phase {
-    LOAD_RESET, LOAD_HEAD, LOAD_SUPER, LOAD_TABLES, LOAD_PIN, LOAD_LOG, LOAD_TAIL, LOAD_COUNT, LOAD_GROW, LOAD_SUMS, LOAD_FLUSH
+    LOAD_RESET, LOAD_HEAD, LOAD_SUPER, LOAD_TABLES, LOAD_PIN, LOAD_LOG, LOAD_DATA, LOAD_TAIL, LOAD_COUNT, LOAD_GROW, LOAD_SUMS, LOAD_FLUSH
 };
 
 struct want {
@@ -40,6 +40,12 @@ struct store_load {
     bool found;
     uint32_t copies;          /* of that superblock */
     uint64_t chain, sequence; /* log: checksum before, and number of, the next block */
+    uint64_t last[FORMAT_LOG_WORDS]; /* records of the log's last block, whose data are looked for */
+    uint32_t last_count;
+    uint64_t last_checksum;
+    uint64_t last_there;      /* its sequence, once all of them have been found */
+    bool last_missing;        /* one has not */
+    bool grown;
     bool repair;
     uint64_t stored;
     uint64_t flush_status;
@@ -58,6 +64,8 @@ bool load_pin(struct store *store);
 /* --- store_replay.c: ask_ enters wants or changes the phase, take_ handles the batch that was read --- */
 void load_ask_log(struct store *store);
 void load_take_log(struct store *store);
+void load_ask_data(struct store *store);
+void load_take_data(struct store *store);
 void load_ask_tail(struct store *store);
 void load_take_tail(struct store *store);
 

@@ -5,6 +5,10 @@
  *   store_sync           asks; store_synced tells
  *   store_sync_step      IDLE -> (after a failed flush: store_rewrite.c) -> device flush (data placed so far) -> log blocks, both copies -> device flush -> IDLE
  *
+ * What fits one log block does without the first of these flushes: that block says so, and a loader that finds no other behind it looks
+ * whether the data are there (store_replay.c). So that this is never asked of data that were acknowledged long ago, a block with nothing
+ * in it follows where nothing else does for a second.
+ *
  * A sync seals the open block at its beginning, so that it covers no change whose data had not been placed by then. Its end is the
  * commit point of everything noted before: log_durable, and with synced_epoch the blocks freed by it may be used again.
  * A failed write or flush leaves log_durable where it was, so the next sync writes all of it again.
@@ -20,7 +24,7 @@ static uint8_t *log_block(const struct store *store, uint64_t sequence)
     return store->log_buffer + sequence % STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES;
 }
 
-void store_log_seal(struct store *store)
+static void seal(struct store *store, uint32_t flags)
 {
     struct store_area *area = store->area;
     if (area->log_fill == 0)
@@ -33,7 +37,8 @@ void store_log_seal(struct store *store)
                                        .durable = area->log_durable,
                                        .generation = area->generation,
                                        .version = FORMAT_VERSION,
-                                       .used_bytes = (uint32_t)area->log_fill};
+                                       .used_bytes = (uint32_t)area->log_fill,
+                                       .flags = flags};
     memcpy(block, &header, sizeof header);
     memset(block + sizeof header + area->log_fill, 0, FORMAT_LOG_RECORD_BYTES - area->log_fill);
     header.checksum = store_checksum(store, FORMAT_SEED_LOG, area->log_next, block + 8, ATOLL_BLOCK_BYTES - 8);
@@ -42,6 +47,8 @@ void store_log_seal(struct store *store)
     STORE_ADD(store, log_next, 1);
     STORE_SET(store, log_fill, 0);
 }
+
+void store_log_seal(struct store *store) { seal(store, 0); }
 
 void store_log_append(struct store *store, const uint64_t *records, uint32_t words)
 {
@@ -141,6 +148,7 @@ static void sync_complete(struct store *store)
     STORE_SET(store, sync_status, ATOLL_OK);
     STORE_SET(store, sync_phase, SYNC_IDLE);
     STORE_SET(store, sync_retry_ns, 0);
+    STORE_SET(store, follow_ns, area->sync_once ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     if (area->pending_blocks != 0)
         STORE_SET(store, sweep_left, area->geometry.frames); /* their pages are in memory */
     store_count(store, STORE_COUNTER_SYNCS, 1);
@@ -150,7 +158,10 @@ static void sync_begin(struct store *store)
 {
     struct store_area *area = store->area;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.sync");
-    store_log_seal(store);
+    bool alone = area->log_next == area->log_durable && area->log_fill != 0;
+    bool once = alone && area->data_unflushed && !area->sync_forced && !area->rewrite_wanted;
+    seal(store, once ? FORMAT_LOG_UNFLUSHED : 0);
+    STORE_SET(store, sync_once, once);
     STORE_SET(store, sync_wanted, 0);
     STORE_SET(store, changed, 0);
     STORE_SET(store, sync_error, 0);
@@ -159,7 +170,7 @@ static void sync_begin(struct store *store)
     STORE_SET(store, sync_end, area->log_next);
     STORE_SET(store, sync_position[0], area->log_durable);
     STORE_SET(store, sync_position[1], area->log_durable);
-    STORE_SET(store, sync_phase, area->data_unflushed || area->sync_forced ? SYNC_FLUSH_DATA : SYNC_WRITE);
+    STORE_SET(store, sync_phase, (area->data_unflushed && !once) || area->sync_forced ? SYNC_FLUSH_DATA : SYNC_WRITE);
     if (area->rewrite_wanted) {
         STORE_SET(store, rewrite_wanted, 0);
         STORE_SET(store, sync_phase, SYNC_REWRITE);
@@ -224,10 +235,32 @@ void store_sync_io(struct store *store, enum store_io what, uint32_t status)
         sync_complete(store);
 }
 
+/* The last block of the log was written before its data were flushed: another one behind it says that they are there. */
+static void follow(struct store *store)
+{
+    static const uint64_t nothing[2] = {FORMAT_RECORD(FORMAT_RECORD_NOTHING, 0), 0};
+    struct store_area *area = store->area;
+    STORE_SET(store, follow_ns, 0);
+    if (area->log_start == area->log_durable)
+        return; /* the root does */
+    if (area->log_fill == 0 && log_room(area) <= STORE_LOG_SLACK_BLOCKS) {
+        STORE_SET(store, follow_ns, atoll_now_ns() + STORE_FOLLOW_NS); /* a checkpoint will */
+        return;
+    }
+    if (area->log_fill == 0)
+        store_log_append(store, nothing, 2);
+    STORE_SET(store, sync_forced, 1); /* data of a block that others have begun are flushed first */
+    store_sync(store->dedup);
+}
+
 bool store_sync_step(struct store *store)
 {
     struct store_area *area = store->area;
     bool did = false;
+    if (area->follow_ns != 0 && area->sync_phase == SYNC_IDLE && !area->closing && atoll_now_ns() >= area->follow_ns) {
+        follow(store);
+        did = true;
+    }
     if (area->sync_phase == SYNC_IDLE && area->sync_wanted &&
         (area->sync_retry_ns == 0 || atoll_now_ns() >= area->sync_retry_ns)) {
         sync_begin(store);

@@ -4,6 +4,9 @@
  * It ends at the first block that is right in neither copy. That must be at or after the end that the superblock saw
  * durable, and no block anywhere in the log may have been sealed when the ending one was durable: else the store is refused (docs/format.md).
  *
+ * The last block may have been written before its data were flushed (store_log.c). Then it counts only if they are there; that another
+ * one stands behind it says that they were flushed. If it does not count, a root that no block of this log fits is durable before anybody is served.
+ *
  * A block is replayed when the pages that it is about are in memory. They stay there, dirty: all pages that were changed since log_start
  * find room, because at most half of the frames may be held while changes are made (docs/format.md).
  *
@@ -15,7 +18,7 @@
 static bool log_block_good(const struct store *store, const uint8_t *block, uint64_t sequence, struct format_log_header *header)
 {
     memcpy(header, block, sizeof *header);
-    if (header->magic != FORMAT_LOG_MAGIC || header->version != FORMAT_VERSION || header->used_bytes == 0 ||
+    if (header->magic != FORMAT_LOG_MAGIC || !format_version_read(header->version) || header->used_bytes == 0 ||
         header->used_bytes > FORMAT_LOG_RECORD_BYTES || header->used_bytes % 8 != 0 ||
         (sequence != 0 && header->sequence != sequence))
         return false;
@@ -46,7 +49,8 @@ static bool record_sane(const struct store *store, const uint64_t *words)
     case FORMAT_RECORD_HOLES: return map_sane(store, rest, words[1] & 0xffff, 0);
     case FORMAT_RECORD_BLOCK: return store_usable(store, rest) && words[1] == 1;
     case FORMAT_RECORD_REFS: return store_usable(store, rest) && words[1] <= REF_COUNT_MAX;
-    case FORMAT_RECORD_VOLUME: return true; /* store_volume_take */
+    case FORMAT_RECORD_VOLUME:  /* store_volume_take */
+    case FORMAT_RECORD_NOTHING: return true;
     default: return false;
     }
 }
@@ -64,7 +68,7 @@ static enum store_want want_record(struct store *store, const uint64_t *words)
     enum store_want want = STORE_HAVE, more;
     if (type == FORMAT_RECORD_MAP || type == FORMAT_RECORD_HOLES)
         return store_get(store, leaf_page(rest), type == FORMAT_RECORD_MAP && words[1] != 0, &frame);
-    if (type == FORMAT_RECORD_VOLUME)
+    if (type == FORMAT_RECORD_VOLUME || type == FORMAT_RECORD_NOTHING)
         return STORE_HAVE;
     want = store_get(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, rest / FORMAT_REFS_PER_PAGE), true, &frame);
     if (type != FORMAT_RECORD_BLOCK || want == STORE_LOST)
@@ -115,6 +119,8 @@ static bool apply(struct store *store, const uint64_t *words)
         if (rest != image.id || !store_volume_take(store, &image))
             return false;
         volume = image.id;
+    } else if (type == FORMAT_RECORD_NOTHING) {
+        return true;
     } else {
         *store_ref(store, rest) = (uint32_t)words[1];
         store_mark_dirty(store, store_find(store, FORMAT_PAGE(FORMAT_TREE_REFS, 0, rest / FORMAT_REFS_PER_PAGE)));
@@ -157,7 +163,7 @@ static enum replayed replay(struct store *store, const uint64_t *words, uint32_t
     return REPLAYED;
 }
 
-/* --- The log --------------------------------------------------------------------------------------------------------- */
+/* --- The end of the log, and the data of its last block ---------------------------------------------------------------- */
 
 static void end_of_log(struct store_load *load)
 {
@@ -165,6 +171,78 @@ static void end_of_log(struct store_load *load)
     load->phase = LOAD_TAIL;
     load->cursor = 0;
 }
+
+static void look_for_data(struct store_load *load, const struct format_log_header *header, const uint8_t *block)
+{
+    load->pairs = load->pair = 0;
+    load->phase = LOAD_DATA;
+    load->cursor = 0;
+    load->last_missing = false;
+    load->last_count = header->used_bytes / 8;
+    load->last_checksum = header->checksum;
+    memcpy(load->last, block + sizeof *header, header->used_bytes);
+}
+
+/* What the last block leaves to PBA `pba` at its end: it may be free again, and then it may have been used again. */
+static bool is_left(const struct store_load *load, uint64_t pba)
+{
+    bool left = false;
+    for (uint32_t at = 0; at < load->last_count; at += record_words(load->last[at])) {
+        uint32_t type = FORMAT_RECORD_TYPE(load->last[at]);
+        if ((type == FORMAT_RECORD_BLOCK || type == FORMAT_RECORD_REFS) && FORMAT_RECORD_REST(load->last[at]) == pba)
+            left = load->last[at + 1] != 0;
+    }
+    return left;
+}
+
+void load_ask_data(struct store *store)
+{
+    struct store_load *load = store->load;
+    for (; load->cursor < load->last_count && load->count < LOAD_WANTS; load->cursor += record_words(load->last[load->cursor])) {
+        uint32_t at = (uint32_t)load->cursor;
+        if (record_words(load->last[at]) > load->last_count - at || !record_sane(store, load->last + at)) {
+            load->last_count = at; /* replay says so */
+            break;
+        }
+        uint64_t pba = FORMAT_RECORD_REST(load->last[at]);
+        if (FORMAT_RECORD_TYPE(load->last[at]) == FORMAT_RECORD_BLOCK && is_left(load, pba))
+            load_want(load, pba, at);
+    }
+    if (load->count != 0)
+        return;
+    load->phase = LOAD_LOG;
+    load->last_there = load->sequence;
+    if (!load->last_missing)
+        return;
+    store_count(store, STORE_COUNTER_LOG_BLOCKS_DROPPED, 1);
+    load->chain = load->last_checksum; /* as if it stood before what comes next: should its data ever be there, it fits no more */
+    STORE_SET(store, root_first, 1);
+    end_of_log(load);
+}
+
+void load_take_data(struct store *store)
+{
+    struct store_load *load = store->load;
+    const uint8_t *memory = store_bounce(store);
+    bool done = true;
+    for (uint32_t index = 0; index < load->count; index++) {
+        struct want *want = &load->wants[index];
+        uint8_t block[ATOLL_BLOCK_BYTES];
+        if (want->done || !want->submitted)
+            continue;
+        want->done = want->status == ATOLL_OK || !load_try_on(want);
+        done &= want->done;
+        if (!want->done)
+            continue;
+        memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
+        struct fingerprint found = store_print_of(block), wanted = {.low = load->last[want->place + 2], .high = load->last[want->place + 3]};
+        load->last_missing |= want->status != ATOLL_OK || !print_equal(found, wanted);
+    }
+    if (done)
+        load->count = 0;
+}
+
+/* --- The log --------------------------------------------------------------------------------------------------------- */
 
 /* The batch holds both copies of the next log blocks: the first half copy 0, the second copy 1. */
 void load_take_log(struct store *store)
@@ -184,30 +262,47 @@ void load_take_log(struct store *store)
     load->count = 0;
 }
 
+/* The next block of the log among those that have been read; returns how many of its copies are good. */
+static uint32_t take_pair(const struct store *store, uint32_t pair, uint64_t sequence, uint64_t chain, uint8_t *block)
+{
+    const struct store_load *load = store->load;
+    uint32_t good = 0;
+    for (uint32_t copy = 0; copy < 2; copy++) {
+        struct format_log_header header;
+        uint8_t image[ATOLL_BLOCK_BYTES];
+        uint32_t place = pair + copy * load->pairs;
+        memcpy(image, store_bounce(store) + place * ATOLL_BLOCK_BYTES, sizeof image);
+        if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, sequence, &header) || header.chain != chain)
+            continue;
+        good++;
+        memcpy(block, image, sizeof image);
+    }
+    return good;
+}
+
 /* Replays what has been read, until the next block's pages must be waited for. */
 static void replay_batch(struct store *store)
 {
     struct store_load *load = store->load;
-    const uint8_t *memory = store_bounce(store);
-    uint8_t block[ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    uint8_t block[ATOLL_BLOCK_BYTES] __attribute__((aligned(8))), next[ATOLL_BLOCK_BYTES];
     for (; load->pair < load->pairs; load->pair++) {
         struct format_log_header header;
-        uint32_t good = 0;
-        for (uint32_t copy = 0; copy < 2; copy++) {
-            uint8_t image[ATOLL_BLOCK_BYTES];
-            uint32_t place = load->pair + copy * load->pairs;
-            memcpy(image, memory + place * ATOLL_BLOCK_BYTES, sizeof image);
-            if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, load->sequence, &header) ||
-                header.chain != load->chain)
-                continue;
-            good++;
-            memcpy(block, image, sizeof block);
-        }
+        uint32_t good = take_pair(store, load->pair, load->sequence, load->chain, block);
         if (good == 0) {
             end_of_log(load);
             return;
         }
         memcpy(&header, block, sizeof header);
+        if (header.flags & FORMAT_LOG_UNFLUSHED && load->sequence >= load->super.log_durable && load->sequence != load->last_there) {
+            if (load->pair + 1 == load->pairs && load->pair != 0) {
+                load->pairs = load->pair; /* read again, with the one behind it */
+                return;
+            }
+            if (load->pair + 1 == load->pairs || take_pair(store, load->pair + 1, load->sequence + 1, header.checksum, next) == 0) {
+                look_for_data(load, &header, block);
+                return;
+            }
+        }
         enum replayed replayed = replay(store, (const uint64_t *)(const void *)(block + sizeof header), header.used_bytes / 8);
         if (replayed == REPLAY_SENSELESS)
             store_fail(store, "log block %llu has a record that makes no sense", (unsigned long long)load->sequence);

@@ -19,9 +19,6 @@
 #include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 void store_rewrite_begin(struct store *store)
 {
     STORE_SET(store, rewrite_sequence, store->area->log_durable);
@@ -110,9 +107,8 @@ bool store_rewrite_step(struct store *store)
             uint8_t block[ATOLL_BLOCK_BYTES];
             uint64_t pba = area->rewrite_pba[index];
             memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
-            XXH128_hash_t hash = XXH3_128bits(block, sizeof block);
             const struct fingerprint *print = store_print(store, pba);
-            if (print != 0 && hash.low64 == print->low && hash.high64 == print->high)
+            if (print != 0 && print_equal(store_print_of(block), *print))
                 continue;
             STORE_ADD(store, rewrite_lost, 1);
             atoll_set64(store->journal, &area->rewrite_pba[index], 0);

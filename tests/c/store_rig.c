@@ -782,7 +782,7 @@ static void mode_grow(uint64_t seed)
         load();
         if (store_state(&dedup) != STORE_READY)
             fprintf(stderr, "%s: %s\n", rig_context, store_reason(&dedup));
-        CHECK(store_state(&dedup) == STORE_READY && !dedup.store->area->growing);
+        CHECK(store_state(&dedup) == STORE_READY && !dedup.store->area->root_first);
         bool enough = geometry.device_blocks >= blocks + STORE_GROUP_BLOCKS;
         CHECK(dedup.store->area->device_blocks == (enough ? geometry.device_blocks : blocks));
         grown += enough;

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-VERSION = 2
+VERSION = 3
+VERSIONS = (2, 3)  # that are read
 BLOCK_BYTES = 4096
 SUPER_MAGIC = 0x3142534C4C4F5441
 LOG_MAGIC = 0x31474C4C4C4F5441
@@ -56,7 +57,7 @@ SUPER = np.dtype(
 LOG_HEADER = np.dtype(
     [
         ("checksum", "<u8"), ("magic", "<u8"), ("sequence", "<u8"), ("chain", "<u8"), ("durable", "<u8"),
-        ("generation", "<u8"), ("version", "<u4"), ("used_bytes", "<u4"), ("reserved", "<u8"),
+        ("generation", "<u8"), ("version", "<u4"), ("used_bytes", "<u4"), ("flags", "<u4"), ("reserved", "<u4"),
     ]
 )  # fmt: skip
 VOLUME = np.dtype(
@@ -132,7 +133,8 @@ def leaf_keys(numbers: np.ndarray) -> np.ndarray:
 
 # --- Records of the metadata log ------------------------------------------------------------------------------------
 
-WORDS = {1: 2, 2: 2, 3: 4, 4: 2, 5: 65}  # by type
+WORDS = {1: 2, 2: 2, 3: 4, 4: 2, 5: 65, 6: 2}  # by type
+UNFLUSHED = 1  # flag of a block: written before the device had been flushed
 HOLES_MAX = 64
 
 
@@ -189,7 +191,7 @@ class Records:
                 entries.extend((rest + index, 0) for index in range(count))
                 mapped[rest >> 52] = mapped.get(rest >> 52, 0) - named
                 zeros -= promised
-            else:
+            elif kind == 5:
                 begin = LOG_HEADER.itemsize + 8 * (at + 1)
                 volumes.append((rest, block[begin : begin + VOLUME_BYTES]))
             at += WORDS[kind]

@@ -83,8 +83,9 @@ def parse_super(data: bytes, place: int, block: int) -> Super | str | None:
     fields = np.frombuffer(data, layout.SUPER, 1)[0]
     if int(fields["magic"]) != layout.SUPER_MAGIC:
         return None
-    if int(fields["version"]) != layout.VERSION:
-        return f"of format version {int(fields['version'])}, this program reads version {layout.VERSION}"
+    if int(fields["version"]) not in layout.VERSIONS:
+        reads = " and ".join(map(str, layout.VERSIONS))
+        return f"of format version {int(fields['version'])}, this program reads versions {reads}"
     seeded = layout.seed(layout.SEED_SUPER, 0, place)
     if layout.checksum(data[8 : layout.SUPER_BYTES], seeded) != int(fields["checksum"]):
         return "its checksum is wrong"
@@ -193,7 +194,7 @@ class LogReader:
         if data is None:
             return None
         header = np.frombuffer(data, layout.LOG_HEADER, 1)[0]
-        if int(header["magic"]) != layout.LOG_MAGIC or int(header["version"]) != layout.VERSION:
+        if int(header["magic"]) != layout.LOG_MAGIC or int(header["version"]) not in layout.VERSIONS:
             return None
         if int(header["used_bytes"]) > BLOCK_BYTES - layout.LOG_HEADER.itemsize or int(header["used_bytes"]) % 8:
             return None
@@ -215,6 +216,18 @@ def written(chunk: bytes | None, count: int) -> list[int]:
         return list(range(count))
     magics = np.frombuffer(chunk, "<u8").reshape(count, -1)[:, 1]
     return [int(index) for index in np.flatnonzero(magics == layout.LOG_MAGIC)]
+
+
+def data_there(image: Image, records: layout.Records) -> bool:
+    """The data blocks that a log block is about and leaves with a reference have the fingerprints that it names."""
+    left = layout.last_wins([records.counts], 2)
+    prints = layout.last_wins([records.prints], 3)
+    prints = prints[np.isin(prints[:, 0], left[left[:, 1] != 0, 0])]
+    blocks, readable = image.gather(prints[:, 0])
+    return bool(readable.all()) and all(
+        layout.fingerprint(block) == int(high) << 64 | int(low)
+        for block, (_, low, high) in zip(blocks, prints, strict=True)
+    )
 
 
 def read_log(image: Image, root: Super, report: Report, reader: LogReader, progress: Progress = silent) -> Log | None:
@@ -241,14 +254,25 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
     maps: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     prints: list[np.ndarray] = []
+
+    def copies_of(sequence: int, chain: int) -> list[tuple[Any, bytes] | None]:
+        both = good.get(sequence, [None, None])
+        return [one if one is not None and int(one[0]["chain"]) == chain else None for one in both]
+
     while sequence - root.log_start < count:
-        copies = [
-            one if one is not None and int(one[0]["chain"]) == chain else None
-            for one in good.get(sequence, [None, None])
-        ]
+        copies = copies_of(sequence, chain)
         chosen = copies[0] or copies[1]
         if chosen is None:
             break
+        last = not any(copies_of(sequence + 1, int(chosen[0]["checksum"])))
+        if last and sequence >= root.log_durable and int(chosen[0]["flags"]) & layout.UNFLUSHED:
+            try:
+                there = data_there(image, reader.records(*chosen))
+            except layout.RecordError:
+                there = True  # reported below
+            if not there:
+                report.notes.append(f"log block {sequence} does not count: power failed before its data were flushed")
+                break
         for copy in (0, 1):
             block = bases[copy] + sequence % count
             if copies[copy] is None:

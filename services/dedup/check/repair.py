@@ -98,6 +98,7 @@ def append(image: FileImage, store: Store, changes: Sequence[Sequence[Record]], 
         blocks[-1] += words
     sequence, chain = store.log.end, store.log.chain
     fields = next_root(image, store)
+    image.flush()  # a block behind another one says that the data of that one were flushed
     for words in blocks if changes else ():
         data = np.zeros(BLOCK_BYTES, np.uint8)
         header = data[: layout.LOG_HEADER.itemsize].view(layout.LOG_HEADER)[0]
@@ -123,6 +124,7 @@ def next_root(image: FileImage, store: Store) -> np.void:
     copy_blocks(image, [*store.log.bad_copies, *store.log.torn])
     fields: np.void = store.root.fields.copy()
     fields["generation"] += 1
+    fields["version"] = layout.VERSION
     fields["log_durable"] = store.log.end
     fields["written_s"] = int(time.time())
     return fields
