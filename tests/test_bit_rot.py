@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damagekit import flip, places
+from flushkit import log_blocks
 from nbdclient import Connection, NbdError
 from powerlosskit import block_digests
 from serverkit import Server, wait_for, write_device
@@ -60,11 +61,20 @@ def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devices]:
                 for lba in range(200, 200 + BLOCKS, 50):
                     connection.write(lba * BLOCK, b"".join(content(number_of(volume, lba + at)) for at in range(50)))
                     connection.flush()
-        live = np.fromfile(server.data / "device.img", np.uint8)
+        image = server.data / "device.img"
+        wait_for("a log block vouches for the data of the last sync", lambda: is_vouched(image.read_bytes()))
+        live = np.fromfile(image, np.uint8)
         server.stop()
         yield Devices(live, np.fromfile(server.data / "device.img", np.uint8))
     finally:
         assert not server.end()
+
+
+def is_vouched(device: bytes) -> bool:
+    """The last block of the log is not one that counts only if its data are there."""
+    blocks = log_blocks(device)
+    header = np.frombuffer(device, layout.LOG_HEADER, 1, blocks[max(blocks)][0])[0]
+    return not int(header["flags"]) & layout.UNFLUSHED
 
 
 def look(device: np.ndarray, reader: LogReader) -> tuple[Report, Store | None]:

@@ -7,57 +7,35 @@ power losses under load are in test_power_loss.py, test_dedup_torture.py and the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 from dedupkit import BLOCK, OK, Io, Stage
+from flushkit import (
+    SECOND_NS,
+    VOLUME_BYTES,
+    A,
+    B,
+    C,
+    D,
+    found,
+    log_blocks,
+    offline,
+    place,
+    served,
+    synced,
+    with_bytes,
+    without,
+)
 
 from atoll.ipc._ipc import lib
 from atoll.services.dedup.check import layout
-from atoll.services.dedup.check.audit import audit, verify_data
 from atoll.services.dedup.check.image import FileImage, MemoryImage
 from atoll.services.dedup.check.reader import LogReader, Report, Store
 from atoll.services.dedup.check.repair import switch
 from atoll.services.dedup.check.run import run
-
-A, B, C, D = (random.Random(seed).randbytes(BLOCK) for seed in range(4))
-VOLUME_BYTES = 256 * BLOCK
-SECOND_NS = 1_000_000_000
-
-
-def synced(stage: Stage, volume: int, *blocks: tuple[int, bytes]) -> int:
-    """Writes them, and flushes; how often the device was flushed for that."""
-    for lba, data in blocks:
-        stage.write(volume, lba * BLOCK, data)
-    stage.drain()
-    before = syncs(stage)
-    flush = stage.flush(volume)
-    stage.run_until_idle()
-    assert flush.status == OK
-    return syncs(stage) - before
-
-
-def syncs(stage: Stage) -> int:
-    return sum(io.opcode == lib.ATOLL_OP_IO_SYNC for io in stage.io_log)
-
-
-@contextmanager
-def served(device: bytes, rule: Callable[[Io], int] | None = None, asked: bool = True) -> Iterator[Stage]:
-    """A server that finds this device. What the offline reader finds is compared when `asked`."""
-    with Stage() as stage:
-        stage.device[:] = device
-        stage.io_rule = rule
-        stage.open()
-        stage.io_rule = None
-        yield stage
-        stage.check()
-        if asked:
-            notes = offline(device)[0]
-            assert len(notes) == stage.counters()["log_blocks_dropped"], notes
 
 
 @pytest.fixture
@@ -70,48 +48,6 @@ def device() -> bytes:
         synced(stage, volume, (0, A))
         assert synced(stage, volume, (0, B)) == 1
         return bytes(stage.device)
-
-
-def place(device: bytes, data: bytes) -> int:
-    """Where on the device it is."""
-    assert device.count(data) == 1
-    return device.index(data)
-
-
-def with_bytes(device: bytes, at: int, data: bytes) -> bytes:
-    return device[:at] + data + device[at + len(data) :]
-
-
-def without(device: bytes, *contents: bytes) -> bytes:
-    for data in contents:
-        device = with_bytes(device, place(device, data), bytes(BLOCK))
-    return device
-
-
-def found(stage: Stage, lba: int) -> bytes | int:
-    """What is read there, or the status."""
-    read = stage.read(0, lba * BLOCK, BLOCK)
-    stage.run_until_idle()
-    return read.data if read.status == OK else read.status
-
-
-def offline(device: bytes) -> tuple[list[str], list[str]]:
-    """Notes and findings of the offline reader."""
-    report = Report()
-    store = Store.read(MemoryImage(np.frombuffer(bytearray(device), np.uint8)), report)
-    assert store is not None, report.fatal
-    verify_data(store, report, audit(store, report))
-    return report.notes, [finding.text for finding in report.findings]
-
-
-def log_blocks(device: bytes) -> dict[int, list[int]]:
-    """Sequence: where its copies begin on the device."""
-    blocks: dict[int, list[int]] = {}
-    magics = np.frombuffer(device, "<u8").reshape(-1, BLOCK // 8)[:, 1]
-    for block in map(int, np.flatnonzero(magics == layout.LOG_MAGIC)):
-        header = np.frombuffer(device, layout.LOG_HEADER, 1, block * BLOCK)[0]
-        blocks.setdefault(int(header["sequence"]), []).append(block * BLOCK)
-    return blocks
 
 
 def test_what_arrived_whole_counts(device: bytes) -> None:
