@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 18
+#define ATOLL_LAYOUT_VERSION 19
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {
@@ -140,7 +140,7 @@ enum atoll_opcode {
     /* dedup -> disk: words[0] = device offset (bytes); address,length,segments = where to or from */
     ATOLL_OP_IO_READ = 64,
     ATOLL_OP_IO_WRITE = 65,
-    ATOLL_OP_IO_SYNC = 66,
+    ATOLL_OP_IO_SYNC = 66,   /* begins when the requests of identity words[0..2] are done that were sent before it; 0: none */
     ATOLL_OP_IO_DISCARD = 67, /* words[1] = length (bytes): contents no longer needed, a hint */
     /* disk -> dedup */
     ATOLL_OP_IO_DONE = 80,   /* same identity; status; halves[0] = errno of the operating system */

@@ -123,6 +123,11 @@ class Io:
     segments: list[tuple[int, int]]
     role: int = DISK
     flags: int = 0
+    after: frozenset[int] = frozenset()  # of a sync: identities of those that it begins behind
+
+    def know_order(self, message: Any) -> None:
+        if self.opcode == lib.ATOLL_OP_IO_SYNC:
+            self.offset, self.after = 0, frozenset(int(message.words[index]) for index in range(3))
 
 
 def _inherit(role: int, size: int) -> None:
@@ -611,12 +616,22 @@ class Stage:
                 segments = [(int(message.address), int(message.length))] if message.length else []
             io = Io(int(message.opcode), int(message.identity), int(message.words[0]), int(message.length), segments)
             io.role, io.flags = role, int(message.flags)
+            io.know_order(message)
             assert all(other.identity != io.identity for other in self.ios), "an I/O slot used twice"
             self.ios.append(io)
         lib.atoll_domain_commit(self.domains[role])
 
+    def payload(self, io: Io) -> bytes:
+        """What it writes."""
+        return b"".join(ffi.buffer(ffi.cast("char *", address), size)[:] for address, size in io.segments)
+
+    def may_begin(self, io: Io) -> bool:
+        """Not a sync that comes after others which are not done."""
+        return not any(other.identity in io.after for other in self.ios)
+
     def complete(self, io: Io, status: int | None = None) -> None:
         """Does an I/O and answers it."""
+        assert self.may_begin(io), "a sync before what it comes after"
         self.ios.remove(io)
         self.io_log.append(io)
         if status is None:
@@ -647,8 +662,8 @@ class Stage:
         ios = list(self.ios)
         if shuffle:
             self.random.shuffle(ios)
-        for io in ios:
-            self.complete(io)
+        for _ in ios:
+            self.complete(next(io for io in ios if io in self.ios and self.may_begin(io)))
         return len(ios)
 
     def buffer_of(self, role: int) -> tuple[int, int]:

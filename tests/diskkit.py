@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,15 +240,18 @@ class Stage:
 
     def submit(
         self, opcode: int, offset: int = 0, segments: list[tuple[int, int]] | None = None, length: int | None = None,
-        identity: int | None = None, commit: bool = True, flags: int = 0,
+        identity: int | None = None, commit: bool = True, flags: int = 0, after: Sequence[int] = (),
     ) -> int:  # fmt: skip
-        """`segments`: (address, bytes); one is sent inline, several as a list in dedup's arena."""
+        """`segments`: (address, bytes); one is sent inline, several as a list in dedup's arena. `after`: of a sync, the
+        requests that it comes after, at most three."""
         identity = self.identity() if identity is None else identity
         segments = segments or []
         message = self.message
         ffi.memmove(message, bytes(64), 64)
         message.opcode, message.identity, message.flags = opcode, identity, flags
         message.words[0] = offset
+        for index, other in enumerate(after):
+            message.words[index] = other
         total = sum(size for _, size in segments)
         if opcode == DISCARD:
             message.words[1] = length or 0

@@ -126,25 +126,37 @@ def test_nothing_else_is_taken_from_nic(opcode: str) -> None:
 
 
 def test_who_comes_one_by_one_is_seen(hooked: ModuleType) -> None:
-    """By what else is on the ring: then what destage gives the driver comes after the clients' requests."""
-    with Stage(extension=hooked, destage_delay_ms=10_000_000) as stage:
-        volume = stored(stage)
-        for many, alone in ((2, False), (1, True), (3, False)):
-            for _ in range(300):
-                for _ in range(many):
-                    stage.ask(volume, 0, BLOCK)
-                stage.turn()
-                stage.disk()
-                stage.answers()
-            stage.write(volume, 20 * BLOCK, block(random.randrange(1 << 30)))
-            stage.run_until_idle()
-            stage.flush(volume)
-            while not (writes := [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == BLOCK]):
-                stage.turn()
-                stage.take_ios()
-            assert bool(writes[0].flags & lib.ATOLL_FLAG_ALONE) == alone, many
-            stage.run_until_idle()
-        stage.check()
+    """By what else is on the ring: then what destage gives the driver comes after the clients' requests, unless a flush
+    waits for it."""
+    try:
+        with Stage(extension=hooked, destage_delay_ms=60_000) as stage:
+            volume = stored(stage)
+            now = 1_000_000_000_000_000
+            for many, flushed, alone in ((2, False, False), (1, False, True), (1, True, False), (3, False, False)):
+                hooked.lib.hook_set_clock(now)
+                for _ in range(300):
+                    for _ in range(many):
+                        stage.ask(volume, 0, BLOCK)
+                    stage.turn()
+                    stage.disk()
+                    stage.answers()
+                stage.write(volume, 20 * BLOCK, block(random.randrange(1 << 30)))
+                stage.run_until_idle()
+                if flushed:
+                    stage.flush(volume)
+                else:
+                    now += 60_000_000_000
+                    hooked.lib.hook_set_clock(now)
+                while not (
+                    writes := [io for io in stage.ios if io.opcode == lib.ATOLL_OP_IO_WRITE and io.length == BLOCK]
+                ):
+                    stage.turn()
+                    stage.take_ios()
+                assert bool(writes[0].flags & lib.ATOLL_FLAG_ALONE) == alone, (many, flushed)
+                stage.run_until_idle()
+            stage.check()
+    finally:
+        hooked.lib.hook_set_clock(0)
 
 
 def test_the_same_once_more() -> None:

@@ -150,7 +150,7 @@ def test_death_again_and_again(hooked: ModuleType, seed: int) -> None:
                 stage.answers(send=chance.random() < 0.7)
                 stage.take_ios()
                 for io in list(stage.ios):
-                    if chance.random() < 0.6:
+                    if chance.random() < 0.6 and stage.may_begin(io):
                         stage.complete(io)
             finish(stage, load)
             if len(stage.free_pages) < 2 * SIZE // BLOCK:
@@ -410,7 +410,7 @@ def test_everybody_dies(hooked: ModuleType, seed: int, quarantine: bool) -> None
                     stage.turn()
                     stage.take_ios()
                     for io in list(stage.ios):
-                        if io.opcode == lib.ATOLL_OP_IO_READ or chance.random() < 0.3:
+                        if io.opcode == lib.ATOLL_OP_IO_READ or (chance.random() < 0.3 and stage.may_begin(io)):
                             stage.complete(io)
                     stage.answers(send=chance.random() < 0.5)
                 assert request.status == OK

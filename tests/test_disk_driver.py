@@ -154,6 +154,7 @@ def test_malformed_requests(stage):
             "segment_count": 2,
             "length": 2 * BLOCK,
         },
+        "a sync after a slot that does not exist": {"opcode": SYNC, "words": (0, 0, IO_COUNT << 32 | 1)},
         "sum differs": {"opcode": READ, **segments((own, BLOCK, 0), (own + BLOCK, BLOCK, 0)), "length": 3 * BLOCK},
     }
     for name, fields in cases.items():
@@ -170,10 +171,13 @@ def test_malformed_requests(stage):
         identity = stage.identity()
         stage.submit_raw(opcode=READ, identity=identity, **segments(*rows))
         assert stage.complete(identity) == (EINVAL, EINVAL_NUMBER), name
+    identity = stage.identity()
+    stage.submit(SYNC, identity=identity, after=[identity])
+    assert stage.complete(identity) == (EINVAL, EINVAL_NUMBER), "a sync after itself"
     # A slot number that does not exist.
     stage.submit_raw(opcode=SYNC, identity=IO_COUNT << 32 | 1)
     assert stage.completions(10) == [(IO_COUNT << 32 | 1, EINVAL, EINVAL_NUMBER)]
-    assert stage.counters()["refused"] == len(cases) + len(late) + 1
+    assert stage.counters()["refused"] == len(cases) + len(late) + 2
     assert stage.write(0, bytes(BLOCK)) == (OK, 0)
 
 

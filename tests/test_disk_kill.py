@@ -35,6 +35,7 @@ class Load:
         self.flight: dict[int, tuple[int, int, int]] = {}  # identity: (opcode, place, lane)
         self.free_lanes = list(range(depth))  # a run of buffers and one of sources
         self.fresh_lanes = set(self.free_lanes)
+        self.before: dict[int, set[int]] = {}  # of syncs: what is done before each
         self.next_version = 1
         self.done = 0
 
@@ -49,7 +50,9 @@ class Load:
             lane = self.free_lanes.pop(self.random.randrange(len(self.free_lanes)))
             choice = self.random.random()
             if choice < 0.04:
-                identity, row = stage.submit(SYNC, commit=False), (SYNC, -1, lane)
+                after = self.random.sample(sorted(self.flight), self.random.randrange(min(3, len(self.flight)) + 1))
+                identity, row = stage.submit(SYNC, commit=False, after=after), (SYNC, -1, lane)
+                self.before[identity] = set(after)
             else:
                 place = self.free_places.pop(self.random.randrange(len(self.free_places)))
                 if choice < 0.5:
@@ -86,6 +89,7 @@ class Load:
         for identity, status, code in stage.completions(timeout_s):
             assert identity in self.flight, f"answered twice, or never asked: {identity:#x}"
             opcode, place, lane = self.flight.pop(identity)
+            assert not self.before.pop(identity, set()) & set(self.flight), "a sync before what it comes after"
             assert (status, code) == (OK, 0), (opcode, place, status, code)
             if opcode == READ:
                 expected = self.content(place, self.version[place])

@@ -79,6 +79,33 @@ def test_hang_and_release(tmp_path):
         assert bytes(stage.buffer_block(1)) == b"h" * BLOCK
 
 
+def test_a_sync_comes_after_what_it_names(tmp_path):
+    """And after nothing else; a successor knows, too."""
+    with stage_with(tmp_path, {"action": "hang", "kinds": ["write"], "count": 3}) as stage:
+        held = [stage.submit(WRITE, at * BLOCK, [(stage.source, BLOCK)]) for at in range(3)]
+        over = stage.submit(READ, 8 * BLOCK, [(stage.buffers, BLOCK)])
+        assert stage.complete(over)[0] == OK
+        assert stage.complete(stage.submit(SYNC)) == (OK, 0)
+        assert stage.complete(stage.submit(SYNC, after=[over, over + 1])) == (OK, 0)  # done; never asked for
+        behind = stage.submit(SYNC, after=[held[0], over, held[2]])
+        after_one = stage.submit(SYNC, after=[held[1]])
+        again = stage.submit(SYNC, after=[behind])  # one that waits itself
+        stage.kill()
+        stage.start()
+        assert stage.write(BLOCK * 9, b"i" * BLOCK) == (OK, 0)
+        assert stage.completions(0.05) == []
+        assert stage.call("status")["queued"] == 6
+        stage.call("fault-release")
+        found = stage.completions(10)
+        while len(found) < 6:
+            found += stage.completions(10)
+        order = [identity for identity, status, code in found if (status, code) == (OK, 0)]
+        assert sorted(order) == sorted([*held, behind, after_one, again])
+        at = {identity: index for index, identity in enumerate(order)}
+        assert max(at[held[0]], at[held[2]]) < at[behind] < at[again]
+        assert at[held[1]] < at[after_one]
+
+
 def test_tear_and_forget(tmp_path):
     rules = [
         {"action": "tear", "bytes": BLOCK + 512, "kinds": ["write"], "count": 1},

@@ -300,6 +300,7 @@ class Timed(Io):
     due: int = 0  # turn
     since: int = 0  # the disk's time
     region: str = ""
+    waits: bool = False  # a sync, for those that it comes after
 
 
 class World(Stage):
@@ -374,12 +375,14 @@ class World(Stage):
                 segments = [(int(message.address), int(message.length))] if message.length else []
             io = Timed(int(message.opcode), int(message.identity), int(message.words[0]), int(message.length), segments)
             io.role = role
+            io.know_order(message)
             self.ios.append(io)
             self.taken(io)
         if found:
             lib.atoll_domain_commit(domain)
 
     def complete(self, io: Io, status: int | None = None) -> None:
+        assert self.may_begin(io)
         self.ios.remove(io)
         status = self.outcome(io) if status is None else status
         message = self.message
@@ -387,9 +390,6 @@ class World(Stage):
         message.opcode, message.identity, message.status = lib.ATOLL_OP_IO_DONE, io.identity, status
         assert lib.atoll_domain_put(self.domains[io.role], DEDUP, message)
         lib.atoll_domain_commit(self.domains[io.role])
-
-    def payload(self, io: Io) -> bytes:
-        return b"".join(ffi.buffer(ffi.cast("char *", address), size)[:] for address, size in io.segments)
 
     def fill(self, io: Io) -> None:
         at, memory = io.offset, self.disks[io.role].memory
@@ -738,7 +738,7 @@ class Torture:
             if not self.calm and chance.random() < self.doomed * 0.2:
                 self.doom = self.turns + chance.randrange(6)
         device = self.stage.disks[io.role]
-        io.since = device.time
+        io.since, io.waits = device.time, not self.stage.may_begin(io)
         if self.calm:
             io.due = self.turns + chance.choice([0, 0, 1])
             return
@@ -760,6 +760,13 @@ class Torture:
             self.counts["held"] += 1
         elif io.opcode == IO_WRITE and chance.random() < 0.1:
             device.write(io.offset, self.stage.payload(io), torn=True)
+
+    def begins(self, io: Timed) -> bool:
+        """A sync that comes after others covers what was done when they were, and takes its time then."""
+        if io.waits and self.stage.may_begin(io):
+            io.waits, io.since = False, self.stage.disks[io.role].time
+            io.due = self.turns + (0 if self.calm else self.chance.choice([0, 0, 1, 5]))
+        return not io.waits and (self.calm or io.due <= self.turns)
 
     def rewrites(self, io: Timed) -> bool:
         """What a failed sync has perhaps lost is read, or written again."""
@@ -826,7 +833,8 @@ class Torture:
             if len(due) > 1:
                 chance.shuffle(due)
             for io in due:
-                stage.complete(io)
+                if self.begins(io):
+                    stage.complete(io)
         if self.late:
             self.land()
         self.take_answers()
@@ -1031,7 +1039,7 @@ class Torture:
         pages = stage.pages(len(op.changes))
         rude = self.weather.rude and not self.calm
         self.rude |= rude
-        self.far |= self.theme == "paging"
+        self.far |= self.theme == "paging" or any(volume.size > 1_000_000 for volume in self.volumes)
         if (
             (blocks > stage.public.posted_blocks and not rude)
             or blocks >= lib.ATOLL_POSTED_BLOCKS
@@ -1448,7 +1456,7 @@ class Torture:
             if io.opcode != IO_WRITE:
                 continue
             data = self.stage.payload(io)
-            if later and io.region == "data" and self.chance.random() < 0.5:
+            if later and io.region in ("data", "log") and self.chance.random() < 0.5:
                 self.note("late", io.offset // BLOCK, io.length // BLOCK)
                 self.late.append((self.turns + self.chance.randrange(50), device, io.offset, data))
             else:
@@ -1473,6 +1481,9 @@ class Torture:
         if chance.random() < 0.5:
             stage.lib.dedup_turn(stage.state)
         stage.nic_starts_anew()
+        calm, self.calm = self.calm, True
+        self.until(lambda: stage.lib.dedup_store_state(stage.state) == 2, "the store")
+        self.calm = calm
         self.counts["all die"] += 1
         if chance.random() < 0.5:
             self.check()

@@ -160,7 +160,7 @@ static uint32_t take(struct disk *disk)
 {
     struct atoll_descriptor message;
     uint32_t most = takeable(disk), count = 0;
-    disk->gives_way = true;
+    bool gives_way = true;
     if (most > DISK_STEP_MESSAGES)
         most = DISK_STEP_MESSAGES;
     if (most > 1 && io_any_suspect(disk))
@@ -168,12 +168,13 @@ static uint32_t take(struct disk *disk)
     while (count < most && atoll_domain_take(disk->domain, ATOLL_ROLE_DEDUP, &message)) {
         disk->domain->self->current = message.identity;
         place_note(disk, &message);
-        disk->gives_way = disk->gives_way && (message.flags & ATOLL_FLAG_ALONE) != 0;
+        gives_way = gives_way && (message.flags & ATOLL_FLAG_ALONE) != 0;
         disk->gathers = message.opcode == ATOLL_OP_IO_READ && message.length <= ATOLL_BLOCK_BYTES &&
                         (message.flags & ATOLL_FLAG_AWAITED) != 0;
         io_take(disk, &message);
         count++;
     }
+    disk->gives_way = gives_way && count != 0; /* what waited in a queue has waited for long enough */
     return count;
 }
 

@@ -97,6 +97,8 @@ enum disk_reason { DISK_REASON_TELL = 16 };
 #define DISK_ATTEMPTS_MAX 60000
 /* Messages taken, and completions applied, in one step. */
 #define DISK_STEP_MESSAGES 64
+/* Requests that a sync may come after. */
+#define DISK_AFTER 3
 /* A device that goes on failing is told of once in this time. */
 #define DISK_TELL_NS (60ull * 1000 * 1000 * 1000)
 /* Worker threads of the thread engine: enough to keep a disk's queue busy. */
@@ -115,6 +117,7 @@ struct disk_slot {
     uint32_t incarnation;    /* that started the I/O under way */
     uint32_t iovec_first;    /* first one that is not used up */
     uint32_t iovec_count;
+    uint64_t after[DISK_AFTER]; /* a sync begins when those of these identities that arrived before it are done; 0: none */
     /* What the fault-injecting stand-in decided; 0, all, 0 in the driver itself. */
     uint32_t fate_error;     /* errno to report in place of success */
     uint64_t fate_bytes;     /* transfer only so many */

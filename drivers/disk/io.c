@@ -237,6 +237,17 @@ static bool gather(struct disk *disk, const struct atoll_descriptor *message, st
     return sum == message->length;
 }
 
+/* What a sync comes after. False: that makes no sense. */
+static bool note_after(const struct atoll_descriptor *message, struct disk_slot *slot)
+{
+    for (uint32_t index = 0; index < DISK_AFTER; index++) {
+        if (message->words[index] >> 32 >= ATOLL_IO_COUNT || message->words[index] == message->identity)
+            return false;
+        slot->after[index] = message->words[index];
+    }
+    return true;
+}
+
 /* Shortens what is to be transferred to slot->fate_bytes. */
 static void truncate_runs(struct disk_slot *slot)
 {
@@ -309,7 +320,7 @@ void io_take(struct disk *disk, const struct atoll_descriptor *message)
         atoll_count(disk->domain, DISK_WRITE_BYTES, well_formed ? message->length : 0);
         break;
     case ATOLL_OP_IO_SYNC:
-        well_formed = true;
+        well_formed = note_after(message, slot);
         slot->offset_bytes = 0;
         slot->length_bytes = 0;
         atoll_count(disk->domain, DISK_SYNCS, 1);
@@ -356,6 +367,17 @@ struct placing {
     bool full;     /* the engine has no room left */
 };
 
+/* True for a sync before which something else must be done. Never of each other: the other one has arrived first. */
+static bool comes_after(const struct disk *disk, const struct disk_slot *slot)
+{
+    for (uint32_t index = 0; slot->opcode == ATOLL_OP_IO_SYNC && index < DISK_AFTER; index++) {
+        const struct disk_slot *other = &disk->table->slots[slot->after[index] >> 32];
+        if (slot->after[index] != 0 && other->state != DISK_FREE && other->identity == slot->after[index] && other->arrival < slot->arrival)
+            return true;
+    }
+    return false;
+}
+
 /* Places the request, or answers it. False: it stays in its queue. */
 static bool place(struct disk *disk, struct disk_slot *slot, struct placing *placing)
 {
@@ -366,6 +388,8 @@ static bool place(struct disk *disk, struct disk_slot *slot, struct placing *pla
             disk->next_due_ns = slot->fate_due_ns;
         return false;
     }
+    if (comes_after(disk, slot))
+        return false;
     if (slot->fate_bytes == 0) { /* the stand-in decided that nothing is done */
         answer(disk, slot, slot->fate_error);
         placing->answered++;

@@ -32,7 +32,7 @@ COUNTERS: tuple[str, ...] = (
     *("posted_adopted", "ahead_read_blocks", "ahead_used_blocks", "posted_lost"),
     *(f"reserved_{number}" for number in range(lib.DEDUP_COUNTER_DATAPATH_COUNT, 64)),
     *("syncs", "sync_failures", "log_blocks", "checkpoints", "pages_written", "pages_repaired", "store_io_errors"),
-    *("leaves_made", "fingerprint_evictions", "log_blocks_dropped"),
+    *("leaves_made", "fingerprint_evictions", "log_blocks_dropped", "syncs_ahead"),
 )
 
 # Signals that a process brings upon itself (DESIGN, I8); SIGKILL from outside is nobody's fault.

@@ -265,7 +265,8 @@ bool batch_loaded(struct datapath *dp, uint32_t number)
 
 /* --- 4 write -------------------------------------------------------------------------------------------------------- */
 
-static void submit_run(struct datapath *dp, uint32_t number)
+/* Returns the identity of its write. */
+static uint64_t submit_run(struct datapath *dp, uint32_t number)
 {
     struct dp_run *run = &dp->arena->runs[number];
     struct atoll_segment segments[ATOLL_IO_BLOCKS];
@@ -281,6 +282,25 @@ static void submit_run(struct datapath *dp, uint32_t number)
     int slot = io_submit(dp->dedup, IO_DESTAGE, number, ATOLL_ROLE_DISK, ATOLL_OP_IO_WRITE, run->pba * DP_BLOCK, segments, count);
     assert(slot >= 0); /* go_on looked for room */
     atoll_count(dp->domain, DEDUP_COUNTER_RUNS, 1);
+    return io_identity(dp->dedup->io, slot);
+}
+
+/* All that flushes wait for, and all that is under way, is this batch: then what the store will note of it can be written with it. */
+static void note_ahead(struct datapath *dp, uint32_t number, uint64_t write)
+{
+    const struct dp_run *run = &dp->arena->runs[number];
+    struct store_placing placings[ATOLL_IO_BLOCKS];
+    uint32_t head = dp->arena->log_head;
+    if (dp->flush_count == 0 || run->record_count != run->writer_count || (head != DP_NONE && at(dp, head)->order <= dp->flush_target) ||
+        (dp->runs_in[RUN_MATCHING] | dp->runs_in[RUN_WRITING] | dp->runs_in[RUN_WRITTEN]) != (uint64_t)1 << number)
+        return;
+    for (uint32_t index = 0; index < run->writer_count; index++) {
+        const struct dp_record *r = at(dp, run->records[index]);
+        if (store_want_base(dp->dedup, r->base) != STORE_HAVE)
+            return;
+        placings[index] = (struct store_placing){r->volume, r->lba, r->base, run->pba + index, r->print};
+    }
+    store_place_ahead(dp->dedup, placings, run->writer_count, write);
 }
 
 /* The pages that sharing the candidates of records [first, end) changes are there. Those for which no room can be had are given up. */
@@ -359,13 +379,14 @@ static void write_rest(struct datapath *dp, uint32_t number)
     run->min_order = lowest;
     for (uint32_t index = 0; index < placed; index++)
         inflight_add(dp, number, index);
-    submit_run(dp, number);
+    uint64_t write = submit_run(dp, number);
     for (uint32_t index = 0; index < placed; index++) { /* what placing them will need, ahead of time */
         uint64_t place = pba + index;
         if (index == 0 || place % 256 == 0) /* the next page of fingerprints */
             store_want_prints(dp->dedup, &place, 1);
         store_want_base(dp->dedup, at(dp, run->records[index])->base);
     }
+    note_ahead(dp, number, write);
 }
 
 bool batch_go_on(struct datapath *dp, uint32_t number)

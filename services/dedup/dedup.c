@@ -142,7 +142,7 @@ struct dedup *dedup_open(struct atoll_domain *domain, const struct dedup_config 
     bool anew = adopted && (ring == 0 || ring->tail_committed == 0) && domain->self->serving_ns == 0;
     if (!made && (anew || dp->arena->adopting)) {
         datapath_adopt(dp, quarantine);
-        io_adopt(dedup);
+        io_adopt(dedup, quarantine);
         store_reopen(dedup);
         datapath_recover(dp); /* posted writes */
         atoll_set64(domain->journal, &dp->arena->control_number, 0); /* the new kernel counts its calls from 1 */
@@ -289,7 +289,7 @@ static bool turn(struct dedup *dedup, bool serve, uint64_t *wake_ms)
         }
         dp->alone = dedup->crowd < CROWD_ALL / 2;
         dp->shared = place_shared(&dedup->place);
-        dedup->behind = dp->alone && dp->shared;
+        dedup->behind = dp->alone && dp->shared && dp->flush_count == 0;
         did |= datapath_step(dp, wake_ms);
     }
     commit(dedup);

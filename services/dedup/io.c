@@ -29,6 +29,8 @@ static bool io_send(struct dedup *dedup, uint32_t number, uint32_t flags)
                                        .length = slot->length_bytes};
     message.words[0] = slot->offset_bytes;
     message.words[1] = slot->length_bytes;
+    if (slot->opcode == ATOLL_OP_IO_SYNC)
+        memcpy(message.words, slot->after, sizeof slot->after);
     if (slot->segment_count == 1) {
         message.segment_count = 0;
         message.address = slot->segments[0].address;
@@ -36,8 +38,9 @@ static bool io_send(struct dedup *dedup, uint32_t number, uint32_t flags)
     return atoll_domain_put(dedup->domain, slot->device, &message);
 }
 
-static int submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
-                  uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count, uint32_t flags)
+/* Enters a request that is yet to be sent; returns its number, or -1. */
+static int enter(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode, uint64_t offset_bytes,
+                 const struct atoll_segment *segments, uint32_t segment_count)
 {
     struct atoll_journal *journal = dedup->domain->journal;
     struct io_table *table = dedup->io;
@@ -61,26 +64,45 @@ static int submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uin
     slot->offset_bytes = offset_bytes;
     slot->length_bytes = (uint32_t)length;
     slot->segment_count = segment_count;
-    slot->sequence++;
+    slot->sequence += slot->sequence == UINT32_MAX ? 2 : 1;
     slot->kind = kind;
+    memset(slot->after, 0, sizeof slot->after);
     atoll_set32(journal, &table->free_count, table->free_count - 1);
-    bool sent = io_send(dedup, number, flags);
-    assert(sent); /* ATOLL_STORAGE_RING_ENTRIES >= ATOLL_IO_COUNT, and a completed one has left the ring */
-    atoll_count(dedup->domain, DEDUP_COUNTER_IO_SUBMITTED, 1);
     return (int)number;
 }
+
+static int send_entered(struct dedup *dedup, int number, uint32_t flags)
+{
+    if (number < 0)
+        return number;
+    bool sent = io_send(dedup, (uint32_t)number, flags);
+    assert(sent); /* ATOLL_STORAGE_RING_ENTRIES >= ATOLL_IO_COUNT, and a completed one has left the ring */
+    atoll_count(dedup->domain, DEDUP_COUNTER_IO_SUBMITTED, 1);
+    return number;
+}
+
+static uint32_t hint(const struct dedup *dedup) { return dedup->behind ? ATOLL_FLAG_ALONE : 0; }
 
 int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_t device, uint32_t opcode,
               uint64_t offset_bytes, const struct atoll_segment *segments, uint32_t segment_count)
 {
-    return submit(dedup, kind, argument, device, opcode, offset_bytes, segments, segment_count, dedup->behind ? ATOLL_FLAG_ALONE : 0);
+    return send_entered(dedup, enter(dedup, kind, argument, device, opcode, offset_bytes, segments, segment_count), hint(dedup));
+}
+
+int io_submit_sync(struct dedup *dedup, enum io_kind kind, uint64_t argument, const uint64_t *after, uint32_t count)
+{
+    int number = enter(dedup, kind, argument, ATOLL_ROLE_DISK, ATOLL_OP_IO_SYNC, 0, 0, 0);
+    assert(count <= IO_AFTER);
+    if (number >= 0 && count != 0)
+        memcpy(dedup->io->slots[number].after, after, count * sizeof after[0]);
+    return send_entered(dedup, number, hint(dedup));
 }
 
 int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_bytes, const struct atoll_segment *segments,
                       uint32_t segment_count)
 {
-    return submit(dedup, IO_FILL, argument, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, offset_bytes, segments, segment_count,
-                  ATOLL_FLAG_AWAITED);
+    int number = enter(dedup, IO_FILL, argument, ATOLL_ROLE_DISK, ATOLL_OP_IO_READ, offset_bytes, segments, segment_count);
+    return send_entered(dedup, number, ATOLL_FLAG_AWAITED);
 }
 
 static void io_release(struct dedup *dedup, uint32_t number)
@@ -119,7 +141,7 @@ uint32_t io_complete(struct dedup *dedup, uint32_t device, const struct atoll_de
     return bytes;
 }
 
-void io_adopt(struct dedup *dedup)
+void io_adopt(struct dedup *dedup, bool late)
 {
     bool in_flight[ATOLL_IO_COUNT]; /* a handler may enter new requests meanwhile */
     for (uint32_t number = 0; number < ATOLL_IO_COUNT; number++)
@@ -128,7 +150,7 @@ void io_adopt(struct dedup *dedup)
         struct io_slot *slot = &dedup->io->slots[number];
         if (!in_flight[number])
             continue;
-        if (slot->kind == IO_STORE && store_io_stands(dedup, slot)) {
+        if (slot->kind == IO_STORE && store_io_stands(dedup, slot, late)) {
             bool sent = io_send(dedup, number, 0); /* same content to the same place: harmless if it was done before */
             assert(sent);
             continue;

@@ -26,15 +26,18 @@ enum io_kind {
     IO_SCRUB = 8       /* scrub: argument = number of the scrub << 8 | first block of the batch */
 };
 
+#define IO_AFTER 3
+
 struct io_slot {
     uint32_t kind;           /* enum io_kind */
-    uint32_t sequence;       /* goes up with each use */
+    uint32_t sequence;       /* goes up with each use; never 0 in one */
     uint32_t opcode;         /* ATOLL_OP_IO_* */
     uint32_t device;         /* role of the driver */
     uint64_t argument;
     uint64_t offset_bytes;   /* on the device */
     uint32_t length_bytes;
     uint32_t segment_count;
+    uint64_t after[IO_AFTER]; /* of a sync: see io_submit_sync */
     struct atoll_segment segments[ATOLL_IO_BLOCKS];
 };
 
@@ -61,6 +64,15 @@ int io_submit(struct dedup *dedup, enum io_kind kind, uint64_t argument, uint32_
 int io_submit_awaited(struct dedup *dedup, uint64_t argument, uint64_t offset_bytes, const struct atoll_segment *segments,
                       uint32_t segment_count);
 
+/* A sync of the main device that its driver begins when the requests of identity after[0..count) are done, which were submitted before
+ * (count <= IO_AFTER). */
+int io_submit_sync(struct dedup *dedup, enum io_kind kind, uint64_t argument, const uint64_t *after, uint32_t count);
+/* Of a request that has been submitted and is not done. */
+static inline uint64_t io_identity(const struct io_table *table, int number)
+{
+    return (uint64_t)number << 32 | table->slots[number].sequence;
+}
+
 /* Takes one completion, checks it, releases the slot and calls the owner below, all in the running transaction.
  * A completion that names no request in flight is counted and dropped (I8). Returns the bytes that were read. */
 uint32_t io_complete(struct dedup *dedup, uint32_t device, const struct atoll_descriptor *message);
@@ -71,14 +83,15 @@ void io_format(struct io_table *table);
  * IO_FILL (clients' reads) all but destage's too. */
 uint32_t io_room(const struct dedup *dedup, enum io_kind kind);
 /* After the death of all (rings and drivers started anew, nothing is in flight): IO_STORE requests that
- * stand are sent again, the others have failed; the datapath's are released, it does its own again. In the running transaction. */
-void io_adopt(struct dedup *dedup);
+ * stand are sent again, the others have failed; the datapath's are released, it does its own again. `late`: what the dead have asked the
+ * device for may still happen. In the running transaction. */
+void io_adopt(struct dedup *dedup, bool late);
 
 /* Owners' handlers. `slot` is valid during the call; submitting new requests from within is allowed. */
 void datapath_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t status);
 /* After the death of all, which makes the driver's memory anew: true if the request can be sent again, because what it writes lies in
  * dedup's own arena, or what it reads goes (from now on, if need be) where the store's pages are now. A flush has failed. */
-bool store_io_stands(struct dedup *dedup, struct io_slot *slot);
+bool store_io_stands(struct dedup *dedup, struct io_slot *slot, bool late);
 
 #endif

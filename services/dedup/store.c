@@ -2,7 +2,7 @@
  * The store's life: its plan of memory, attaching, formatting, closing, and the step that drives all its parts.
  * Interface: store.h; parts: store_internal.h; form on the device: format.h.
  *
- * Memory, in this order, each part page-aligned: struct store_area, log buffer, staging pages, superblock images, groups, bits of
+ * Memory, in this order, each part page-aligned: struct store_area, log buffer, log block ahead, staging pages, superblock images, groups, bits of
  * slots and tables, previous places, frames' entries, fingerprint cache, frames. All but the groups (8 bytes for 4 MiB of the device) and
  * the bits of the slots (2 for each) is of configured size.
  *
@@ -41,6 +41,7 @@ void store_lay_out(struct store *store, void *memory, const struct store_geometr
     next += -(uintptr_t)memory & (ATOLL_BLOCK_BYTES - 1); /* direct I/O wants aligned memory */
     store->area = carve(&next, sizeof *store->area);
     store->log_buffer = carve(&next, (uint64_t)STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES);
+    store->ahead = carve(&next, ATOLL_BLOCK_BYTES);
     store->staging = carve(&next, (uint64_t)STORE_BATCHES * STORE_BATCH_PAGES * ATOLL_BLOCK_BYTES);
     store->super_buffer = carve(&next, 2 * ATOLL_BLOCK_BYTES);
     store->tables_begin = next;
@@ -140,15 +141,25 @@ const uint8_t *store_bounce(const struct store *store)
 
 /* --- I/O ------------------------------------------------------------------------------------------------------------ */
 
-bool store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
-                  uint64_t bytes)
+static uint64_t submitted(struct store *store, int number)
+{
+    if (number < 0)
+        return 0;
+    STORE_ADD(store, io_inflight, 1);
+    return io_identity(store->dedup->io, number);
+}
+
+uint64_t store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
+                      uint64_t bytes)
 {
     struct atoll_segment segment = {.address = (uint64_t)(uintptr_t)memory, .length = (uint32_t)bytes};
     uint64_t argument = (uint64_t)what << 56 | number;
-    if (io_submit(store->dedup, IO_STORE, argument, ATOLL_ROLE_DISK, opcode, pba * ATOLL_BLOCK_BYTES, &segment, bytes != 0) < 0)
-        return false;
-    STORE_ADD(store, io_inflight, 1);
-    return true;
+    return submitted(store, io_submit(store->dedup, IO_STORE, argument, ATOLL_ROLE_DISK, opcode, pba * ATOLL_BLOCK_BYTES, &segment, 1));
+}
+
+bool store_submit_flush(struct store *store, enum store_io what, const uint64_t *after, uint32_t count)
+{
+    return submitted(store, io_submit_sync(store->dedup, IO_STORE, (uint64_t)what << 56, after, count)) != 0;
 }
 
 void store_seal_super(struct format_super *super, uint64_t place, void *block)
@@ -160,15 +171,24 @@ void store_seal_super(struct format_super *super, uint64_t place, void *block)
 
 static void format_io(struct store *store, uint32_t status);
 
-bool store_io_stands(struct dedup *dedup, struct io_slot *slot)
+bool store_io_stands(struct dedup *dedup, struct io_slot *slot, bool late)
 {
     struct store *store = dedup->store;
     enum store_io what = (enum store_io)(slot->argument >> 56);
     const uint64_t bounce = (uint64_t)(uintptr_t)store_bounce(store), bytes = STORE_BOUNCE_PAGES * ATOLL_BLOCK_BYTES;
     if (what == STORE_IO_REWRITE) /* what was read lies in memory that is made anew */
         return false;
-    if (what == STORE_IO_SYNC_FLUSH || what == STORE_IO_SUPER_FLUSH) /* if it has failed, which nobody was told, the next one says nothing of it */
+    if (what == STORE_IO_SYNC_FLUSH || what == STORE_IO_SUPER_FLUSH || what == STORE_IO_AHEAD_FLUSH) /* if it has failed, which nobody was told, the next one says nothing of it */
         return false;
+    if (what == STORE_IO_LOG && store->area->sync_phase == SYNC_FLUSH_LOG) /* the flush that came with it has failed */
+        return false;
+    if (what == STORE_IO_AHEAD) {
+        if (late) { /* it must not take the place of what is acknowledged from now on: first the log begins behind it */
+            STORE_SET(store, root_first, 1);
+            store_want_checkpoint(store);
+        }
+        return false;
+    }
     if (what == STORE_IO_PAGE) {
         uint64_t address = store_cache_io_address(store, slot->argument & 0x00ffffffffffffffu);
         if (address != 0 && address != slot->segments[0].address) /* the driver's buffers are of another size */
@@ -201,6 +221,8 @@ void store_io_done(struct dedup *dedup, const struct io_slot *slot, uint32_t sta
     case STORE_IO_SYNC_FLUSH:
     case STORE_IO_REWRITE:
     case STORE_IO_LOG: store_sync_io(store, what, status); break;
+    case STORE_IO_AHEAD:
+    case STORE_IO_AHEAD_FLUSH: store_ahead_io(store, what, status); break;
     case STORE_IO_PAGES:
     case STORE_IO_SUPER:
     case STORE_IO_SUPER_FLUSH: store_checkpoint_io(store, what, number, status); break;
@@ -278,7 +300,7 @@ static bool format_step(struct store *store)
         return true;
     }
     if (area->format_phase == FORMAT_WRITE) {
-        if (!store_submit(store, STORE_IO_FORMAT, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
+        if (!store_submit_flush(store, STORE_IO_FORMAT, 0, 0))
             return false;
         STORE_SET(store, format_phase, FORMAT_FLUSH);
         return true;
@@ -392,6 +414,8 @@ void store_reopen(struct dedup *dedup)
     STORE_SET(store, closed, 0);
     if (store->area->sync_phase == SYNC_REWRITE) /* it fails, and the next one begins to write again from the start */
         STORE_SET(store, sync_error, ATOLL_EIO);
+    if (store->area->sync_phase != SYNC_IDLE && store->area->sync_error != 0 && store->area->sync_outstanding == 0)
+        store_sync_fail(store, (uint32_t)store->area->sync_error); /* before anybody joins it */
 }
 
 bool store_closed(struct dedup *dedup)

@@ -168,6 +168,15 @@ int store_map_log(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t r
  * or promise. The entry itself is set to the new value only if it is `expected` now (else a newer record is there: then
  * the caller must not call these). Each notes metadata log records with absolute values. ---------------------------- */
 void store_place(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba, struct fingerprint print);
+struct store_placing {
+    uint32_t volume;
+    uint64_t lba, base, pba;
+    struct fingerprint print;
+};
+/* These are about to be placed, in this order, when the write of identity `write` is done, and then a sync will be asked for. If nothing else
+ * is noted before it, it need not write anything: its log block is written now, beside their data, and the device flushed behind both. A hint;
+ * true if it was taken. */
+bool store_place_ahead(struct dedup *dedup, const struct store_placing *placings, uint32_t count, uint64_t write);
 /* False if the block cannot take one more reference (then write a new copy). */
 bool store_share(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba);
 void store_unmap(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base);      /* -> HOLE */
@@ -256,7 +265,8 @@ enum store_counter {
     STORE_COUNTER_LEAVES_MADE = 7,
     STORE_COUNTER_CACHE_EVICTIONS = 8,  /* fingerprint cache */
     STORE_COUNTER_LOG_BLOCKS_DROPPED = 9, /* the last one, whose data were not there when the store was loaded */
-    STORE_COUNTER_COUNT = 10
+    STORE_COUNTER_SYNCS_AHEAD = 10,     /* whose log block had been written ahead */
+    STORE_COUNTER_COUNT = 11
 };
 
 #endif

@@ -219,7 +219,7 @@ static bool send_batch(struct store *store)
         bool sent = true;
         for (uint32_t copy = 0; copy < 2; copy++)
             sent &= store_submit(store, STORE_IO_PAGES, number, ATOLL_OP_IO_WRITE, store_slot_pba(store, slot, copy), staging,
-                                 (uint64_t)places * ATOLL_BLOCK_BYTES);
+                                 (uint64_t)places * ATOLL_BLOCK_BYTES) != 0;
         assert(sent); /* free_count was looked at */
         STORE_ADD(store, checkpoint_outstanding, 1);
     }
@@ -348,6 +348,7 @@ static bool begin(struct store *store)
     struct store_area *area = store->area;
     if (!wanted(store))
         return false;
+    store_ahead_settle(store); /* the log begins behind it */
     store_log_seal(store);
     STORE_SET(store, checkpoint_wanted, 0);
     STORE_SET(store, checkpoint_log_start, area->log_next);

@@ -9,7 +9,7 @@
  *   store_map.c         leaves; persistent changes of entries
  *   store_space.c       reference words, groups, allocation, reservations
  *   store_print.c       fingerprints and the cache of them
- *   store_log.c         metadata log's buffer, sync
+ *   store_log.c         metadata log's buffer, sync; store_ahead.c: what of it is written together with its data
  *   store_rewrite.c     after a failed flush: what it was for is written again
  *   store_checkpoint.c  copy-on-write of pages; store_root.c: the root switch
  *   store_load.c        reading it all back; with store_replay.c, store_grow.c
@@ -72,7 +72,7 @@ _Static_assert(16 + STORE_DELETE_ENTRIES * 16 <= FORMAT_LOG_RECORD_BYTES, "a del
 #define GROUP(free_count, pending_count, stored_count, epoch) \
     ((uint64_t)(epoch) << 33 | (uint64_t)(stored_count) << 22 | (uint64_t)(pending_count) << 11 | (uint64_t)(free_count))
 
-enum sync_phase { SYNC_IDLE = 0, SYNC_FLUSH_DATA = 1, SYNC_WRITE = 2, SYNC_FLUSH_LOG = 3, SYNC_REWRITE = 4 };
+enum sync_phase { SYNC_IDLE = 0, SYNC_FLUSH_DATA = 1, SYNC_WRITE = 2, SYNC_FLUSH_LOG = 3, SYNC_REWRITE = 4, SYNC_AHEAD = 5 };
 enum checkpoint_phase {
     CHECKPOINT_IDLE = 0,
     CHECKPOINT_PAGES = 1,  /* dirty pages, stage by stage, go to new places */
@@ -94,7 +94,9 @@ enum store_io {
     STORE_IO_SUPER = 7,
     STORE_IO_SUPER_FLUSH = 8,
     STORE_IO_REWRITE = 9,
-    STORE_IO_PAGE = 10        /* a metadata page is read: number = frame */
+    STORE_IO_PAGE = 10,       /* a metadata page is read: number = frame */
+    STORE_IO_AHEAD = 11,
+    STORE_IO_AHEAD_FLUSH = 12
 };
 
 /* Pages on their way to the device; their images lie in the staging area. */
@@ -194,6 +196,11 @@ struct store_area {
     uint64_t sync_failures;
     uint64_t sync_status;       /* of the last one */
 
+    /* The log block that was written ahead of its sync. */
+    uint64_t ahead_sequence;    /* of the block; 0: none is on the device whose place has not been written again */
+    uint64_t ahead_outstanding;
+    uint64_t ahead_error;       /* of its writes or its flush */
+
     /* After a failed flush. */
     uint64_t rewrite_wanted;    /* the next sync begins by writing data again */
     uint64_t flush_failures;    /* noted in a block's fingerprint while it is in flight, compared when it is placed */
@@ -258,6 +265,7 @@ struct store {
     uint64_t arena_bytes;              /* of area and all below */
     int64_t kept_posted;               /* store_keep_posted */
     uint8_t *log_buffer;               /* STORE_LOG_BUFFER_BLOCKS blocks */
+    uint8_t *ahead;                    /* 1 block: what was written ahead of its sync */
     uint8_t *staging;                  /* STORE_BATCHES * STORE_BATCH_PAGES pages */
     uint8_t *super_buffer;             /* 2 blocks: the copies */
     uint8_t *tables_begin;             /* what follows is zeroed before loading */
@@ -330,13 +338,22 @@ static inline bool store_usable(const struct store *store, uint64_t pba)
     return false;
 }
 
+/* Words of the metadata log's record that begins with this one. */
+static inline uint32_t store_record_words(uint64_t word)
+{
+    uint32_t type = FORMAT_RECORD_TYPE(word);
+    return type == FORMAT_RECORD_BLOCK ? 4 : type == FORMAT_RECORD_VOLUME ? 1 + sizeof(struct format_volume) / 8 : 2;
+}
+
 /* --- store.c --- */
 void store_lay_out(struct store *store, void *memory, const struct store_geometry *geometry);
 /* Ends loading for good; printf-like, in the running transaction or outside of any. */
 void store_fail(struct store *store, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* Submits one request of kind IO_STORE over `bytes` at `memory` (0 for a flush); false if no slot is free. */
-bool store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
-                  uint64_t bytes);
+/* Submits one request of kind IO_STORE over `bytes` at `memory`; returns its identity, 0 if no slot is free. */
+uint64_t store_submit(struct store *store, enum store_io what, uint64_t number, uint32_t opcode, uint64_t pba, const void *memory,
+                      uint64_t bytes);
+/* A flush that comes after the requests of these identities (io_submit_sync); false if no slot is free. */
+bool store_submit_flush(struct store *store, enum store_io what, const uint64_t *after, uint32_t count);
 uint64_t store_checksum(const struct store *store, enum format_seed_kind kind, uint64_t number, const void *bytes, uint64_t count);
 /* Fills a superblock copy (4096 bytes); `place` is 0..3: block 0, block 1, block N-2, block N-1. */
 void store_seal_super(struct format_super *super, uint64_t place, void *block);
@@ -393,6 +410,9 @@ uint32_t store_group_blocks(const struct store *store, uint64_t group);         
 uint32_t store_leaf(struct store *store, uint32_t volume, uint64_t leaf);
 /* Changes an entry; keeps the frame's live words and the volume's mapped_blocks. */
 void store_set_entry(struct store *store, uint32_t frame, uint32_t index, uint64_t value);
+/* The records that store_place of this would note after `before` words of others that are yet to be noted; returns their number, 0: that
+ * cannot be told. `records` has room for STORE_CHANGE_BYTES behind those. */
+uint32_t store_place_records(struct store *store, const struct store_placing *placing, uint64_t *records, uint32_t before);
 /* A persistent value goes: its reference or promise is dropped. Returns words written to `records` (0 or 2). */
 uint32_t store_drop_value(struct store *store, uint32_t volume, uint64_t value, uint64_t *records);
 
@@ -415,12 +435,29 @@ bool store_warm_step(struct store *store);
 /* --- store_log.c --- */
 /* Adds the records of one change (words <= FORMAT_LOG_RECORD_BYTES / 8). Room is the caller's care: store_has_room. */
 void store_log_append(struct store *store, const uint64_t *records, uint32_t words);
+void store_log_nothing(struct store *store);                   /* a record that says so */
 void store_log_seal(struct store *store);                      /* the open block, if it holds anything */
+/* Makes a block of the open block's number of `used_bytes` of records that stand in it; returns its checksum. */
+uint64_t store_log_finish(const struct store *store, uint8_t *block, uint64_t used_bytes, uint32_t flags);
+uint8_t *store_log_block(const struct store *store, uint64_t sequence); /* in the buffer */
+static inline uint64_t store_log_pba(const struct store_area *area, uint64_t sequence, uint32_t copy) /* on the device */
+{
+    return sequence % area->log_blocks + (copy == 0 ? FORMAT_SUPER_BLOCKS : area->log_second);
+}
+uint64_t store_log_room(const struct store_area *area);        /* blocks that may be begun before something must become durable */
 bool store_sync_step(struct store *store);
 void store_sync_io(struct store *store, enum store_io what, uint32_t status);
 void store_sync_fail(struct store *store, uint32_t status);    /* the running sync fails */
 /* Some device flush failed: all that was written since the last good one is in doubt, whoever wrote it. */
 void store_flush_failed(struct store *store, uint32_t status);
+
+/* --- store_ahead.c --- */
+void store_ahead_io(struct store *store, enum store_io what, uint32_t status);
+/* The open block holds something if there is another one on the device in its place. */
+void store_ahead_settle(struct store *store);
+/* True if the sealed block `sequence` is what was written ahead. */
+bool store_ahead_is(const struct store *store, uint64_t sequence);
+void store_ahead_over(struct store *store);                    /* a sync is complete */
 
 /* --- store_rewrite.c --- */
 void store_rewrite_begin(struct store *store);

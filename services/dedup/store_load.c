@@ -431,7 +431,7 @@ static bool flush_step(struct store *store)
     struct store_load *load = store->load;
     struct store_area *area = store->area;
     if (!load->flush_sent) {
-        load->flush_sent = store_submit(store, STORE_IO_LOAD_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0);
+        load->flush_sent = store_submit_flush(store, STORE_IO_LOAD_FLUSH, 0, 0);
         return load->flush_sent;
     }
     if (load->flush_status != ATOLL_OK) {

@@ -5,9 +5,11 @@
  *   store_sync           asks; store_synced tells
  *   store_sync_step      IDLE -> (after a failed flush: store_rewrite.c) -> device flush (data placed so far) -> log blocks, both copies -> device flush -> IDLE
  *
+ * A flush goes with the log blocks where they are one write for each copy: the driver begins it when they are done.
+ *
  * What fits one log block does without the first of these flushes: that block says so, and a loader that finds no other behind it looks
  * whether the data are there (store_replay.c). So that this is never asked of data that were acknowledged long ago, a block with nothing
- * in it follows where nothing else does for a second.
+ * in it follows where nothing else does for a second. It may have been written before its sync (AHEAD: store_ahead.c).
  *
  * A sync seals the open block at its beginning, so that it covers no change whose data had not been placed by then. Its end is the
  * commit point of everything noted before: log_durable, and with synced_epoch the blocks freed by it may be used again.
@@ -19,9 +21,27 @@
 #include "ipc/crashpoint.h"
 #include "services/dedup/store_internal.h"
 
-static uint8_t *log_block(const struct store *store, uint64_t sequence)
+uint8_t *store_log_block(const struct store *store, uint64_t sequence)
 {
     return store->log_buffer + sequence % STORE_LOG_BUFFER_BLOCKS * ATOLL_BLOCK_BYTES;
+}
+
+uint64_t store_log_finish(const struct store *store, uint8_t *block, uint64_t used_bytes, uint32_t flags)
+{
+    const struct store_area *area = store->area;
+    struct format_log_header header = {.magic = FORMAT_LOG_MAGIC,
+                                       .sequence = area->log_next,
+                                       .chain = area->log_chain,
+                                       .durable = area->log_durable,
+                                       .generation = area->generation,
+                                       .version = FORMAT_VERSION,
+                                       .used_bytes = (uint32_t)used_bytes,
+                                       .flags = flags};
+    memcpy(block, &header, sizeof header);
+    memset(block + sizeof header + used_bytes, 0, FORMAT_LOG_RECORD_BYTES - used_bytes);
+    header.checksum = store_checksum(store, FORMAT_SEED_LOG, area->log_next, block + 8, ATOLL_BLOCK_BYTES - 8);
+    memcpy(block, &header.checksum, sizeof header.checksum);
+    return header.checksum;
 }
 
 static void seal(struct store *store, uint32_t flags)
@@ -29,21 +49,8 @@ static void seal(struct store *store, uint32_t flags)
     struct store_area *area = store->area;
     if (area->log_fill == 0)
         return;
-    uint8_t *block = log_block(store, area->log_next);
     /* Written directly: it counts only once log_next has passed it. */
-    struct format_log_header header = {.magic = FORMAT_LOG_MAGIC,
-                                       .sequence = area->log_next,
-                                       .chain = area->log_chain,
-                                       .durable = area->log_durable,
-                                       .generation = area->generation,
-                                       .version = FORMAT_VERSION,
-                                       .used_bytes = (uint32_t)area->log_fill,
-                                       .flags = flags};
-    memcpy(block, &header, sizeof header);
-    memset(block + sizeof header + area->log_fill, 0, FORMAT_LOG_RECORD_BYTES - area->log_fill);
-    header.checksum = store_checksum(store, FORMAT_SEED_LOG, area->log_next, block + 8, ATOLL_BLOCK_BYTES - 8);
-    memcpy(block, &header.checksum, sizeof header.checksum);
-    STORE_SET(store, log_chain, header.checksum);
+    STORE_SET(store, log_chain, store_log_finish(store, store_log_block(store, area->log_next), area->log_fill, flags));
     STORE_ADD(store, log_next, 1);
     STORE_SET(store, log_fill, 0);
 }
@@ -60,14 +67,19 @@ void store_log_append(struct store *store, const uint64_t *records, uint32_t wor
     /* The open block has a place in the buffer and in the log: callers ask store_has_room. */
     assert(area->log_next - area->log_durable < STORE_LOG_BUFFER_BLOCKS && area->log_next - area->log_start < area->log_blocks);
     /* Beyond log_fill nothing is committed: written directly. */
-    memcpy(log_block(store, area->log_next) + sizeof(struct format_log_header) + area->log_fill, records, bytes);
+    memcpy(store_log_block(store, area->log_next) + sizeof(struct format_log_header) + area->log_fill, records, bytes);
     STORE_ADD(store, log_fill, bytes);
     if (!area->changed)
         STORE_SET(store, changed, 1);
 }
 
-/* Blocks that may still be begun before something must become durable. */
-static uint64_t log_room(const struct store_area *area)
+void store_log_nothing(struct store *store)
+{
+    static const uint64_t nothing[2] = {FORMAT_RECORD(FORMAT_RECORD_NOTHING, 0), 0};
+    store_log_append(store, nothing, 2);
+}
+
+uint64_t store_log_room(const struct store_area *area)
 {
     uint64_t buffer = STORE_LOG_BUFFER_BLOCKS - (area->log_next - area->log_durable);
     uint64_t log = area->log_blocks - (area->log_next - area->log_start);
@@ -79,7 +91,7 @@ bool store_has_room(struct dedup *dedup, uint32_t records)
     struct store *store = dedup->store;
     struct store_area *area = store->area;
     uint64_t needed = (uint64_t)records / (FORMAT_LOG_RECORD_BYTES / STORE_CHANGE_BYTES) + 2 + STORE_LOG_SLACK_BLOCKS;
-    bool room = log_room(area) > needed && !store_full_of_changes(store);
+    bool room = store_log_room(area) > needed && !store_full_of_changes(store);
     if (!room || area->log_next - area->log_durable > STORE_LOG_BUFFER_BLOCKS / 2)
         if (!area->sync_wanted && area->sync_phase == SYNC_IDLE && area->changed)
             STORE_SET(store, sync_wanted, 1);
@@ -92,7 +104,7 @@ uint64_t store_sync(struct dedup *dedup)
 {
     struct store *store = dedup->store;
     struct store_area *area = store->area;
-    if (!area->changed && !area->data_unflushed && !area->sync_forced)
+    if (!area->changed && !area->data_unflushed && !area->sync_forced && area->ahead_sequence == 0)
         return area->sync_phase != SYNC_IDLE ? area->sync_epoch : area->epoch - 1;
     if (!area->sync_wanted)
         STORE_SET(store, sync_wanted, 1);
@@ -148,6 +160,7 @@ static void sync_complete(struct store *store)
     STORE_SET(store, sync_status, ATOLL_OK);
     STORE_SET(store, sync_phase, SYNC_IDLE);
     STORE_SET(store, sync_retry_ns, 0);
+    store_ahead_over(store);
     STORE_SET(store, follow_ns, area->sync_once ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     if (area->pending_blocks != 0)
         STORE_SET(store, sweep_left, area->geometry.frames); /* their pages are in memory */
@@ -158,6 +171,7 @@ static void sync_begin(struct store *store)
 {
     struct store_area *area = store->area;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.sync");
+    store_ahead_settle(store);
     bool alone = area->log_next == area->log_durable && area->log_fill != 0;
     bool once = alone && area->data_unflushed && !area->sync_forced && !area->rewrite_wanted;
     seal(store, once ? FORMAT_LOG_UNFLUSHED : 0);
@@ -171,6 +185,8 @@ static void sync_begin(struct store *store)
     STORE_SET(store, sync_position[0], area->log_durable);
     STORE_SET(store, sync_position[1], area->log_durable);
     STORE_SET(store, sync_phase, (area->data_unflushed && !once) || area->sync_forced ? SYNC_FLUSH_DATA : SYNC_WRITE);
+    if (once && store_ahead_is(store, area->log_next - 1))
+        STORE_SET(store, sync_phase, SYNC_AHEAD);
     if (area->rewrite_wanted) {
         STORE_SET(store, rewrite_wanted, 0);
         STORE_SET(store, sync_phase, SYNC_REWRITE);
@@ -180,12 +196,24 @@ static void sync_begin(struct store *store)
     STORE_SET(store, sync_forced, 0);
 }
 
-/* Submits what can be of the log blocks; returns true if it did something. */
+static bool submit_flush(struct store *store, const uint64_t *after, uint32_t count)
+{
+    if (!store_submit_flush(store, STORE_IO_SYNC_FLUSH, after, count))
+        return false;
+    STORE_ADD(store, sync_outstanding, 1);
+    return true;
+}
+
+/* Submits what can be of the log blocks; returns true if it did something. If that is one write for each copy the flush goes with them. */
 static bool sync_write(struct store *store)
 {
     struct store_area *area = store->area;
-    bool did = false;
+    uint64_t sent[2] = {0};
+    bool did = false, short_one = area->sync_outstanding == 0;
+    if (area->ahead_outstanding != 0) /* they are written to one of these places */
+        return false;
     for (uint32_t copy = 0; copy < 2; copy++) {
+        short_one = short_one && area->sync_position[copy] == area->log_durable;
         while (area->sync_position[copy] < area->sync_end && area->sync_outstanding < STORE_SYNC_OUTSTANDING) {
             uint64_t sequence = area->sync_position[copy], count = area->sync_end - sequence;
             uint64_t place = sequence % area->log_blocks, slot = sequence % STORE_LOG_BUFFER_BLOCKS;
@@ -195,9 +223,9 @@ static bool sync_write(struct store *store)
                 count = area->log_blocks - place;
             if (count > STORE_LOG_BUFFER_BLOCKS - slot)
                 count = STORE_LOG_BUFFER_BLOCKS - slot;
-            uint64_t pba = place + (copy == 0 ? FORMAT_SUPER_BLOCKS : area->log_second);
-            if (!store_submit(store, STORE_IO_LOG, 0, ATOLL_OP_IO_WRITE, pba, log_block(store, sequence),
-                              count * ATOLL_BLOCK_BYTES))
+            sent[copy] = store_submit(store, STORE_IO_LOG, 0, ATOLL_OP_IO_WRITE, store_log_pba(area, sequence, copy),
+                                      store_log_block(store, sequence), count * ATOLL_BLOCK_BYTES);
+            if (sent[copy] == 0)
                 return did;
             STORE_ADD(store, sync_position[copy], count);
             STORE_ADD(store, sync_outstanding, 1);
@@ -205,15 +233,9 @@ static bool sync_write(struct store *store)
             did = true;
         }
     }
+    if (short_one && did && area->sync_outstanding == 2 && submit_flush(store, sent, 2))
+        STORE_SET(store, sync_phase, SYNC_FLUSH_LOG);
     return did;
-}
-
-static bool submit_flush(struct store *store)
-{
-    if (!store_submit(store, STORE_IO_SYNC_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
-        return false;
-    STORE_ADD(store, sync_outstanding, 1);
-    return true;
 }
 
 void store_sync_io(struct store *store, enum store_io what, uint32_t status)
@@ -233,22 +255,23 @@ void store_sync_io(struct store *store, enum store_io what, uint32_t status)
         STORE_SET(store, sync_phase, SYNC_WRITE);
     else if (what == STORE_IO_SYNC_FLUSH && area->sync_phase == SYNC_FLUSH_LOG)
         sync_complete(store);
+    else if (area->sync_phase == SYNC_FLUSH_LOG)
+        STORE_SET(store, sync_phase, SYNC_WRITE); /* the flush was not the last: another one */
 }
 
 /* The last block of the log was written before its data were flushed: another one behind it says that they are there. */
 static void follow(struct store *store)
 {
-    static const uint64_t nothing[2] = {FORMAT_RECORD(FORMAT_RECORD_NOTHING, 0), 0};
     struct store_area *area = store->area;
     STORE_SET(store, follow_ns, 0);
     if (area->log_start == area->log_durable)
         return; /* the root does */
-    if (area->log_fill == 0 && log_room(area) <= STORE_LOG_SLACK_BLOCKS) {
+    if (area->log_fill == 0 && store_log_room(area) <= STORE_LOG_SLACK_BLOCKS) {
         STORE_SET(store, follow_ns, atoll_now_ns() + STORE_FOLLOW_NS); /* a checkpoint will */
         return;
     }
     if (area->log_fill == 0)
-        store_log_append(store, nothing, 2);
+        store_log_nothing(store);
     STORE_SET(store, sync_forced, 1); /* data of a block that others have begun are flushed first */
     store_sync(store->dedup);
 }
@@ -271,14 +294,22 @@ bool store_sync_step(struct store *store)
     if (area->sync_phase == SYNC_REWRITE)
         did |= store_rewrite_step(store);
     if (area->sync_phase == SYNC_FLUSH_DATA && area->sync_outstanding == 0)
-        did |= submit_flush(store);
+        did |= submit_flush(store, 0, 0);
+    if (area->sync_phase == SYNC_AHEAD && area->ahead_outstanding == 0) {
+        store_count(store, STORE_COUNTER_SYNCS_AHEAD, area->ahead_error == 0);
+        if (area->ahead_error == 0)
+            sync_complete(store);
+        else
+            STORE_SET(store, sync_phase, SYNC_WRITE);
+        did = true;
+    }
     if (area->sync_phase == SYNC_WRITE) {
         did |= sync_write(store);
         if (area->sync_outstanding == 0 && area->sync_position[0] == area->sync_end && area->sync_position[1] == area->sync_end) {
             if (area->log_durable == area->sync_end) {
                 sync_complete(store); /* there was nothing but data or pages to flush */
                 did = true;
-            } else if (submit_flush(store)) {
+            } else if (submit_flush(store, 0, 0)) {
                 STORE_SET(store, sync_phase, SYNC_FLUSH_LOG);
                 did = true;
             }

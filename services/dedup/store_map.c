@@ -138,6 +138,20 @@ uint32_t store_drop_value(struct store *store, uint32_t volume, uint64_t value, 
     return 2;
 }
 
+static void map_record(uint64_t *records, uint32_t volume, uint64_t lba, uint64_t base, uint64_t value)
+{
+    records[0] = FORMAT_RECORD(FORMAT_RECORD_MAP, FORMAT_KEY(volume, lba | (uint64_t)MAP_KIND(base) << 50));
+    records[1] = value;
+}
+
+static void block_record(uint64_t *records, uint64_t pba, struct fingerprint print)
+{
+    records[0] = FORMAT_RECORD(FORMAT_RECORD_BLOCK, pba);
+    records[1] = 1;
+    records[2] = print.low;
+    records[3] = print.high;
+}
+
 /* Sets the entry to a persistent value and notes it; `records` has room for the MAP record. */
 static void set_persistent(struct store *store, uint32_t volume, uint64_t lba, uint32_t frame, uint64_t base, uint64_t value,
                            uint64_t *records)
@@ -145,8 +159,7 @@ static void set_persistent(struct store *store, uint32_t volume, uint64_t lba, u
     assert(frame != STORE_NO_FRAME); /* a leaf with a logged or persistent entry, asked for in this step */
     store_mark_dirty(store, frame);
     store_set_entry(store, frame, lba % FORMAT_LEAF_ENTRIES, value);
-    records[0] = FORMAT_RECORD(FORMAT_RECORD_MAP, FORMAT_KEY(volume, lba | (uint64_t)MAP_KIND(base) << 50));
-    records[1] = value;
+    map_record(records, volume, lba, base, value);
 }
 
 void store_place(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba, struct fingerprint print)
@@ -166,12 +179,28 @@ void store_place(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t ba
     if (!store->area->data_unflushed)
         STORE_SET(store, data_unflushed, 1);
     set_persistent(store, volume, lba, frame, base, MAP_VALUE(MAP_PBA, pba), records);
-    records[2] = FORMAT_RECORD(FORMAT_RECORD_BLOCK, pba);
-    records[3] = 1;
-    records[4] = print.low;
-    records[5] = print.high;
+    block_record(records + 2, pba, print);
     store_log_append(store, records, 6 + store_drop_value(store, volume, base, records + 6));
     store_remember_print(store, pba, 1);
+}
+
+uint32_t store_place_records(struct store *store, const struct store_placing *placing, uint64_t *records, uint32_t before)
+{
+    uint64_t *own = records + before, old = MAP_NUMBER(placing->base);
+    map_record(own, placing->volume, placing->lba, placing->base, MAP_VALUE(MAP_PBA, placing->pba));
+    block_record(own + 2, placing->pba, placing->print);
+    if (MAP_KIND(placing->base) != MAP_PBA)
+        return 6;
+    const uint32_t *word = store_ref(store, old);
+    if (word == 0 || !REF_IS_COUNT(*word))
+        return 0;
+    uint64_t count = *word;
+    own[6] = FORMAT_RECORD(FORMAT_RECORD_REFS, old);
+    for (uint32_t at = 0; at < before; at += store_record_words(records[at]))
+        if (records[at] == own[6])
+            count = records[at + 1];
+    own[7] = count - 1;
+    return 8;
 }
 
 bool store_share(struct dedup *dedup, uint32_t volume, uint64_t lba, uint64_t base, uint64_t pba)

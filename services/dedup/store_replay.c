@@ -27,12 +27,6 @@ static bool log_block_good(const struct store *store, const uint8_t *block, uint
 
 /* --- Records --------------------------------------------------------------------------------------------------------- */
 
-static uint32_t record_words(uint64_t word)
-{
-    uint32_t type = FORMAT_RECORD_TYPE(word);
-    return type == FORMAT_RECORD_BLOCK ? 4 : type == FORMAT_RECORD_VOLUME ? 1 + sizeof(struct format_volume) / 8 : 2;
-}
-
 static bool map_sane(const struct store *store, uint64_t rest, uint64_t count, uint64_t value)
 {
     uint64_t lba = FORMAT_KEY_NUMBER(rest);
@@ -141,8 +135,8 @@ enum replayed { REPLAYED, REPLAY_WAITS, REPLAY_SENSELESS };
 static enum replayed replay(struct store *store, const uint64_t *words, uint32_t count)
 {
     bool waits = false;
-    for (uint32_t at = 0; at < count; at += record_words(words[at])) {
-        if (record_words(words[at]) > count - at || !record_sane(store, words + at))
+    for (uint32_t at = 0; at < count; at += store_record_words(words[at])) {
+        if (store_record_words(words[at]) > count - at || !record_sane(store, words + at))
             return REPLAY_SENSELESS;
         enum store_want want = want_record(store, words + at);
         if (want == STORE_LOST) {
@@ -153,7 +147,7 @@ static enum replayed replay(struct store *store, const uint64_t *words, uint32_t
     }
     if (waits)
         return REPLAY_WAITS;
-    for (uint32_t at = 0; at < count; at += record_words(words[at])) {
+    for (uint32_t at = 0; at < count; at += store_record_words(words[at])) {
         if (!apply(store, words + at))
             return REPLAY_SENSELESS;
         if (store->journal->count > ATOLL_JOURNAL_ENTRIES / 2)
@@ -187,7 +181,7 @@ static void look_for_data(struct store_load *load, const struct format_log_heade
 static bool is_left(const struct store_load *load, uint64_t pba)
 {
     bool left = false;
-    for (uint32_t at = 0; at < load->last_count; at += record_words(load->last[at])) {
+    for (uint32_t at = 0; at < load->last_count; at += store_record_words(load->last[at])) {
         uint32_t type = FORMAT_RECORD_TYPE(load->last[at]);
         if ((type == FORMAT_RECORD_BLOCK || type == FORMAT_RECORD_REFS) && FORMAT_RECORD_REST(load->last[at]) == pba)
             left = load->last[at + 1] != 0;
@@ -198,9 +192,9 @@ static bool is_left(const struct store_load *load, uint64_t pba)
 void load_ask_data(struct store *store)
 {
     struct store_load *load = store->load;
-    for (; load->cursor < load->last_count && load->count < LOAD_WANTS; load->cursor += record_words(load->last[load->cursor])) {
+    for (; load->cursor < load->last_count && load->count < LOAD_WANTS; load->cursor += store_record_words(load->last[load->cursor])) {
         uint32_t at = (uint32_t)load->cursor;
-        if (record_words(load->last[at]) > load->last_count - at || !record_sane(store, load->last + at)) {
+        if (store_record_words(load->last[at]) > load->last_count - at || !record_sane(store, load->last + at)) {
             load->last_count = at; /* replay says so */
             break;
         }
@@ -262,8 +256,10 @@ void load_take_log(struct store *store)
     load->count = 0;
 }
 
-/* The next block of the log among those that have been read; returns how many of its copies are good. */
-static uint32_t take_pair(const struct store *store, uint32_t pair, uint64_t sequence, uint64_t chain, uint8_t *block)
+/* The next block of the log among those that have been read; returns how many of its copies are good. Two that say different things are what
+ * a sync was cut off at that took the place of what had been written ahead of it (store_ahead.c): the first one counts, and nobody is served before
+ * the log begins behind it, or the other one would count once the first is damaged. */
+static uint32_t take_pair(struct store *store, uint32_t pair, uint64_t sequence, uint64_t chain, uint8_t *block)
 {
     const struct store_load *load = store->load;
     uint32_t good = 0;
@@ -274,8 +270,11 @@ static uint32_t take_pair(const struct store *store, uint32_t pair, uint64_t seq
         memcpy(image, store_bounce(store) + place * ATOLL_BLOCK_BYTES, sizeof image);
         if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, sequence, &header) || header.chain != chain)
             continue;
+        if (good == 0)
+            memcpy(block, image, sizeof image);
+        else if (memcmp(block, image, sizeof image) != 0)
+            STORE_SET(store, root_first, 1);
         good++;
-        memcpy(block, image, sizeof image);
     }
     return good;
 }

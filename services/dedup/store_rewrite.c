@@ -28,15 +28,6 @@ void store_rewrite_begin(struct store *store)
     STORE_SET(store, rewrite_lost, 0);
 }
 
-static uint64_t record_words(uint64_t word)
-{
-    switch (FORMAT_RECORD_TYPE(word)) {
-    case FORMAT_RECORD_BLOCK: return 4;
-    case FORMAT_RECORD_VOLUME: return 1 + sizeof(struct format_volume) / 8;
-    default: return 2;
-    }
-}
-
 /* Puts the next blocks on the list; false when there are no more. */
 static bool collect(struct store *store)
 {
@@ -56,7 +47,7 @@ static bool collect(struct store *store)
         const struct fingerprint *print = FORMAT_RECORD_TYPE(words[at]) == FORMAT_RECORD_BLOCK ? store_print(store, pba) : 0;
         if (print != 0 && store_keeps_content(store, pba) && print->low == words[at + 2] && print->high == words[at + 3])
             atoll_set64(store->journal, &area->rewrite_pba[count++], pba);
-        at += record_words(words[at]);
+        at += store_record_words(words[at]);
     }
     STORE_SET(store, rewrite_sequence, sequence);
     STORE_SET(store, rewrite_word, at);

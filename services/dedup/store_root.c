@@ -123,7 +123,7 @@ bool store_root_step(struct store *store)
         STORE_SET(store, checkpoint_phase, CHECKPOINT_SUPER);
         return false;
     }
-    if (area->checkpoint_cursor != 0 || !store_submit(store, STORE_IO_SUPER_FLUSH, 0, ATOLL_OP_IO_SYNC, 0, 0, 0))
+    if (area->checkpoint_cursor != 0 || !store_submit_flush(store, STORE_IO_SUPER_FLUSH, 0, 0))
         return false;
     STORE_SET(store, checkpoint_outstanding, 1);
     STORE_SET(store, checkpoint_cursor, 1);

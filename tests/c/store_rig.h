@@ -25,7 +25,7 @@
 
 enum {
     VOLUMES = 3, KEYS = 300, RECORDS = 256, HISTORY = 1 << 16, PENDING = 1 << 14, CONTENTS = 400, SYNCS = 64,
-    DISK_PAGES = STORE_BOUNCE_PAGES + 4
+    DISK_PAGES = STORE_BOUNCE_PAGES + 4, AHEAD = 4
 };
 #define SECTOR 512
 #define ZERO_CONTENT 1 /* MAP_ZERO; 0 is a hole; from 2 on: contents */
@@ -81,6 +81,8 @@ struct rig {
     uint64_t sync_count;
     struct { uint64_t ticket, operation; } syncs[SYNCS];
     uint64_t synced_operation;
+    uint64_t ahead_operation, ahead_count; /* written ahead by the last operation that did so, and not noted by it */
+    struct event ahead[AHEAD];
     uint64_t deleting[VOLUMES];
     /* not journaled */
     uint64_t sync_one_in, checkpoint_one_in, io_percent; /* how the work is mixed */
@@ -298,6 +300,7 @@ int io_submit(struct dedup *unused, enum io_kind kind, uint64_t argument, uint32
     }
     CHECK(offset_bytes + length <= geometry.device_blocks * ATOLL_BLOCK_BYTES && length <= ATOLL_IO_BLOCKS * ATOLL_BLOCK_BYTES);
     slot->opcode = opcode;
+    slot->sequence++;
     slot->argument = argument;
     slot->offset_bytes = offset_bytes;
     slot->length_bytes = (uint32_t)length;
@@ -307,12 +310,34 @@ int io_submit(struct dedup *unused, enum io_kind kind, uint64_t argument, uint32
     return (int)number;
 }
 
+int io_submit_sync(struct dedup *unused, enum io_kind kind, uint64_t argument, const uint64_t *after, uint32_t count)
+{
+    int number = io_submit(unused, kind, argument, ATOLL_ROLE_DISK, ATOLL_OP_IO_SYNC, 0, 0, 0);
+    if (number >= 0)
+        memset(unused->io->slots[number].after, 0, sizeof unused->io->slots[number].after);
+    if (number >= 0 && count != 0)
+        memcpy(unused->io->slots[number].after, after, count * sizeof after[0]);
+    return number;
+}
+
+/* True if it must wait for another one. */
+static bool comes_after(const struct io_slot *slot)
+{
+    for (uint32_t index = 0; slot->opcode == ATOLL_OP_IO_SYNC && index < IO_AFTER; index++) {
+        const struct io_slot *other = &rig->io.slots[slot->after[index] >> 32];
+        if (slot->after[index] != 0 && other->kind != IO_FREE && other->sequence == (uint32_t)slot->after[index])
+            return true;
+    }
+    return false;
+}
+
 /* Executes one request in flight, picked by chance. False: there is none. */
 static bool run_io(void)
 {
     uint32_t busy[ATOLL_IO_COUNT], count = 0;
     for (uint32_t number = 0; number < ATOLL_IO_COUNT; number++)
-        if (rig->io.slots[number].kind != IO_FREE && (rig->hold == 0 || rig->io.slots[number].argument >> 56 != rig->hold - 1))
+        if (rig->io.slots[number].kind != IO_FREE && (rig->hold == 0 || rig->io.slots[number].argument >> 56 != rig->hold - 1) &&
+            !comes_after(&rig->io.slots[number]))
             busy[count++] = number;
     if (count == 0)
         return false;
@@ -681,6 +706,41 @@ static void place(struct record *record)
     set_record(record, (struct record){0});
 }
 
+static void ask_sync(void);
+
+/* Some records that are written are announced, then placed and synced as was said, or something else is done. */
+static void place_ahead(void)
+{
+    struct record *records[AHEAD];
+    struct store_placing placings[AHEAD];
+    struct event events[AHEAD];
+    uint32_t count = 0, most = 1 + (uint32_t)chance(AHEAD);
+    for (uint32_t number = 0; number < RECORDS && count < most; number++) {
+        struct record *record = &rig->records[number];
+        if (record->state != 3 || !have_change(key_volume(record->key), key_lba(record->key), STORE_CHANGE, record->base, record->pba) ||
+            record->state != 3)
+            continue;
+        placings[count] = (struct store_placing){key_volume(record->key), key_lba(record->key), record->base, record->pba,
+                                                 content_print(record->content)};
+        events[count] = (struct event){0, record->key, record->content};
+        records[count++] = record;
+    }
+    if (count == 0 || !store_place_ahead(&dedup, placings, count, 0))
+        return;
+    RIG_SET(operation, rig->operation + 1); /* of nothing: who is told of a sync from now on is not told of these */
+    RIG_SET(ahead_operation, rig->operation);
+    RIG_SET(ahead_count, count);
+    atoll_save(&rig->journal, rig->ahead, sizeof rig->ahead);
+    memcpy(rig->ahead, events, sizeof events);
+    if (chance(4) == 0)
+        return;
+    for (uint32_t index = 0; index < count; index++)
+        if (records[index]->state == 3)
+            place(records[index]);
+    if (chance(4) != 0)
+        ask_sync();
+}
+
 static void unmap(uint64_t key, bool promise)
 {
     uint64_t base;
@@ -772,7 +832,10 @@ static void operate(void)
     } else if (what < 78) {
         for (uint32_t index = 0; index < RECORDS && record->state < 2; index++)
             record = &rig->records[(index * 7 + what) % RECORDS];
-        place(record);
+        if (chance(6) == 0)
+            place_ahead();
+        else
+            place(record);
     } else if (what < 82) {
         unmap(key, false);
     } else if (what < 84) {

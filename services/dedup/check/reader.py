@@ -257,7 +257,9 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
 
     def copies_of(sequence: int, chain: int) -> list[tuple[Any, bytes] | None]:
         both = good.get(sequence, [None, None])
-        return [one if one is not None and int(one[0]["chain"]) == chain else None for one in both]
+        first, second = (one if one is not None and int(one[0]["chain"]) == chain else None for one in both)
+        # Power failed while the second block of that number took the place of the first: one says what nobody was told.
+        return [first, second if first is None or second is None or first[1] == second[1] else None]
 
     while sequence - root.log_start < count:
         copies = copies_of(sequence, chain)
