@@ -32,7 +32,7 @@
 #define ATOLL_MAP_STRIDE 0x4000000000
 #define ATOLL_LOCK_BASE 0x2f0000000000
 #define ATOLL_ARENA_MAGIC 0x616e6572416c6c41
-#define ATOLL_LAYOUT_VERSION 19
+#define ATOLL_LAYOUT_VERSION 20
 
 /* Numbers reach other processes and stale arenas: never renumber. */
 enum atoll_role {

@@ -83,6 +83,12 @@ def offline(device: bytes) -> tuple[list[str], list[str]]:
     return report.notes, [finding.text for finding in report.findings]
 
 
+def supers(device: bytes) -> list[np.void]:
+    """Of the even generation and of the odd one, then their copies."""
+    places = [layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)]
+    return [np.frombuffer(device, layout.SUPER, 1, at)[0] for at in places]
+
+
 def log_blocks(device: bytes) -> dict[int, list[int]]:
     """Sequence: where its copies begin on the device."""
     blocks: dict[int, list[int]] = {}

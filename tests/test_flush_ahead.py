@@ -15,7 +15,22 @@ from typing import Any
 
 import pytest
 from dedupkit import BLOCK, OK, Io, Request, Stage
-from flushkit import VOLUME_BYTES, A, B, C, D, found, log_blocks, offline, place, served, synced, syncs, with_bytes
+from flushkit import (
+    VOLUME_BYTES,
+    A,
+    B,
+    C,
+    D,
+    found,
+    log_blocks,
+    offline,
+    place,
+    served,
+    supers,
+    synced,
+    syncs,
+    with_bytes,
+)
 
 from atoll.ipc._ipc import lib
 from atoll.services.dedup.check import layout
@@ -279,8 +294,10 @@ def test_any_part_of_it_may_be_there() -> None:
             assert (found(after, 0), found(after, 1)) == ((B if whole else A), C)
 
 
-def test_two_copies_that_say_different_things() -> None:
-    """Power fails while the sync's block takes the place of the one that was written ahead. One counts, for ever."""
+@pytest.fixture
+def differ() -> tuple[bytes, int, int]:
+    """Power failed while the sync's block took the place of the one that was written ahead: the device, and where the
+    copies of the last log block are. The first says that block 0 is a hole and 1 is B, the second that 0 is still A."""
     with fresh() as stage:
         flushed(stage, (0, A))
         asked(stage, (1, B))
@@ -296,6 +313,20 @@ def test_two_copies_that_say_different_things() -> None:
         device = bytes(stage.device)
     first, second = log_blocks(device)[last]
     assert device[first : first + BLOCK] != device[second : second + BLOCK]
+    return device, first, second
+
+
+def unreadable(*places: int) -> Callable[[Io], int]:
+    def rule(io: Io) -> int:
+        overlaps = any(io.offset <= at < io.offset + io.length for at in places)
+        return int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_READ and overlaps else OK
+
+    return rule
+
+
+def test_two_copies_that_say_different_things(differ: tuple[bytes, int, int]) -> None:
+    """One counts, for ever."""
+    device, first, second = differ
     assert offline(device) == ([], [])
     with served(device) as after:
         assert (found(after, 0), found(after, 1)) == (ZEROS, B)
@@ -305,6 +336,38 @@ def test_two_copies_that_say_different_things() -> None:
         damaged = with_bytes(later, copy, bytes(BLOCK))
         with served(damaged, asked=False) as after:
             assert [found(after, lba) for lba in range(3)] == [ZEROS, B, C]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_of_them_cannot_be_read(differ: tuple[bytes, int, int], bad: int) -> None:
+    """What it says does not count either when it can be read again."""
+    device, *copies = differ
+    state = [A if bad == 0 else ZEROS, B]
+    with served(device, unreadable(copies[bad]), asked=False) as after:
+        assert [found(after, lba) for lba in range(2)] == state
+        later = bytes(after.device)
+    with served(later) as after:
+        assert [found(after, lba) for lba in range(2)] == state
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_the_log_goes_on_behind_one_of_them(differ: tuple[bytes, int, int], bad: int) -> None:
+    """The other could not be read by whoever went on; and then both copies of the newest superblock are damaged. The
+    log is replayed from the root before, and it is that one which counts."""
+    device, *copies = differ
+    state = [A if bad == 0 else ZEROS, B, C]
+    with served(device, unreadable(copies[bad]), asked=False) as after:
+        assert synced(after, 0, (2, C)) == 1
+        later = bytes(after.device)
+    newest = max(int(fields["generation"]) for fields in supers(later))
+    for number, fields in enumerate(supers(later)):
+        if int(fields["generation"]) == newest:
+            later = with_bytes(later, layout.super_block(len(later) // BLOCK, number) * BLOCK, ZEROS)
+        else:
+            assert int(fields["log_start"]) <= max(log_blocks(device))
+    with served(later, asked=False) as after:
+        assert [found(after, lba) for lba in range(3)] == state
+    assert all("superblock" in text or "copy" in text for text in offline(later)[1]), "the same offline"
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -342,6 +405,35 @@ def after_all_died(stage: Stage, late: bool, noticed: bool) -> bytes:
             stage.device[at : at + BLOCK] = data
     stage.check()
     return bytes(stage.device)
+
+
+def test_a_deletion_waits_for_the_root() -> None:
+    """What it logs would stand behind a block that the device may still put another one in the place of."""
+    with fresh() as stage:
+        doomed = stage.create_volume("w", VOLUME_BYTES)
+        flushed(stage, (0, A))
+        asked(stage, (1, B))
+        reason = stage.ffi.new("char[256]")
+        assert stage.lib.dedup_volume_delete(stage.state, doomed, 0, reason) == OK, stage.ffi.string(reason)
+        lib.atoll_domain_commit(stage.domain)
+        stage.everybody_dies()
+        stage.attach(adopted=True, quarantine=True)
+        places = {layout.super_block(len(stage.device) // BLOCK, number) * BLOCK for number in range(4)}
+        stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.opcode == WRITE and io.offset in places else OK
+        for _ in range(500):
+            stage.turn()
+            stage.disk()
+        assert stage.lib.dedup_store_state(stage.state) == 1, "nobody is served"
+        assert stage.lib.dedup_volume(stage.state, doomed).state == lib.ATOLL_VOLUME_DELETING
+        with pytest.raises(AssertionError, match="the store is not open"):
+            stage.create_volume("x", VOLUME_BYTES)
+        stage.io_rule = None
+        deadline = time.monotonic() + 20
+        while stage.lib.dedup_volume(stage.state, doomed).state != lib.ATOLL_VOLUME_FREE:
+            stage.turn()
+            stage.disk()
+            assert time.monotonic() < deadline
+        stage.check()
 
 
 def test_dedup_dies_at_any_store(hooked: ModuleType) -> None:

@@ -7,6 +7,9 @@ power losses under load are in test_power_loss.py, test_dedup_torture.py and the
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +28,9 @@ from flushkit import (
     offline,
     place,
     served,
+    supers,
     synced,
+    syncs,
     with_bytes,
     without,
 )
@@ -34,8 +39,10 @@ from atoll.ipc._ipc import lib
 from atoll.services.dedup.check import layout
 from atoll.services.dedup.check.image import FileImage, MemoryImage
 from atoll.services.dedup.check.reader import LogReader, Report, Store
-from atoll.services.dedup.check.repair import switch
+from atoll.services.dedup.check.repair import next_root, switch
 from atoll.services.dedup.check.run import run
+
+NOW = 1_000_000_000_000_000
 
 
 @pytest.fixture
@@ -109,10 +116,12 @@ def test_a_power_loss_before_anybody_has_seen_it_changes_nothing(device: bytes) 
         stage.device[:] = lost
         stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_WRITE else OK
         stage.attach()
+        assert stage.lib.dedup_store_state(stage.state) == 1, "it begins to load"
         for _ in range(2000):
             stage.turn()
             stage.disk()
         assert stage.lib.dedup_store_state(stage.state) == 1, "it serves nobody"
+        assert any(io.opcode == lib.ATOLL_OP_IO_WRITE for io in stage.io_log), "it has tried to"
         assert bytes(stage.device) == lost
     with served(device) as stage:
         assert found(stage, 0) == B
@@ -155,6 +164,58 @@ def test_a_block_behind_it_vouches_for_it() -> None:
     assert len(offline(damaged)[1]) == 1
 
 
+def test_each_block_of_a_long_log_is_vouched_for() -> None:
+    """Wherever the reads of it begin and end: only the last one is asked for its data."""
+    chance = random.Random(5)
+    blocks = [(lba, chance.randbytes(BLOCK)) for lba in range(60)]
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", VOLUME_BYTES)
+        stage.run_until_idle()
+        roots = stage.counters()["checkpoints"]
+        for block in blocks:
+            assert synced(stage, volume, block) == 1
+        assert stage.counters()["checkpoints"] == roots
+        device = bytes(stage.device)
+    with served(without(device, *(data for _, data in blocks[:-1]))) as stage:
+        assert stage.counters()["log_blocks_dropped"] == 0
+        assert found(stage, 59) == blocks[59][1]
+
+
+def test_a_root_vouches_for_it(device: bytes) -> None:
+    """A small flush while a checkpoint is under way, whose root stands behind it."""
+    newest = 2 + (max(int(fields["generation"]) for fields in supers(device)) & 1)
+    with Stage() as stage:
+        stage.device[:] = with_bytes(device, layout.super_block(len(device) // BLOCK, newest) * BLOCK, bytes(BLOCK))
+        stage.attach()
+        assert stage.lib.dedup_store_state(stage.state) == 1, "it begins to load"
+        held: list[Io] = []  # pages of the checkpoint that mends it
+        deadline = time.monotonic() + 20
+
+        def others(hold: bool = False) -> None:
+            stage.turn()
+            stage.take_ios()
+            held.extend(io for io in stage.ios if hold and io.opcode == lib.ATOLL_OP_IO_WRITE)
+            for io in [*stage.ios]:
+                if io not in held and stage.may_begin(io):
+                    stage.complete(io)
+            stage.answers()
+            assert time.monotonic() < deadline
+
+        while not held:
+            others(hold=True)
+        stage.write(0, BLOCK, C)
+        before, flush = syncs(stage), stage.flush(0)
+        while not flush.done:
+            others()
+        assert flush.status == OK and syncs(stage) == before + 1
+        held.clear()
+        stage.run_until_idle()
+        assert stage.counters()["checkpoints"] == 1
+        after = bytes(stage.device)
+    vouched_for(after, 1, C)
+
+
 def test_more_than_one_log_block_is_flushed_twice() -> None:
     with Stage() as stage:
         stage.open()
@@ -164,34 +225,131 @@ def test_more_than_one_log_block_is_flushed_twice() -> None:
         assert synced(stage, volume, *((lba, chance.randbytes(BLOCK)) for lba in range(150))) == 2
 
 
-def test_a_second_later_a_block_follows(hooked: ModuleType) -> None:
-    now = 1_000_000_000_000_000
+@contextmanager
+def clocked(hooked: ModuleType) -> Iterator[Stage]:
     try:
-        hooked.lib.hook_set_clock(now)
+        hooked.lib.hook_set_clock(NOW)
         with Stage(extension=hooked) as stage:
-            stage.open()
-            volume = stage.create_volume("v", VOLUME_BYTES)
-            stage.run_until_idle()
-            assert synced(stage, volume, (0, A)) == 1
-            before = log_blocks(bytes(stage.device))
-            hooked.lib.hook_set_clock(now + SECOND_NS - 1)
-            stage.run_until_idle()
-            assert log_blocks(bytes(stage.device)) == before
-            for seconds in (1, 2, 3):  # one, and nothing more
-                hooked.lib.hook_set_clock(now + seconds * SECOND_NS)
-                stage.run_until_idle()
-                after = log_blocks(bytes(stage.device))
-                assert set(after) - set(before) == {max(before) + 1}
-                assert len(after[max(after)]) == 2
-            stage.check()
-            device = bytes(stage.device)
+            yield stage
     finally:
         hooked.lib.hook_set_clock(0)
-    damaged = without(device, A)
-    with served(damaged) as stage:
+
+
+def one_follows(hooked: ModuleType, stage: Stage) -> bytes:
+    """Not before a second has passed, one block, and no more; the device then."""
+    before = log_blocks(bytes(stage.device))
+    hooked.lib.hook_set_clock(NOW + SECOND_NS - 1)
+    stage.run_until_idle()
+    assert log_blocks(bytes(stage.device)) == before
+    for seconds in (1, 2, 3):
+        hooked.lib.hook_set_clock(NOW + seconds * SECOND_NS)
+        stage.run_until_idle()
+        after = log_blocks(bytes(stage.device))
+        assert set(after) - set(before) == {max(before) + 1}
+        assert len(after[max(after)]) == 2
+    stage.check()
+    return bytes(stage.device)
+
+
+def vouched_for(device: bytes, lba: int, data: bytes) -> None:
+    """Damage of these data is told to who reads them."""
+    with served(without(device, data)) as stage:
         assert stage.counters()["log_blocks_dropped"] == 0
-        assert found(stage, 0) in (lib.ATOLL_EIO, lib.ATOLL_ECORRUPT)
+        assert found(stage, lba) in (lib.ATOLL_EIO, lib.ATOLL_ECORRUPT)
     assert offline(device) == ([], [])
+
+
+def test_a_second_later_a_block_follows(hooked: ModuleType) -> None:
+    with clocked(hooked) as stage:
+        stage.open()
+        volume = stage.create_volume("v", VOLUME_BYTES)
+        stage.run_until_idle()
+        assert synced(stage, volume, (0, A)) == 1
+        after = one_follows(hooked, stage)
+    vouched_for(after, 0, A)
+
+
+def test_a_block_follows_what_was_found(device: bytes, hooked: ModuleType) -> None:
+    """The server, or the machine, went down within that second: its successor does it."""
+    with clocked(hooked) as stage:
+        stage.device[:] = device
+        stage.open()
+        after = one_follows(hooked, stage)
+    vouched_for(after, 0, B)
+
+
+@pytest.mark.parametrize("what", ["log", "flush"])
+def test_a_block_stands_behind_what_was_tried_again(what: str) -> None:
+    """Its data were flushed before it was written the second time, and it still says that they may not be there."""
+    tried: list[Io] = []
+
+    def rule(io: Io) -> int:
+        bad = io.opcode == (lib.ATOLL_OP_IO_SYNC if what == "flush" else lib.ATOLL_OP_IO_WRITE)
+        if what == "log":
+            bad = bad and stage.payload(io)[8:16] == layout.LOG_MAGIC.to_bytes(8, "little")
+        tried.extend([io] * bad)
+        return int(lib.ATOLL_EIO) if bad and len(tried) == 1 else OK
+
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", VOLUME_BYTES)
+        stage.run_until_idle()
+        stage.write(volume, 0, A)
+        stage.drain()
+        stage.io_rule = rule
+        flush = stage.flush(volume)
+        stage.run_until_idle()
+        assert flush.status not in (OK, -1) and tried
+        assert synced(stage, volume) >= 1
+        device = bytes(stage.device)
+    vouched_for(device, 0, A)
+
+
+def test_what_a_failed_flush_has_lost_takes_nothing_else_away() -> None:
+    """A block and another were to be flushed together, the flush failed, and one of them is not there any more. That
+    flush is told of it; the next one is a success, for the other."""
+    with Stage() as stage:
+        stage.open()
+        volume = stage.create_volume("v", VOLUME_BYTES)
+        stage.run_until_idle()
+        synced(stage, volume, (0, A))
+        for lba, data in ((1, B), (2, C)):
+            stage.write(volume, lba * BLOCK, data)
+        stage.drain()
+
+        def rule(io: Io) -> int:
+            if io.opcode != lib.ATOLL_OP_IO_SYNC:
+                return OK
+            stage.io_rule = None
+            stage.device[:] = without(bytes(stage.device), B)
+            return int(lib.ATOLL_EIO)
+
+        stage.io_rule = rule
+        for status in (lib.ATOLL_EIO, lib.ATOLL_ECORRUPT, OK):
+            flush = stage.flush(volume)
+            stage.run_until_idle()
+            assert flush.status == status
+        stage.check()
+        device = bytes(stage.device)
+    with served(device) as stage:
+        assert stage.counters()["log_blocks_dropped"] == 0
+        assert (found(stage, 0), found(stage, 2)) == (A, C)
+        assert found(stage, 1) in (lib.ATOLL_EIO, lib.ATOLL_ECORRUPT)
+
+
+def test_what_cannot_be_read_never_counts_again(device: bytes) -> None:
+    """Neither copy of the last block can be read when the log is replayed; some day they can."""
+    copies = (logged := log_blocks(device))[max(logged)]
+
+    def rule(io: Io) -> int:
+        overlaps = any(io.offset <= at < io.offset + io.length for at in copies)
+        return int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_READ and overlaps else OK
+
+    with served(device, rule, asked=False) as stage:
+        assert found(stage, 0) == A
+        after = bytes(stage.device)
+    with served(after) as stage:
+        assert found(stage, 0) == A
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -208,7 +366,7 @@ def test_repair_goes_on_where_the_log_ends(device: bytes, tmp_path: Path, versio
     image.close()
     repaired = run(path, repair=True)
     assert repaired["ok"] and repaired["repaired"] == 1
-    assert versions(path.read_bytes())[0] == 3
+    assert 3 in roots(path.read_bytes())
     with served(path.read_bytes()) as stage:
         assert found(stage, 0) == (A if version == 3 else B)
 
@@ -240,30 +398,46 @@ def as_version(device: bytes, version: int) -> bytes:
     return image.tobytes()
 
 
-def versions(device: bytes) -> list[int]:
-    """Of the superblock with the newest generation, and of the log's blocks."""
-    found = [
-        np.frombuffer(device, layout.SUPER, 1, layout.super_block(len(device) // BLOCK, number) * BLOCK)[0]
-        for number in range(4)
-    ]
-    newest = max(found, key=lambda fields: int(fields["generation"]))
-    logged = log_blocks(device)
-    headers = [np.frombuffer(device, layout.LOG_HEADER, 1, at)[0] for copies in logged.values() for at in copies]
-    return [int(newest["version"]), *sorted({int(header["version"]) for header in headers})]
+def roots(device: bytes) -> list[int]:
+    """Versions of the superblocks."""
+    return [int(fields["version"]) for fields in supers(device)]
 
 
-def test_a_store_of_the_version_before_gets_a_new_root_first(device: bytes) -> None:
+def log_versions(device: bytes) -> list[int]:
+    places = [at for copies in log_blocks(device).values() for at in copies]
+    return sorted({int(np.frombuffer(device, layout.LOG_HEADER, 1, at)[0]["version"]) for at in places})
+
+
+def test_a_store_of_the_version_before_gets_new_roots_first(device: bytes) -> None:
+    """Two: a program that reads that one only would take the older of them, whose log goes on in this one."""
     before = as_version(device, 2)
-    assert versions(before) == [2, 2]
+    assert set(roots(before)) <= {0, 2} and log_versions(before) == [2]
     assert offline(before) == ([], [])
     with served(before) as stage:
-        assert versions(bytes(stage.device)) == [3, 2], "before anybody is served"
+        assert roots(bytes(stage.device)) == [3, 3, 3, 3], "before anybody is served"
+        assert log_versions(bytes(stage.device)) == [2]
         assert found(stage, 0) == B
         assert synced(stage, 0, (1, C)) == 1
         after = bytes(stage.device)
-    assert versions(after) == [3, 2, 3]
+    assert log_versions(after) == [2, 3]
     with served(after) as stage:
         assert (found(stage, 0), found(stage, 1)) == (B, C)
+
+
+def test_an_older_root_of_the_version_before_is_replaced_first(device: bytes, tmp_path: Path) -> None:
+    """What a repair of such a store leaves."""
+    path = tmp_path / "device"
+    path.write_bytes(as_version(device, 2))
+    image = FileImage(path, writable=True)
+    store = Store.read(image, Report())
+    assert store is not None
+    switch(image, next_root(image, store))
+    image.close()
+    before = path.read_bytes()
+    assert sorted(set(roots(before)) - {0}) == [2, 3]
+    with served(before) as stage:
+        assert roots(bytes(stage.device)) == [3, 3, 3, 3]
+        assert found(stage, 0) == B
 
 
 def test_its_log_needs_no_data(device: bytes) -> None:

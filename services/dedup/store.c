@@ -183,10 +183,8 @@ bool store_io_stands(struct dedup *dedup, struct io_slot *slot, bool late)
     if (what == STORE_IO_LOG && store->area->sync_phase == SYNC_FLUSH_LOG) /* the flush that came with it has failed */
         return false;
     if (what == STORE_IO_AHEAD) {
-        if (late) { /* it must not take the place of what is acknowledged from now on: first the log begins behind it */
-            STORE_SET(store, root_first, 1);
-            store_want_checkpoint(store);
-        }
+        if (late) /* it must not take the place of what is acknowledged from now on: first the log begins behind it */
+            store_root_first(store);
         return false;
     }
     if (what == STORE_IO_PAGE) {
@@ -351,7 +349,7 @@ static bool ready_step(struct store *store)
     bool did = quiet_step(store);
     if (area->closing)
         did |= close_step(store);
-    else
+    else if (area->root_first == 0) /* else what they log might stand behind a block that does not count the next time */
         did |= store_regain_step(store) || store_delete_step(store) || store_warm_step(store);
     return did;
 }

@@ -329,6 +329,13 @@ void store_want_checkpoint(struct store *store)
         STORE_SET(store, checkpoint_wanted, 1);
 }
 
+void store_root_first(struct store *store)
+{
+    if (store->area->root_first == 0)
+        STORE_SET(store, root_first, 1);
+    store_want_checkpoint(store);
+}
+
 void store_want_clean_pages(struct store *store, uint64_t least)
 {
     if (store->area->checkpoint_phase == CHECKPOINT_IDLE && store->area->frames_dirty >= least)

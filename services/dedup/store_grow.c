@@ -69,7 +69,7 @@ bool store_grow(struct store *store)
         for (uint64_t number = 0; number < store->tables.count; number++)
             store->table_dirty[number / 64] |= (uint64_t)1 << number % 64;
         load->grown = true;
-        area->root_first = 1;
+        store_root_first(store);
     }
     return load_pin(store);
 }

@@ -164,7 +164,7 @@ struct store_area {
     struct format_extent extents[FORMAT_EXTENTS];
     struct format_pointer roots[FORMAT_TREES]; /* newest */
     uint64_t generation;        /* of the durable root */
-    uint64_t root_first;        /* loaded, and nobody is served before a root is durable that knows what the old one does not */
+    uint64_t root_first;        /* roots that are to be durable before anybody is served: they know what the old one does not */
     uint64_t format_phase;
     uint64_t format_error;
 
@@ -189,7 +189,6 @@ struct store_area {
     uint64_t sync_wanted;
     uint64_t sync_forced;       /* flush even if nothing changed: pages were written */
     uint64_t sync_retry_ns;     /* not before */
-    uint64_t sync_once;         /* the running one, or the last, flushes once only */
     uint64_t follow_ns;         /* a block is to follow the last one of the log then; 0: there is no need */
     uint64_t changed;           /* since the last sync began */
     uint64_t data_unflushed;    /* blocks were placed since the last good flush began */
@@ -465,6 +464,7 @@ bool store_rewrite_step(struct store *store);
 
 /* --- store_checkpoint.c --- */
 void store_want_checkpoint(struct store *store);               /* behind the one that is under way, if one is */
+void store_root_first(struct store *store);                    /* nobody is served before another root is durable */
 /* Somebody needs pages that can be let go. A checkpoint under way makes such, and with fewer dirty ones than `least` none would. */
 void store_want_clean_pages(struct store *store, uint64_t least);
 bool store_checkpoint_step(struct store *store);

@@ -95,6 +95,14 @@ bool load_try_on(struct want *want)
     return want->attempt == 1;
 }
 
+bool load_all_done(const struct store_load *load)
+{
+    bool done = true;
+    for (uint32_t index = 0; index < load->count; index++)
+        done &= load->wants[index].done;
+    return done;
+}
+
 /* --- Superblocks ----------------------------------------------------------------------------------------------------- */
 
 static void look_at_super(struct store *store, uint64_t pba, uint64_t place, const uint8_t *block)
@@ -114,6 +122,7 @@ static void look_at_super(struct store *store, uint64_t pba, uint64_t place, con
         return;
     if (place >= 2 && pba != super.device_blocks - 4 + place)
         return; /* the end of another device size */
+    load->older_version |= super.version != FORMAT_VERSION;
     if (!load->found || super.generation > load->super.generation) {
         load->super = super;
         load->copies = 0;
@@ -195,7 +204,8 @@ static bool take_super(struct store *store)
     area->generation = super->generation;
     area->log_start = super->log_start;
     area->super_clean = (super->flags & FORMAT_SUPER_CLEAN) != 0;
-    area->root_first = super->version != FORMAT_VERSION; /* a program that reads that one only must not meet blocks of this one behind it */
+    /* A program that reads an older version only takes the newest root of that, whose log goes on in this one. */
+    area->root_first = super->version != FORMAT_VERSION ? 2 : load->older_version;
     area->map_pages = super->map_pages;
     area->stored_blocks = super->stored_blocks;
     area->zero_promises = super->zero_promises;
@@ -408,9 +418,8 @@ static void take_head(struct store *store)
         else if (pba >= blocks - 2)
             look_at_super(store, pba, pba - (blocks - 4), block);
     }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
+    if (!load_all_done(load))
+        return;
     load->count = 0;
     uint64_t own = load->super.device_blocks;
     if (load->phase == LOAD_HEAD && load->found && own < blocks && own >= FORMAT_DEVICE_BLOCKS_MIN) {
@@ -442,6 +451,7 @@ static bool flush_step(struct store *store)
     STORE_SET(store, log_durable, load->sequence);
     STORE_SET(store, log_chain, load->chain);
     STORE_SET(store, log_fill, 0);
+    STORE_SET(store, follow_ns, load->last_there != 0 && load->last_there + 1 == load->sequence ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     STORE_SET(store, epoch, 1);
     STORE_SET(store, synced_epoch, 0);
     STORE_SET(store, cursor, store->ranges[0].first);

@@ -39,6 +39,7 @@ struct store_load {
     struct format_super super;
     bool found;
     uint32_t copies;          /* of that superblock */
+    bool older_version;       /* one is of another version that can be read */
     uint64_t chain, sequence; /* log: checksum before, and number of, the next block */
     uint64_t last[FORMAT_LOG_WORDS]; /* records of the log's last block, whose data are looked for */
     uint32_t last_count;
@@ -56,6 +57,7 @@ struct store_load {
 void load_want(struct store_load *load, uint64_t pba, uint64_t place);
 /* Another way to get at a want that was not read. False if there is none. */
 bool load_try_on(struct want *want);
+bool load_all_done(const struct store_load *load);
 /* Both copies of a metadata page are damaged: the store is refused. */
 void load_lost(struct store *store);
 /* Directories above the tables stay in memory. False: not all yet. */

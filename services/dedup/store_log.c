@@ -151,17 +151,26 @@ void store_sync_fail(struct store *store, uint32_t status)
     store_count(store, STORE_COUNTER_SYNC_FAILURES, 1);
 }
 
+/* A sealed block of the buffer counts as the last one only if its data are there. */
+static bool needs_data(const struct store *store, uint64_t sequence)
+{
+    struct format_log_header header;
+    memcpy(&header, store_log_block(store, sequence), sizeof header);
+    return header.flags & FORMAT_LOG_UNFLUSHED;
+}
+
 static void sync_complete(struct store *store)
 {
     struct store_area *area = store->area;
     ATOLL_CRASH_POINT(store->dedup->domain, "dedup.store.synced");
+    if (area->log_durable != area->sync_end)
+        STORE_SET(store, follow_ns, needs_data(store, area->sync_end - 1) ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     STORE_SET(store, log_durable, area->sync_end);
     STORE_SET(store, synced_epoch, area->sync_epoch); /* COMMIT POINT of all changes of this epoch, for power loss */
     STORE_SET(store, sync_status, ATOLL_OK);
     STORE_SET(store, sync_phase, SYNC_IDLE);
     STORE_SET(store, sync_retry_ns, 0);
     store_ahead_over(store);
-    STORE_SET(store, follow_ns, area->sync_once ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     if (area->pending_blocks != 0)
         STORE_SET(store, sweep_left, area->geometry.frames); /* their pages are in memory */
     store_count(store, STORE_COUNTER_SYNCS, 1);
@@ -174,8 +183,10 @@ static void sync_begin(struct store *store)
     store_ahead_settle(store);
     bool alone = area->log_next == area->log_durable && area->log_fill != 0;
     bool once = alone && area->data_unflushed && !area->sync_forced && !area->rewrite_wanted;
+    /* One that is tried again may have lost some of its data with the flush that failed: these shall not take the others with them. */
+    if (area->log_next != area->log_durable && area->log_fill == 0 && needs_data(store, area->log_next - 1) && store_log_room(area) != 0)
+        store_log_nothing(store);
     seal(store, once ? FORMAT_LOG_UNFLUSHED : 0);
-    STORE_SET(store, sync_once, once);
     STORE_SET(store, sync_wanted, 0);
     STORE_SET(store, changed, 0);
     STORE_SET(store, sync_error, 0);

@@ -210,7 +210,7 @@ void load_ask_data(struct store *store)
         return;
     store_count(store, STORE_COUNTER_LOG_BLOCKS_DROPPED, 1);
     load->chain = load->last_checksum; /* as if it stood before what comes next: should its data ever be there, it fits no more */
-    STORE_SET(store, root_first, 1);
+    store_root_first(store);
     end_of_log(load);
 }
 
@@ -218,21 +218,19 @@ void load_take_data(struct store *store)
 {
     struct store_load *load = store->load;
     const uint8_t *memory = store_bounce(store);
-    bool done = true;
     for (uint32_t index = 0; index < load->count; index++) {
         struct want *want = &load->wants[index];
         uint8_t block[ATOLL_BLOCK_BYTES];
         if (want->done || !want->submitted)
             continue;
         want->done = want->status == ATOLL_OK || !load_try_on(want);
-        done &= want->done;
         if (!want->done)
             continue;
         memcpy(block, memory + index * ATOLL_BLOCK_BYTES, sizeof block);
         struct fingerprint found = store_print_of(block), wanted = {.low = load->last[want->place + 2], .high = load->last[want->place + 3]};
         load->last_missing |= want->status != ATOLL_OK || !print_equal(found, wanted);
     }
-    if (done)
+    if (load_all_done(load))
         load->count = 0;
 }
 
@@ -248,70 +246,104 @@ void load_take_log(struct store *store)
             continue;
         want->done = want->status == ATOLL_OK || !load_try_on(want);
     }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
+    if (!load_all_done(load))
+        return;
     load->pairs = load->count / 2;
     load->pair = 0;
     load->count = 0;
 }
 
-/* The next block of the log among those that have been read; returns how many of its copies are good. Two that say different things are what
- * a sync was cut off at that took the place of what had been written ahead of it (store_ahead.c): the first one counts, and nobody is served before
- * the log begins behind it, or the other one would count once the first is damaged. */
-static uint32_t take_pair(struct store *store, uint32_t pair, uint64_t sequence, uint64_t chain, uint8_t *block)
+/* A copy of the block that comes next in the log, of those that have been read; false if it is not good. */
+static bool take_copy(const struct store *store, uint32_t pair, uint32_t copy, uint64_t sequence, uint64_t chain, uint8_t *block)
 {
     const struct store_load *load = store->load;
-    uint32_t good = 0;
-    for (uint32_t copy = 0; copy < 2; copy++) {
-        struct format_log_header header;
-        uint8_t image[ATOLL_BLOCK_BYTES];
-        uint32_t place = pair + copy * load->pairs;
-        memcpy(image, store_bounce(store) + place * ATOLL_BLOCK_BYTES, sizeof image);
-        if (load->wants[place].status != ATOLL_OK || !log_block_good(store, image, sequence, &header) || header.chain != chain)
-            continue;
-        if (good == 0)
-            memcpy(block, image, sizeof image);
-        else if (memcmp(block, image, sizeof image) != 0)
-            STORE_SET(store, root_first, 1);
-        good++;
+    struct format_log_header header;
+    uint32_t place = pair + copy * load->pairs;
+    memcpy(block, store_bounce(store) + place * ATOLL_BLOCK_BYTES, ATOLL_BLOCK_BYTES);
+    return load->wants[place].status == ATOLL_OK && log_block_good(store, block, sequence, &header) && header.chain == chain;
+}
+
+/* Another one stands behind this block of pair load->pair. */
+static bool goes_on(const struct store *store, const uint8_t *block)
+{
+    const struct store_load *load = store->load;
+    struct format_log_header header;
+    uint8_t next[ATOLL_BLOCK_BYTES];
+    memcpy(&header, block, sizeof header);
+    return load->pair + 1 < load->pairs && (take_copy(store, load->pair + 1, 0, header.sequence + 1, header.checksum, next) ||
+                                            take_copy(store, load->pair + 1, 1, header.sequence + 1, header.checksum, next));
+}
+
+struct taken {
+    uint8_t block[ATOLL_BLOCK_BYTES] __attribute__((aligned(8)));
+    struct format_log_header header;
+    uint32_t good;   /* copies */
+    bool needs_data; /* if it is the last one */
+    bool last;       /* where that decides something: none stands behind it */
+};
+
+/*
+ * The next block of the log. Two good copies that say different things are what a sync was cut off at that took the place of what had been written
+ * ahead of it (store_ahead.c): the one that the log goes on behind counts, else the first. If one of them cannot be read now it may be so a second time
+ * and not a third. In both cases nobody is served before the log begins behind it, or another one would count the next time.
+ * False: what stands behind it is to be read, too.
+ */
+static bool take_pair(struct store *store, struct taken *taken)
+{
+    struct store_load *load = store->load;
+    uint8_t other[ATOLL_BLOCK_BYTES];
+    bool first = take_copy(store, load->pair, 0, load->sequence, load->chain, taken->block);
+    bool second = take_copy(store, load->pair, 1, load->sequence, load->chain, first ? other : taken->block);
+    bool differ = first && second && memcmp(taken->block, other, sizeof other) != 0;
+    bool unread = load->wants[load->pair].status != ATOLL_OK || load->wants[load->pair + load->pairs].status != ATOLL_OK;
+    memcpy(&taken->header, taken->block, sizeof taken->header);
+    taken->good = (uint32_t)first + second;
+    taken->needs_data = taken->header.flags & FORMAT_LOG_UNFLUSHED && load->sequence >= load->super.log_durable;
+    bool asked = taken->good != 0 && (differ || unread || taken->needs_data);
+    if (asked && load->pair + 1 == load->pairs && load->pair != 0)
+        return false;
+    taken->last = asked && !goes_on(store, taken->block);
+    if (differ && taken->last && goes_on(store, other)) {
+        memcpy(taken->block, other, sizeof other);
+        memcpy(&taken->header, other, sizeof taken->header);
+        taken->last = false;
     }
-    return good;
+    if (differ || (unread && (taken->last || taken->good == 0)))
+        store_root_first(store);
+    if (unread && taken->good == 0)
+        load->chain = ~load->chain; /* should it be read some day, it fits no more */
+    return true;
 }
 
 /* Replays what has been read, until the next block's pages must be waited for. */
 static void replay_batch(struct store *store)
 {
     struct store_load *load = store->load;
-    uint8_t block[ATOLL_BLOCK_BYTES] __attribute__((aligned(8))), next[ATOLL_BLOCK_BYTES];
     for (; load->pair < load->pairs; load->pair++) {
-        struct format_log_header header;
-        uint32_t good = take_pair(store, load->pair, load->sequence, load->chain, block);
-        if (good == 0) {
+        struct taken taken;
+        if (!take_pair(store, &taken)) {
+            load->pairs = load->pair;
+            return;
+        }
+        if (taken.good == 0) {
             end_of_log(load);
             return;
         }
-        memcpy(&header, block, sizeof header);
-        if (header.flags & FORMAT_LOG_UNFLUSHED && load->sequence >= load->super.log_durable && load->sequence != load->last_there) {
-            if (load->pair + 1 == load->pairs && load->pair != 0) {
-                load->pairs = load->pair; /* read again, with the one behind it */
-                return;
-            }
-            if (load->pair + 1 == load->pairs || take_pair(store, load->pair + 1, load->sequence + 1, header.checksum, next) == 0) {
-                look_for_data(load, &header, block);
-                return;
-            }
+        if (taken.needs_data && taken.last && load->sequence != load->last_there) {
+            look_for_data(load, &taken.header, taken.block);
+            return;
         }
-        enum replayed replayed = replay(store, (const uint64_t *)(const void *)(block + sizeof header), header.used_bytes / 8);
+        enum replayed replayed =
+            replay(store, (const uint64_t *)(const void *)(taken.block + sizeof taken.header), taken.header.used_bytes / 8);
         if (replayed == REPLAY_SENSELESS)
             store_fail(store, "log block %llu has a record that makes no sense", (unsigned long long)load->sequence);
         if (replayed != REPLAYED)
             return;
-        if (good == 1) {
+        if (taken.good == 1) {
             load->repair = true;
             store_count(store, STORE_COUNTER_PAGES_REPAIRED, 1);
         }
-        load->chain = header.checksum;
+        load->chain = taken.header.checksum;
         load->sequence++;
     }
 }
@@ -355,10 +387,8 @@ void load_take_tail(struct store *store)
             return;
         }
     }
-    for (uint32_t index = 0; index < load->count; index++)
-        if (!load->wants[index].done)
-            return;
-    load->count = 0;
+    if (load_all_done(load))
+        load->count = 0;
 }
 
 void load_ask_tail(struct store *store)

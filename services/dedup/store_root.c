@@ -81,7 +81,10 @@ void store_root_io(struct store *store, enum store_io what, uint32_t status)
         STORE_ADD(store, generation, 1); /* COMMIT POINT of the checkpoint: this root is durable */
         STORE_SET(store, log_start, area->checkpoint_log_start);
         STORE_SET(store, checkpoint_phase, CHECKPOINT_FREE);
-        STORE_SET(store, root_first, 0);
+        if (area->root_first != 0)
+            STORE_ADD(store, root_first, -1);
+        if (area->root_first != 0)
+            store_want_checkpoint(store);
         store_count(store, STORE_COUNTER_CHECKPOINTS, 1);
     }
 }

@@ -122,7 +122,7 @@ bool store_volume_room(struct store *store)
 static int check(struct store *store, char *reason)
 {
     reason[0] = 0;
-    if (store->area->state != STORE_READY || store->area->closing)
+    if (store_state(store->dedup) != STORE_READY || store->area->closing)
         return refuse(reason, ATOLL_ESHUTDOWN, "the store is not open");
     if (!store_volume_room(store))
         return refuse(reason, ATOLL_ENOMEM, "the metadata log is full at the moment: try again");

@@ -257,16 +257,21 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
 
     def copies_of(sequence: int, chain: int) -> list[tuple[Any, bytes] | None]:
         both = good.get(sequence, [None, None])
-        first, second = (one if one is not None and int(one[0]["chain"]) == chain else None for one in both)
-        # Power failed while the second block of that number took the place of the first: one says what nobody was told.
-        return [first, second if first is None or second is None or first[1] == second[1] else None]
+        return [one if one is not None and int(one[0]["chain"]) == chain else None for one in both]
+
+    def is_last(block: tuple[Any, bytes]) -> bool:
+        return not any(copies_of(int(block[0]["sequence"]) + 1, int(block[0]["checksum"])))
 
     while sequence - root.log_start < count:
         copies = copies_of(sequence, chain)
+        one, other = copies
+        if one is not None and other is not None and one[1] != other[1]:
+            # Power failed while the second block of that number took the place of the first.
+            copies = [None, other] if is_last(one) and not is_last(other) else [one, None]
         chosen = copies[0] or copies[1]
         if chosen is None:
             break
-        last = not any(copies_of(sequence + 1, int(chosen[0]["checksum"])))
+        last = is_last(chosen)
         if last and sequence >= root.log_durable and int(chosen[0]["flags"]) & layout.UNFLUSHED:
             try:
                 there = data_there(image, reader.records(*chosen))
