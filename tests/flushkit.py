@@ -67,6 +67,25 @@ def without(device: bytes, *contents: bytes) -> bytes:
     return device
 
 
+def without_newest_root(device: bytes) -> bytes:
+    """Both copies of the newest superblock are damaged."""
+    newest = max(int(fields["generation"]) for fields in supers(device))
+    for number, fields in enumerate(supers(device)):
+        if int(fields["generation"]) == newest:
+            device = with_bytes(device, layout.super_block(len(device) // BLOCK, number) * BLOCK, bytes(BLOCK))
+    return device
+
+
+def unreadable(*places: int) -> Callable[[Io], int]:
+    """A rule by which what lies there cannot be read."""
+
+    def rule(io: Io) -> int:
+        overlaps = any(io.offset <= at < io.offset + io.length for at in places)
+        return int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_READ and overlaps else OK
+
+    return rule
+
+
 def found(stage: Stage, lba: int) -> bytes | int:
     """What is read there, or the status."""
     read = stage.read(0, lba * BLOCK, BLOCK)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +31,10 @@ from flushkit import (
     supers,
     synced,
     syncs,
+    unreadable,
     with_bytes,
     without,
+    without_newest_root,
 )
 
 from atoll.ipc._ipc import lib
@@ -337,19 +339,99 @@ def test_what_a_failed_flush_has_lost_takes_nothing_else_away() -> None:
         assert found(stage, 1) in (lib.ATOLL_EIO, lib.ATOLL_ECORRUPT)
 
 
-def test_what_cannot_be_read_never_counts_again(device: bytes) -> None:
-    """Neither copy of the last block can be read when the log is replayed; some day they can."""
-    copies = (logged := log_blocks(device))[max(logged)]
+def refused(device: bytes, rule: Callable[[Io], int] | None = None) -> str:
+    """Why; nothing of it is changed."""
+    with Stage() as stage:
+        stage.device[:] = device
+        stage.io_rule = rule
+        with pytest.raises(AssertionError) as error:
+            stage.open()
+        assert bytes(stage.device) == device
+        return str(error.value)
 
-    def rule(io: Io) -> int:
-        overlaps = any(io.offset <= at < io.offset + io.length for at in copies)
-        return int(lib.ATOLL_EIO) if io.opcode == lib.ATOLL_OP_IO_READ and overlaps else OK
 
-    with served(device, rule, asked=False) as stage:
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_log_whose_end_cannot_be_read_is_refused(device: bytes, last: int) -> None:
+    """Nobody knows what it says: it may have been flushed."""
+    logged = log_blocks(device)
+    bad = sorted(logged)[-last:]
+    places = [at for sequence in bad for at in logged[sequence]]
+    first, second = (at // BLOCK for at in logged[bad[0]])
+    said = (
+        f"block {bad[0]} of the metadata log cannot be read in either copy (blocks {first} and {second} of the device)"
+    )
+    assert said in refused(device, unreadable(*places))
+    with served(device) as stage:
+        assert found(stage, 0) == B
+
+
+def test_the_same_offline(device: bytes) -> None:
+    places = (logged := log_blocks(device))[max(logged)]
+
+    class Partly(MemoryImage):
+        def read(self, first: int, count: int) -> bytes | None:
+            return None if any(first <= at // BLOCK < first + count for at in places) else super().read(first, count)
+
+    report = Report()
+    assert Store.read(Partly(np.frombuffer(bytearray(device), np.uint8)), report) is None
+    assert f"block {max(logged)} of the metadata log cannot be read in either copy" in str(report.fatal)
+
+
+def test_what_could_not_be_read_never_counts_again(device: bytes) -> None:
+    """One copy of the last block is damaged, the other cannot be read at times."""
+    copy, other = (logged := log_blocks(device))[max(logged)]
+    for _ in range(3):
+        device = with_bytes(device, other, bytes(BLOCK))
+        with served(device, unreadable(copy), asked=False) as stage:
+            assert found(stage, 0) == A
+            device = bytes(stage.device)
+        with served(device, asked=False) as stage:
+            assert found(stage, 0) == A
+    with served(device) as stage:
+        assert synced(stage, 0, (1, C)) == 1
+        device = bytes(stage.device)
+    with served(device) as stage:
+        assert (found(stage, 0), found(stage, 1)) == (A, C)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_no_older_root_is_left_before_what_did_not_count(device: bytes, goes_on: bool) -> None:
+    """Both copies of the newest superblock are damaged then. Its data have turned up, if nothing else is there."""
+    with served(without(device, B)) as stage:
         assert found(stage, 0) == A
+        if goes_on:
+            assert synced(stage, 0, (1, C)) == 1
         after = bytes(stage.device)
-    with served(after) as stage:
+    damaged = without_newest_root(after)
+    with served(damaged if goes_on else with_bytes(damaged, place(device, B), B), asked=False) as stage:
         assert found(stage, 0) == A
+        assert found(stage, 1) == (C if goes_on else bytes(BLOCK))
+
+
+def test_nothing_is_logged_before_the_root(device: bytes, hooked: ModuleType) -> None:
+    logged = log_blocks(device)
+    bad = unreadable(logged[max(logged)][0])
+    with clocked(hooked) as stage:
+        stage.device[:] = device
+        places = {layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)}
+        writes = lib.ATOLL_OP_IO_WRITE
+        stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.opcode == writes and io.offset in places else bad(io)
+        stage.attach()
+        assert stage.lib.dedup_store_state(stage.state) == 1, "it begins to load"
+        for seconds in range(5):
+            hooked.lib.hook_set_clock(NOW + seconds * SECOND_NS)
+            for _ in range(300):
+                stage.turn()
+                stage.disk()
+        assert stage.lib.dedup_store_state(stage.state) == 1, "it serves nobody"
+        assert set(log_blocks(bytes(stage.device))) == set(logged)
+        stage.io_rule = None
+        hooked.lib.hook_set_clock(NOW + 10 * SECOND_NS)
+        deadline = time.monotonic() + 20
+        while stage.lib.dedup_store_state(stage.state) != 2:
+            stage.turn()
+            stage.disk()
+            assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -422,6 +504,32 @@ def test_a_store_of_the_version_before_gets_new_roots_first(device: bytes) -> No
     assert log_versions(after) == [2, 3]
     with served(after) as stage:
         assert (found(stage, 0), found(stage, 1)) == (B, C)
+
+
+def test_power_fails_while_it_gets_them(device: bytes) -> None:
+    """After each of the four superblocks. Then it is served and goes on, and no root of the version before is left."""
+    cuts = []
+    before = as_version(device, 2)
+    places = {layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)}
+    with Stage() as stage:
+        stage.device[:] = before
+        stage.attach()
+        deadline = time.monotonic() + 20
+        while stage.lib.dedup_store_state(stage.state) != 2:
+            stage.turn()
+            stage.take_ios()
+            for io in [*stage.ios]:
+                if stage.may_begin(io):
+                    stage.complete(io)
+                    if io.opcode == lib.ATOLL_OP_IO_WRITE and io.offset in places:
+                        cuts.append(bytes(stage.device))
+            assert time.monotonic() < deadline
+    assert len(cuts) == 4
+    for cut in cuts:
+        with served(cut, asked=False) as stage:
+            assert 2 not in roots(bytes(stage.device))
+            assert synced(stage, 0, (1, C)) == 1
+            assert (found(stage, 0), found(stage, 1)) == (B, C)
 
 
 def test_an_older_root_of_the_version_before_is_replaced_first(device: bytes, tmp_path: Path) -> None:

@@ -331,8 +331,8 @@ void store_want_checkpoint(struct store *store)
 
 void store_root_first(struct store *store)
 {
-    if (store->area->root_first == 0)
-        STORE_SET(store, root_first, 1);
+    STORE_SET(store, root_first, STORE_ROOTS);
+    STORE_SET(store, follow_ns, 0); /* the root does */
     store_want_checkpoint(store);
 }
 

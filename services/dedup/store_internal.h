@@ -35,6 +35,7 @@
 #define STORE_SET_ENTRIES 8            /* of the fingerprint cache: one cache line */
 #define STORE_PLACES_PER_PRINT 4       /* copies of one content that it remembers: where a run threshold keeps several */
 #define STORE_RETRY_NS 1000000000u     /* back-off after a failed write, or read of a page */
+#define STORE_ROOTS 2                  /* superblocks of different generations on the device: so many, and no older root is found any more */
 #define STORE_FOLLOW_NS 1000000000u    /* store_log.c */
 #define STORE_QUARANTINE 1024          /* runs of places that late I/O may hit */
 #define STORE_SWEEP_FRAMES 1024        /* looked at in one step */
@@ -464,7 +465,7 @@ bool store_rewrite_step(struct store *store);
 
 /* --- store_checkpoint.c --- */
 void store_want_checkpoint(struct store *store);               /* behind the one that is under way, if one is */
-void store_root_first(struct store *store);                    /* nobody is served before another root is durable */
+void store_root_first(struct store *store);                    /* nobody is served before no older root can be found */
 /* Somebody needs pages that can be let go. A checkpoint under way makes such, and with fewer dirty ones than `least` none would. */
 void store_want_clean_pages(struct store *store, uint64_t least);
 bool store_checkpoint_step(struct store *store);

@@ -204,8 +204,7 @@ static bool take_super(struct store *store)
     area->generation = super->generation;
     area->log_start = super->log_start;
     area->super_clean = (super->flags & FORMAT_SUPER_CLEAN) != 0;
-    /* A program that reads an older version only takes the newest root of that, whose log goes on in this one. */
-    area->root_first = super->version != FORMAT_VERSION ? 2 : load->older_version;
+    area->root_first = load->older_version ? STORE_ROOTS : 0; /* a program that reads that one only would take its newest root */
     area->map_pages = super->map_pages;
     area->stored_blocks = super->stored_blocks;
     area->zero_promises = super->zero_promises;
@@ -447,11 +446,12 @@ static bool flush_step(struct store *store)
         store_fail(store, "the device could not be flushed (status %llu)", (unsigned long long)load->flush_status);
         return true;
     }
-    STORE_SET(store, log_next, load->sequence);
-    STORE_SET(store, log_durable, load->sequence);
+    uint64_t next = load->sequence + load->given_up;
+    STORE_SET(store, log_next, next);
+    STORE_SET(store, log_durable, next);
     STORE_SET(store, log_chain, load->chain);
     STORE_SET(store, log_fill, 0);
-    STORE_SET(store, follow_ns, load->last_there != 0 && load->last_there + 1 == load->sequence ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
+    STORE_SET(store, follow_ns, area->root_first == 0 && load->there != 0 && load->there == load->chain ? atoll_now_ns() + STORE_FOLLOW_NS : 0);
     STORE_SET(store, epoch, 1);
     STORE_SET(store, synced_epoch, 0);
     STORE_SET(store, cursor, store->ranges[0].first);

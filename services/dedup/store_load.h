@@ -44,8 +44,9 @@ struct store_load {
     uint64_t last[FORMAT_LOG_WORDS]; /* records of the log's last block, whose data are looked for */
     uint32_t last_count;
     uint64_t last_checksum;
-    uint64_t last_there;      /* its sequence, once all of them have been found */
+    uint64_t there;           /* the same, once all of them have been found */
     bool last_missing;        /* one has not */
+    bool given_up;            /* the number at which the log ends is not used: the next one comes after it, as if there were none of it */
     bool grown;
     bool repair;
     uint64_t stored;

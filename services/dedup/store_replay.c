@@ -205,11 +205,11 @@ void load_ask_data(struct store *store)
     if (load->count != 0)
         return;
     load->phase = LOAD_LOG;
-    load->last_there = load->sequence;
+    load->there = load->last_checksum;
     if (!load->last_missing)
         return;
     store_count(store, STORE_COUNTER_LOG_BLOCKS_DROPPED, 1);
-    load->chain = load->last_checksum; /* as if it stood before what comes next: should its data ever be there, it fits no more */
+    load->given_up = true; /* should its data ever be there, it comes before the log's beginning */
     store_root_first(store);
     end_of_log(load);
 }
@@ -284,8 +284,8 @@ struct taken {
 
 /*
  * The next block of the log. Two good copies that say different things are what a sync was cut off at that took the place of what had been written
- * ahead of it (store_ahead.c): the one that the log goes on behind counts, else the first. If one of them cannot be read now it may be so a second time
- * and not a third. In both cases nobody is served before the log begins behind it, or another one would count the next time.
+ * ahead of it (store_ahead.c): the first counts. If one of them cannot be read now it may be so a second time and not a third. In both cases nobody is
+ * served before the log begins behind it, or the other one would count the next time. Where neither can be read nobody knows whether the log ends.
  * False: what stands behind it is to be read, too.
  */
 static bool take_pair(struct store *store, struct taken *taken)
@@ -295,23 +295,24 @@ static bool take_pair(struct store *store, struct taken *taken)
     bool first = take_copy(store, load->pair, 0, load->sequence, load->chain, taken->block);
     bool second = take_copy(store, load->pair, 1, load->sequence, load->chain, first ? other : taken->block);
     bool differ = first && second && memcmp(taken->block, other, sizeof other) != 0;
-    bool unread = load->wants[load->pair].status != ATOLL_OK || load->wants[load->pair + load->pairs].status != ATOLL_OK;
+    uint32_t unread = (load->wants[load->pair].status != ATOLL_OK) + (load->wants[load->pair + load->pairs].status != ATOLL_OK);
     memcpy(&taken->header, taken->block, sizeof taken->header);
     taken->good = (uint32_t)first + second;
     taken->needs_data = taken->header.flags & FORMAT_LOG_UNFLUSHED && load->sequence >= load->super.log_durable;
-    bool asked = taken->good != 0 && (differ || unread || taken->needs_data);
+    bool asked = taken->good != 0 && (unread != 0 || taken->needs_data);
     if (asked && load->pair + 1 == load->pairs && load->pair != 0)
         return false;
     taken->last = asked && !goes_on(store, taken->block);
-    if (differ && taken->last && goes_on(store, other)) {
-        memcpy(taken->block, other, sizeof other);
-        memcpy(&taken->header, other, sizeof taken->header);
-        taken->last = false;
-    }
-    if (differ || (unread && (taken->last || taken->good == 0)))
+    if (unread == 2)
+        store_fail(store,
+                   "block %llu of the metadata log cannot be read in either copy (blocks %llu and %llu of the device): it may say what was "
+                   "flushed last; nothing was changed, try again when they can be read, or give it up by writing zeros over both",
+                   (unsigned long long)load->sequence, (unsigned long long)load->wants[load->pair].pba,
+                   (unsigned long long)load->wants[load->pair + load->pairs].pba);
+    if (differ || (unread == 1 && (taken->last || taken->good == 0)))
         store_root_first(store);
-    if (unread && taken->good == 0)
-        load->chain = ~load->chain; /* should it be read some day, it fits no more */
+    if (unread == 1 && taken->good == 0)
+        load->given_up = true;
     return true;
 }
 
@@ -326,10 +327,11 @@ static void replay_batch(struct store *store)
             return;
         }
         if (taken.good == 0) {
-            end_of_log(load);
+            if (store->area->state == STORE_LOADING)
+                end_of_log(load);
             return;
         }
-        if (taken.needs_data && taken.last && load->sequence != load->last_there) {
+        if (taken.needs_data && taken.last && taken.header.checksum != load->there) {
             look_for_data(load, &taken.header, taken.block);
             return;
         }

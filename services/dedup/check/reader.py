@@ -259,19 +259,15 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
         both = good.get(sequence, [None, None])
         return [one if one is not None and int(one[0]["chain"]) == chain else None for one in both]
 
-    def is_last(block: tuple[Any, bytes]) -> bool:
-        return not any(copies_of(int(block[0]["sequence"]) + 1, int(block[0]["checksum"])))
-
     while sequence - root.log_start < count:
         copies = copies_of(sequence, chain)
         one, other = copies
         if one is not None and other is not None and one[1] != other[1]:
-            # Power failed while the second block of that number took the place of the first.
-            copies = [None, other] if is_last(one) and not is_last(other) else [one, None]
+            copies = [one, None]  # Power failed while the second block of that number took the place of the first.
         chosen = copies[0] or copies[1]
         if chosen is None:
             break
-        last = is_last(chosen)
+        last = not any(copies_of(sequence + 1, int(chosen[0]["checksum"])))
         if last and sequence >= root.log_durable and int(chosen[0]["flags"]) & layout.UNFLUSHED:
             try:
                 there = data_there(image, reader.records(*chosen))
@@ -304,8 +300,15 @@ def read_log(image: Image, root: Super, report: Report, reader: LogReader, progr
         chain = int(chosen[0]["checksum"])
         sequence += 1
     log.end, log.chain, log.blocks = sequence, chain, sequence - root.log_start
+    places = ", ".join(str(base + sequence % count) for base in bases)
+    ends = log.blocks < count and chosen is None
+    if ends and all(image.read(base + sequence % count, 1) is None for base in bases):
+        report.fatal = (
+            f"block {sequence} of the metadata log cannot be read in either copy (blocks {places} of the device): it"
+            " may say what was flushed last"
+        )
+        return None
     if sequence < durable:
-        places = ", ".join(str(base + sequence % count) for base in bases)
         report.fatal = (
             f"the metadata log ends at block {sequence} (blocks {places} of the device), it was durable to {durable}:"
             " flushed changes are lost"
