@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from mmap import mmap
 
 import numpy as np
 from dedupkit import BLOCK, OK, Io, Stage
@@ -69,10 +70,10 @@ def without(device: bytes, *contents: bytes) -> bytes:
 
 def without_newest_root(device: bytes) -> bytes:
     """Both copies of the newest superblock are damaged."""
-    newest = max(int(fields["generation"]) for fields in supers(device))
-    for number, fields in enumerate(supers(device)):
-        if int(fields["generation"]) == newest:
-            device = with_bytes(device, layout.super_block(len(device) // BLOCK, number) * BLOCK, bytes(BLOCK))
+    newest = newest_root(device)["generation"]
+    for at, fields in zip(super_places(device), supers(device), strict=True):
+        if fields["generation"] == newest:
+            device = with_bytes(device, at, bytes(BLOCK))
     return device
 
 
@@ -102,10 +103,22 @@ def offline(device: bytes) -> tuple[list[str], list[str]]:
     return report.notes, [finding.text for finding in report.findings]
 
 
+def is_log(stage: Stage, io: Io) -> bool:
+    """A write of a log block."""
+    return io.opcode == lib.ATOLL_OP_IO_WRITE and stage.payload(io)[8:16] == layout.LOG_MAGIC.to_bytes(8, "little")
+
+
+def super_places(device: bytes | mmap) -> list[int]:
+    """Of the superblocks: of the even generation and of the odd one, then their copies."""
+    return [layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)]
+
+
 def supers(device: bytes) -> list[np.void]:
-    """Of the even generation and of the odd one, then their copies."""
-    places = [layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)]
-    return [np.frombuffer(device, layout.SUPER, 1, at)[0] for at in places]
+    return [np.frombuffer(device, layout.SUPER, 1, at)[0] for at in super_places(device)]
+
+
+def newest_root(device: bytes) -> np.void:
+    return max(supers(device), key=lambda fields: int(fields["generation"]))
 
 
 def log_blocks(device: bytes) -> dict[int, list[int]]:

@@ -22,10 +22,12 @@ from flushkit import (
     C,
     D,
     found,
+    is_log,
     log_blocks,
     offline,
     place,
     served,
+    super_places,
     synced,
     syncs,
     unreadable,
@@ -34,7 +36,6 @@ from flushkit import (
 )
 
 from atoll.ipc._ipc import lib
-from atoll.services.dedup.check import layout
 
 WRITE, SYNC = lib.ATOLL_OP_IO_WRITE, lib.ATOLL_OP_IO_SYNC
 ZEROS = bytes(BLOCK)
@@ -85,11 +86,6 @@ def until(stage: Stage, reached: Callable[[], bool]) -> None:
 def done(stage: Stage, flush: Request) -> None:
     stage.run_until_idle()
     assert flush.status == OK
-
-
-def is_log(stage: Stage, io: Io) -> bool:
-    """A write of a log block."""
-    return io.opcode == WRITE and stage.payload(io)[8:16] == layout.LOG_MAGIC.to_bytes(8, "little")
 
 
 def ahead(stage: Stage) -> int:
@@ -295,6 +291,20 @@ def test_any_part_of_it_may_be_there() -> None:
             assert (found(after, 0), found(after, 1)) == ((B if whole else A), C)
 
 
+def cut_between_copies(stage: Stage) -> tuple[bytes, int, int]:
+    """What the device has been asked for is done, and of the sync's block that takes the place of the one written ahead
+    the first copy: the device, and where the copies of that block are."""
+    for io in [*stage.ios]:
+        stage.complete(io)
+    last = max(log_blocks(bytes(stage.device)))
+    until(stage, lambda: any(is_log(stage, io) for io in stage.ios))
+    stage.complete(next(io for io in stage.ios if is_log(stage, io)))
+    device = bytes(stage.device)
+    first, second = log_blocks(device)[last]
+    assert device[first : first + BLOCK] != device[second : second + BLOCK]
+    return device, first, second
+
+
 @pytest.fixture
 def differ() -> tuple[bytes, int, int]:
     """Power failed while the sync's block took the place of the one that was written ahead: the device, and where the
@@ -306,15 +316,7 @@ def differ() -> tuple[bytes, int, int]:
         for _ in range(20):
             stage.turn()
             stage.answers()
-        for io in [*stage.ios]:
-            stage.complete(io)
-        last = max(log_blocks(bytes(stage.device)))
-        until(stage, lambda: any(is_log(stage, io) for io in stage.ios))
-        stage.complete(next(io for io in stage.ios if is_log(stage, io)))
-        device = bytes(stage.device)
-    first, second = log_blocks(device)[last]
-    assert device[first : first + BLOCK] != device[second : second + BLOCK]
-    return device, first, second
+        return cut_between_copies(stage)
 
 
 def test_two_copies_that_say_different_things(differ: tuple[bytes, int, int]) -> None:
@@ -352,14 +354,7 @@ def test_each_is_asked_for_its_own_data() -> None:
         stage.write(0, 0, C)
         stage.flush(0)
         until(stage, lambda: sum(io.opcode == WRITE and not is_log(stage, io) for io in stage.ios) == 2)
-        for io in [*stage.ios]:
-            stage.complete(io)
-        last = max(log_blocks(bytes(stage.device)))
-        until(stage, lambda: any(is_log(stage, io) for io in stage.ios))
-        stage.complete(next(io for io in stage.ios if is_log(stage, io)))
-        device = bytes(stage.device)
-    first, second = log_blocks(device)[last]
-    assert device[first : first + BLOCK] != device[second : second + BLOCK]
+        device, first, _ = cut_between_copies(stage)
     looks = 0
 
     def rule(io: Io) -> int:
@@ -426,7 +421,7 @@ def test_a_deletion_waits_for_the_root() -> None:
         lib.atoll_domain_commit(stage.domain)
         stage.everybody_dies()
         stage.attach(adopted=True, quarantine=True)
-        places = {layout.super_block(len(stage.device) // BLOCK, number) * BLOCK for number in range(4)}
+        places = super_places(stage.device)
         stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.opcode == WRITE and io.offset in places else OK
         for _ in range(500):
             stage.turn()

@@ -24,10 +24,13 @@ from flushkit import (
     C,
     D,
     found,
+    is_log,
     log_blocks,
+    newest_root,
     offline,
     place,
     served,
+    super_places,
     supers,
     synced,
     syncs,
@@ -186,9 +189,9 @@ def test_each_block_of_a_long_log_is_vouched_for() -> None:
 
 def test_a_root_vouches_for_it(device: bytes) -> None:
     """A small flush while a checkpoint is under way, whose root stands behind it."""
-    newest = 2 + (max(int(fields["generation"]) for fields in supers(device)) & 1)
+    copy = super_places(device)[2 + (int(newest_root(device)["generation"]) & 1)]
     with Stage() as stage:
-        stage.device[:] = with_bytes(device, layout.super_block(len(device) // BLOCK, newest) * BLOCK, bytes(BLOCK))
+        stage.device[:] = with_bytes(device, copy, bytes(BLOCK))
         stage.attach()
         assert stage.lib.dedup_store_state(stage.state) == 1, "it begins to load"
         held: list[Io] = []  # pages of the checkpoint that mends it
@@ -286,9 +289,7 @@ def test_a_block_stands_behind_what_was_tried_again(what: str) -> None:
     tried: list[Io] = []
 
     def rule(io: Io) -> int:
-        bad = io.opcode == (lib.ATOLL_OP_IO_SYNC if what == "flush" else lib.ATOLL_OP_IO_WRITE)
-        if what == "log":
-            bad = bad and stage.payload(io)[8:16] == layout.LOG_MAGIC.to_bytes(8, "little")
+        bad = is_log(stage, io) if what == "log" else io.opcode == lib.ATOLL_OP_IO_SYNC
         tried.extend([io] * bad)
         return int(lib.ATOLL_EIO) if bad and len(tried) == 1 else OK
 
@@ -413,7 +414,7 @@ def test_nothing_is_logged_before_the_root(device: bytes, hooked: ModuleType) ->
     bad = unreadable(logged[max(logged)][0])
     with clocked(hooked) as stage:
         stage.device[:] = device
-        places = {layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)}
+        places = super_places(device)
         writes = lib.ATOLL_OP_IO_WRITE
         stage.io_rule = lambda io: int(lib.ATOLL_EIO) if io.opcode == writes and io.offset in places else bad(io)
         stage.attach()
@@ -448,7 +449,7 @@ def test_repair_goes_on_where_the_log_ends(device: bytes, tmp_path: Path, versio
     image.close()
     repaired = run(path, repair=True)
     assert repaired["ok"] and repaired["repaired"] == 1
-    assert 3 in roots(path.read_bytes())
+    assert int(newest_root(path.read_bytes())["version"]) == 3
     with served(path.read_bytes()) as stage:
         assert found(stage, 0) == (A if version == 3 else B)
 
@@ -510,7 +511,7 @@ def test_power_fails_while_it_gets_them(device: bytes) -> None:
     """After each of the four superblocks. Then it is served and goes on, and no root of the version before is left."""
     cuts = []
     before = as_version(device, 2)
-    places = {layout.super_block(len(device) // BLOCK, number) * BLOCK for number in range(4)}
+    places = super_places(device)
     with Stage() as stage:
         stage.device[:] = before
         stage.attach()
